@@ -1,0 +1,53 @@
+"""What a request gives back: deltas while it runs, a completion at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fmedge_runtimes.errors import FmedgeError
+
+FinishReason = Literal["eos", "stop", "length", "context", "error"]
+"""eos: an end-of-sequence token. stop: a stop string. length: max_new_tokens reached.
+context: the model's context is full. error: see Completion.error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counts and wall-clock times of one completion."""
+
+    prompt_tokens: int
+    new_tokens: int
+    first_token_seconds: float
+    """From the call of generate to the first token of this completion."""
+    seconds: float
+    """From the call of generate to the end of this completion."""
+    decode_tokens_per_second: float
+    """Tokens after the first one per second, while other rows of the batch were served too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The result of one prompt (or of one of its n completions)."""
+
+    prompt_index: int
+    index: int
+    """Which of the prompt's n completions."""
+    text: str
+    tokens: tuple[int, ...]
+    """Generated token ids, the end-of-sequence token included."""
+    finish_reason: FinishReason
+    seed: int
+    stats: Stats
+    error: FmedgeError | None = None
+    """Why the prompt was refused or stopped, with finish_reason "error"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of a completion's text; the last one carries the completion."""
+
+    prompt_index: int
+    index: int
+    text: str
+    completion: Completion | None = None

@@ -1,0 +1,68 @@
+"""The seam between the pipelines and the backends: a graph that runs, and arrays that stay on its device.
+
+A backend implements two protocols. `Buffer` is an array on the device whose address does not change;
+`Session` runs the graph. A buffer may be bound as an input and as an output at once: that is how a KV cache
+is updated in place. Pipelines know nothing else about a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, dtype (as numpy spells it) and shape of a graph input or output; a str names a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Buffer(Protocol):
+    """A C-contiguous array on the session's device."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[np.generic]: ...
+    def rows(self, start: int, stop: int) -> Buffer:
+        """The rows start:stop of axis 0, sharing this buffer's memory."""
+        ...
+
+
+class Session(Protocol):
+    """One graph, opened on one device."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Buffer:
+        """A zeroed buffer on the device. Raises MemoryError when there is no room."""
+        ...
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy the leading block that both shapes have in common."""
+        ...
+
+    def free_memory(self) -> int | None:
+        """Bytes that `allocate` can still hand out on the device; None where the backend cannot tell."""
+        ...
+
+    def run(self, feeds: Mapping[str, Array | Buffer], results: Mapping[str, Buffer]) -> dict[str, Array]:
+        """Run the graph once.
+
+        `feeds` gives every input; `results` binds outputs to buffers. The outputs that are not bound come
+        back as host arrays. Raises BackendError when the graph fails.
+        """
+        ...
+
+    def close(self) -> None: ...
