@@ -1,0 +1,96 @@
+"""From a configuration and a checkpoint to a written graph: trace, bind, rewrite, quantize, write."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from transformers import PretrainedConfig
+
+from fmedge_converters.checkpoint import Checkpoint
+from fmedge_converters.decoder import LayerCache, TracedDecoder, trace_decoder
+from fmedge_converters.graph import DecoderGraph
+from fmedge_converters.quantize import quantize
+from fmedge_converters.schemes.scheme import Scheme
+from fmedge_converters.targets import Target
+from fmedge_converters.weight import Weight
+from fmedge_converters.writer import WrittenGraph, write_graph
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, what of it is done, and its whole; (stage, 0, 0) when a stage without measure begins."""
+
+STEM = "decoder"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """What decides the graph of a given model."""
+
+    target: Target
+    scheme: Scheme
+    block_size: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltDecoder:
+    """A written decoder and what its runtime must know."""
+
+    written: WrittenGraph
+    model: ir.Model
+    caches: tuple[LayerCache, ...]
+    vocabulary: int
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
+    """The numpy spelling of a torch dtype."""
+    return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def build_decoder(
+    config: PretrainedConfig, weights_folder: Path, output: Path, options: BuildOptions, progress: Progress
+) -> BuiltDecoder:
+    """Write decoder.onnx and decoder.onnx.data into `output`.
+
+    Raises SourceError when the model or its checkpoint cannot be exported, OSError when the disk is full.
+    """
+    target = options.target
+    progress("tracing", 0, 0)
+    traced = trace_decoder(config, target.dialect, target.dtype, options.context)
+    with Checkpoint(weights_folder, numpy_dtype(target.dtype)) as checkpoint:
+        graph = bind(traced, checkpoint.weights(traced.module))
+        progress("rewriting", 0, 0)
+        for rewrite in target.passes:
+            rewrite(graph, options.context)
+        quantize(graph, options.scheme, options.block_size)
+        written = write_graph(graph, output, STEM, functools.partial(progress, "weights"))
+    vocabulary = graph.graph.outputs[0].shape
+    size = vocabulary[-1] if vocabulary is not None else None
+    if not isinstance(size, int):
+        size = traced.module.get_output_embeddings().weight.shape[0]
+    return BuiltDecoder(written, graph.model, traced.caches, int(size))
+
+
+def bind(traced: TracedDecoder, weights: dict[str, Weight]) -> DecoderGraph:
+    """Give every parameter of the graph its weight, unread."""
+    graph = DecoderGraph(traced.model, {})
+    for name, parameter in traced.parameters.items():
+        weight = weights[parameter]
+        value = graph.graph.initializers[name]
+        value.const_value = ir.LazyTensor(
+            functools.partial(_read, weight),
+            dtype=ir.DataType.from_numpy(weight.dtype),
+            shape=ir.Shape(weight.shape),
+            name=name,
+        )
+        graph.weights[name] = weight
+    return graph
+
+
+def _read(weight: Weight) -> ir.TensorProtocol:
+    return ir.tensor(weight.array())

@@ -1,0 +1,1 @@
+"""One file per dialect: how a graph spells attention over a cache."""

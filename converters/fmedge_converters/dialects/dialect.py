@@ -1,0 +1,53 @@
+"""What a dialect is: the inputs that a step of decoding needs, and the node that attends over the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One call of a model's attention, as transformers' interface hands it over, with this layer's cache."""
+
+    layer: int
+    query: torch.Tensor  # [B, H, S, D]
+    key: torch.Tensor  # [B, K, S, D]
+    value: torch.Tensor  # [B, K, S, D]
+    scale: float
+    window: int | None
+    """Positions that a query sees, itself included; None sees all."""
+    softcap: float | None
+    sinks: torch.Tensor | None  # [H]
+    past_key: torch.Tensor  # [B, K, C, D]
+    past_value: torch.Tensor  # [B, K, C, D]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """A graph input of the dialect's own, besides token ids, positions and caches."""
+
+    name: str
+    dtype: torch.dtype
+    axes: tuple[str, ...]
+
+
+class AttentionNode(Protocol):
+    """Emits the attention of one layer: the output [B, S, H * D], then the present key and value."""
+
+    def __call__(
+        self, attention: Attention, step: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """A way to write a decoder in ONNX."""
+
+    name: str
+    opset: int
+    step_inputs: tuple[StepInput, ...]
+    attend: AttentionNode

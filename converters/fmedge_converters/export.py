@@ -1,0 +1,355 @@
+"""Export a decoder to a bundle: one function, from a source to a folder that is complete or not there at all.
+
+    export(ExportOptions("path/to/model", Path("out/bundle"), quantize="int4"))
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import onnx_ir as ir
+from fmedge_runtimes.bundle import (
+    FORMAT,
+    MANIFEST,
+    Bundle,
+    Evidence,
+    Golden,
+    GraphFacts,
+    Manifest,
+    SamplingFacts,
+    SourceFacts,
+    TensorFacts,
+    TextFacts,
+    list_files,
+    open_bundle,
+    write_manifest,
+)
+from fmedge_runtimes.decoder import Decoder
+from fmedge_runtimes.errors import BundleError, ExportError, ParityError
+from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
+from fmedge_runtimes.version import __version__
+from transformers import GenerationConfig
+
+from fmedge_converters.build import STEM, BuildOptions, BuiltDecoder, Progress, build_decoder
+from fmedge_converters.checkpoint import checkpoint_files, stored_tensors
+from fmedge_converters.decoder import quiet_libraries, text_config
+from fmedge_converters.evidence import (
+    PROMPTS,
+    TEXT_TOKENS,
+    estimate_seconds,
+    full_evidence,
+    graph_evidence,
+    load_reference,
+    text_facts,
+)
+from fmedge_converters.source import Source, open_source
+from fmedge_converters.targets import find_scheme, find_target
+from fmedge_converters.tokenizer_files import TokenizerFacts, write_tokenizer
+
+Verify = Literal["full", "graph", "none"]
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What to export, where to, and how."""
+
+    source: str
+    """A Hugging Face folder or a hub id."""
+    output: Path
+    """The bundle's folder."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    target: str = "cpu"
+    quantize: str = "none"
+    block_size: int = 32
+    """Weights that share a scale, for schemes with blocks."""
+    context: int | None = None
+    """Tokens that a row can hold; None takes the model's maximum."""
+    verify: Verify = "full"
+    text: Path | None = None
+    """Text for the comparison of perplexities; None takes Python's own documentation."""
+    force: bool = False
+    """Replace an existing bundle, and write one that fails its verification (the manifest records that)."""
+
+    def __post_init__(self) -> None:
+        if self.verify not in get_args(Verify):
+            raise ExportError(f"--verify is {self.verify!r}; it must be one of {', '.join(get_args(Verify))}.")
+        if self.block_size not in BLOCK_SIZES:
+            raise ExportError(f"--block-size is {self.block_size}; it must be one of {BLOCK_SIZES}.")
+        if self.context is not None and self.context < 1:
+            raise ExportError(f"--context is {self.context}; it must be at least 1.")
+
+
+def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bundle:
+    """Export a decoder and prove the result.
+
+    Raises SourceError (the model), ExportError (options, output, disk), ParityError (the result differs from the
+    source). Whatever it raises, the output is as it was before.
+    """
+    target = find_target(options.target)
+    scheme = find_scheme(target, options.quantize)
+    _check_output(options)
+    source = open_source(options.source, options.revision)
+    parameters = _parameters(source)
+    context = _context(source, options)
+    _check_disk(options.output, parameters, scheme.bits)
+    evidence: list[Evidence] = []
+    if options.verify != "none":
+        evidence.append(graph_evidence(source.config, progress))
+        _judge(evidence[-1], options)
+    with _aside(options) as folder:
+        build = BuildOptions(target, scheme, options.block_size, context)
+        built = build_decoder(source.config, source.folder, folder, build, progress)
+        tokenizer = write_tokenizer(source.folder, folder)
+        facts = _text_facts(source, built, tokenizer, context, folder)
+        goldens: tuple[Golden, ...] = ()
+        if options.verify == "full":
+            seconds = estimate_seconds(parameters)
+            progress(f"comparing with PyTorch (about {seconds:.0f} s; --verify graph skips it)", 0, 0)
+            reference = load_reference(source.folder, parameters)
+            session = OnnxRuntimeSession(built.written.graph, "cpu", None)
+            prompts, text = _evaluation_tokens(options, folder, facts)
+            precision = (facts.cache_dtype, scheme.name)
+            full = full_evidence(Decoder(session, facts), reference, prompts, text, precision, progress)
+            session.close()
+            evidence.append(full.evidence)
+            goldens = full.goldens
+            _judge(full.evidence, options)
+        manifest = Manifest(
+            format=FORMAT,
+            kind="text",
+            source=SourceFacts(
+                id=source.id,
+                revision=source.revision,
+                architecture=source.architecture,
+                licence=source.licence,
+            ),
+            target=target.name,
+            precision=scheme.name,
+            block_size=options.block_size if scheme.blocks else None,
+            graphs={"decoder": _graph_facts(built.model)},
+            text=facts,
+            evidence=tuple(evidence),
+            golden=goldens,
+            forced=not all(item.passed for item in evidence),
+            files=list_files(folder),
+            made_by=_made_by(),
+        )
+        write_manifest(folder, manifest)
+    return open_bundle(options.output, checksums=False)
+
+
+def _check_output(options: ExportOptions) -> None:
+    output = options.output
+    if not output.exists() and not output.is_symlink():
+        return
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if not options.force:
+        raise ExportError(f"{output} exists; choose another folder, or --force to replace a bundle.")
+    if not (output / MANIFEST).is_file():
+        raise ExportError(f"{output} exists and is not a bundle; --force replaces bundles only.")
+
+
+def _parameters(source: Source) -> int:
+    tensors = stored_tensors(checkpoint_files(source.folder))
+    return sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in tensors.values())
+
+
+def _context(source: Source, options: ExportOptions) -> int:
+    text = text_config(source.config)
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if options.context is None:
+        if longest is None:
+            raise ExportError(f"{source.id} does not say how many positions it knows; give --context.")
+        return int(longest)
+    if longest is not None and options.context > longest:
+        raise ExportError(f"--context {options.context} is more than the {longest} positions that {source.id} knows.")
+    return options.context
+
+
+def _check_disk(output: Path, parameters: int, bits: int) -> None:
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    # Scales and an 8-bit head and embedding come on top of the layers' bits.
+    need = int(parameters * max(bits, 6) / 8 * 1.05)
+    free = shutil.disk_usage(parent).free
+    if need > free:
+        raise ExportError(f"the bundle needs about {need / 1e9:.1f} GB and {parent} has {free / 1e9:.1f} GB free.")
+
+
+def _judge(evidence: Evidence, options: ExportOptions) -> None:
+    if evidence.passed or options.force:
+        return
+    figures = ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in evidence.figures.items()
+    )
+    raise ParityError(
+        f"the export does not compute what its source computes, so nothing was written ({evidence.name}: {evidence.what}: "
+        f"{figures}); --force writes it all the same and records that in the manifest."
+    )
+
+
+@contextmanager
+def _aside(options: ExportOptions) -> Iterator[Path]:
+    """A temporary sibling of the output that takes its place at the end, or disappears."""
+    output = options.output.absolute()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    except OSError as error:
+        raise ExportError(f"cannot write to {output.parent}: {error.strerror}.") from error
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        _replace(folder, output)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ExportError(f"no space is left on the disk of {output.parent}; nothing was written.") from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _replace(folder: Path, output: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if output.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
+        output.rename(old / output.name)
+        folder.rename(output)
+        shutil.rmtree(old)
+    else:
+        folder.rename(output)
+
+
+def _text_facts(
+    source: Source, built: BuiltDecoder, tokenizer: TokenizerFacts | None, context: int, folder: Path
+) -> TextFacts:
+    generation = _generation_config(source, folder)
+    eos = generation.eos_token_id
+    if eos is None:
+        eos = text_config(source.config).eos_token_id
+    if eos is None and tokenizer is not None:
+        eos = tokenizer.eos_token_id
+    ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    if tokenizer is not None and tokenizer.size > built.vocabulary:
+        raise BundleError(
+            f"{source.id}: its tokenizer has {tokenizer.size} tokens but the model knows {built.vocabulary}; "
+            "the tokenizer belongs to another model."
+        )
+    return text_facts(built, context).model_copy(
+        update={
+            "eos_token_ids": tuple(int(token) for token in ids),
+            "special_tokens": tokenizer.special_tokens if tokenizer else {},
+            "tokenizer": tokenizer.tokenizer if tokenizer else None,
+            "chat_template": tokenizer.chat_template if tokenizer else None,
+            "sampling": _sampling(generation),
+        }
+    )
+
+
+def _generation_config(source: Source, folder: Path) -> GenerationConfig:
+    if not (source.folder / GENERATION_CONFIG).is_file():
+        return GenerationConfig()
+    with quiet_libraries():
+        generation = GenerationConfig.from_pretrained(source.folder)
+    shutil.copyfile(source.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+    return generation
+
+
+def _sampling(generation: GenerationConfig) -> SamplingFacts:
+    """The recommended sampling; what transformers leaves unsaid counts as its own default."""
+    penalty = float(generation.repetition_penalty or 1.0)
+    if not generation.do_sample:
+        return SamplingFacts(repetition_penalty=penalty)
+    return SamplingFacts(
+        temperature=float(1.0 if generation.temperature is None else generation.temperature),
+        top_k=int(50 if generation.top_k is None else generation.top_k),
+        top_p=float(1.0 if generation.top_p is None else generation.top_p),
+        min_p=float(generation.min_p or 0.0),
+        repetition_penalty=penalty,
+    )
+
+
+def _evaluation_tokens(
+    options: ExportOptions, folder: Path, facts: TextFacts
+) -> tuple[list[list[int]], list[int]]:
+    """Fixed prompts, and a text, as token ids; random ids for a model without a tokenizer."""
+    if facts.tokenizer is None:
+        random = np.random.default_rng(0)
+        draw = [random.integers(0, facts.vocabulary, length).tolist() for length in (1, 17, 5, 30)]
+        return draw, random.integers(0, facts.vocabulary, TEXT_TOKENS).tolist()
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / facts.tokenizer))
+    longest = max(1, facts.context // 2)
+    prompts = [list(tokenizer.encode(prompt).ids)[:longest] for prompt in PROMPTS]
+    text = list(tokenizer.encode(_evaluation_text(options.text)).ids)[:TEXT_TOKENS]
+    if len(text) < 2:
+        raise ExportError(f"{options.text} gives {len(text)} tokens; the comparison needs at least 2.")
+    return [prompt for prompt in prompts if prompt], text
+
+
+def _evaluation_text(path: Path | None) -> str:
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return str(topics["typesseq"])
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"cannot read the text {path}: {error}.") from error
+
+
+def _graph_facts(model: ir.Model) -> GraphFacts:
+    def facts(values: Sequence[ir.Value]) -> tuple[TensorFacts, ...]:
+        return tuple(
+            TensorFacts(
+                name=str(value.name),
+                dtype="unknown" if value.dtype is None else str(value.dtype.numpy()),
+                shape=tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()),
+            )
+            for value in values
+        )
+
+    return GraphFacts(
+        file=f"{STEM}.onnx", inputs=facts(model.graph.inputs), outputs=facts(model.graph.outputs)
+    )
+
+
+def _made_by() -> dict[str, str]:
+    packages = ("torch", "transformers", "onnx-ir", "onnxruntime")
+    return {"fmedge": __version__, "python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

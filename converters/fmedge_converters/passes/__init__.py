@@ -1,0 +1,29 @@
+"""Rewrites of a decoder's graph, one file each, in the order of PASSES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fmedge_converters.graph import DecoderGraph
+from fmedge_converters.passes.constant_folding import fold_constants
+from fmedge_converters.passes.linear import recognise_linears
+from fmedge_converters.passes.merged_projections import merge_projections
+from fmedge_converters.passes.reshapes import simplify_reshapes
+from fmedge_converters.passes.rms_norm import fuse_rms_norms
+from fmedge_converters.passes.rotary import fold_rotary_embeddings
+from fmedge_converters.passes.skip_norm import fuse_skip_norms
+
+Pass = Callable[[DecoderGraph, int], int]
+"""Rewrites the graph in place for a context length; returns how many places it changed."""
+
+ORT_PASSES: tuple[Pass, ...] = (
+    fold_constants,
+    simplify_reshapes,
+    fuse_rms_norms,
+    fold_rotary_embeddings,
+    simplify_reshapes,
+    recognise_linears,
+    simplify_reshapes,
+    merge_projections,
+    fuse_skip_norms,
+)

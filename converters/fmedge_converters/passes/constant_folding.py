@@ -1,0 +1,34 @@
+"""Constant folding, common subexpressions and unused nodes, by onnxscript's optimizer."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnxscript.optimizer import optimize_ir
+
+from fmedge_converters.graph import DecoderGraph
+
+LARGEST = 1 << 16
+"""Elements of a constant that may be folded. Norm weights fold (gemma adds 1 to them); matrices never."""
+
+
+def _reads_matrix(graph: DecoderGraph, node: ir.Node) -> bool:
+    weights = (graph.weight(value) for value in node.inputs)
+    return any(weight is not None and len(weight.shape) > 1 for weight in weights)
+
+
+def fold_constants(graph: DecoderGraph, _context: int) -> int:
+    """Fold what does not depend on an input."""
+    before = len(list(graph.graph))
+    optimize_ir(
+        graph.model,
+        input_size_limit=LARGEST,
+        output_size_limit=LARGEST,
+        should_fold=lambda node: False if _reads_matrix(graph, node) else None,
+    )
+    common.CommonSubexpressionEliminationPass()(graph.model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph.model)
+    graph.remove_unused()
+    for name in set(graph.weights) - set(graph.graph.initializers):
+        del graph.weights[name]
+    return before - len(list(graph.graph))

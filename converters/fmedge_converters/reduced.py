@@ -1,0 +1,76 @@
+"""A small model of the same architecture with random weights, for the proof that the graph is right.
+
+Layers, vocabulary and MLPs shrink; every kind of layer, the head sizes and all constants of the architecture stay.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from fmedge_runtimes.errors import SourceError
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from fmedge_converters.decoder import quiet_libraries, text_config
+
+VOCABULARY = 512
+MLP = 512
+MIN_LAYERS = 2
+MLP_SIZES = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "shared_expert_intermediate_size")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id")
+
+
+def reduced_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration with few layers, a small vocabulary and small MLPs."""
+    small = copy.deepcopy(config)
+    text = text_config(small)
+    layers = text.num_hidden_layers
+    keep = _layers_to_keep(text, layers)
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == layers and not name.startswith("_"):
+            setattr(text, name, type(value)(value[:keep]))
+    text.num_hidden_layers = keep
+    for name in MLP_SIZES:
+        size = getattr(text, name, None)
+        if isinstance(size, int) and size > MLP:
+            setattr(text, name, MLP)
+    text.vocab_size = min(text.vocab_size, VOCABULARY)
+    for holder in (small, text):
+        for name in TOKEN_IDS:
+            value = getattr(holder, name, None)
+            if isinstance(value, list) or (isinstance(value, int) and value >= text.vocab_size):
+                setattr(holder, name, 0)
+    return small
+
+
+def _layers_to_keep(text: PretrainedConfig, layers: int) -> int:
+    """As many layers as it takes to see every kind of them."""
+    kinds = getattr(text, "layer_types", None) or []
+    needed = max((list(kinds).index(kind) + 1 for kind in set(kinds)), default=0)
+    return min(layers, max(MIN_LAYERS, needed))
+
+
+def write_random_model(config: PretrainedConfig, folder: Path, seed: int) -> PreTrainedModel:
+    """Make the model with random weights, save it as safetensors, and return it in fp32 for comparison.
+
+    The weights are spread so that greedy decoding has clear winners.
+    """
+    try:
+        with quiet_libraries():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager"
+            ).eval()
+    except Exception as error:
+        raise SourceError(f"transformers cannot build a small {config.model_type}: {error}") from error
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(noise * 0.1)
+    with quiet_libraries():
+        model.save_pretrained(folder)
+    return model

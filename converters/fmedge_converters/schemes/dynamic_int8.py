@@ -1,0 +1,136 @@
+"""W8A8 on the CPU: int8 weights with a scale for each output channel, activations quantized in every call.
+
+DynamicQuantizeMatMul takes int8 weights [K, N]; uint8 weights miss its fast kernel. It quantizes all rows of a call
+with one scale, so rows of a batch influence each other's rounding; docs/quantization.md has what that costs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
+from fmedge_converters.passes.linear import Linear
+from fmedge_converters.schemes.scheme import Embedding, Scheme
+from fmedge_converters.weight import Array, Weight
+
+
+def quantize_rows(rows: Array) -> tuple[Array, Array]:
+    """Quantize rows [n, K] to int8 [n, K] with float32 scales [n] = largest magnitude / 127."""
+    values = torch.from_numpy(rows).to(torch.float32)
+    scales = values.abs().amax(-1) / 127  # [n]
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
+    codes = (values * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return codes.numpy(), scales.numpy()
+
+
+class QuantizedColumns:
+    """Codes [K, N] and scales [N] of one weight [N, K], made together when the first of them is read."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.weight = weight
+        self._made: dict[str, Array] = {}
+
+    def read(self, part: str) -> ir.TensorProtocol:
+        """The "codes" or the "scales", each handed out once."""
+        if part not in self._made:
+            pieces = [quantize_rows(rows) for rows in self.weight.blocks()]
+            codes = np.concatenate([codes for codes, _ in pieces])  # [N, K]
+            self._made["codes"] = np.ascontiguousarray(codes.T)  # [K, N]
+            self._made["scales"] = np.concatenate([scales for _, scales in pieces])  # [N]
+        return ir.tensor(self._made.pop(part))
+
+
+def _add_quantized(graph: DecoderGraph, name: str, weight: Weight) -> tuple[ir.Value, ir.Value]:
+    existing = [graph.graph.initializers.get(f"{name}.int8.{part}") for part in ("codes", "scales")]
+    if existing[0] is not None and existing[1] is not None:
+        return existing[0], existing[1]
+    columns = QuantizedColumns(weight)
+    values = []
+    for part, shape, dtype in (
+        ("codes", weight.shape[::-1], ir.DataType.INT8),
+        ("scales", weight.shape[:1], ir.DataType.FLOAT),
+    ):
+        tensor = ir.LazyTensor(
+            functools.partial(columns.read, part), dtype=dtype, shape=ir.Shape(shape), name=f"{name}.int8.{part}"
+        )
+        value = ir.Value(name=tensor.name, type=ir.TensorType(dtype), shape=tensor.shape, const_value=tensor)
+        graph.graph.register_initializer(value)
+        values.append(value)
+    return values[0], values[1]
+
+
+def spell_linear(graph: DecoderGraph, linear: Linear, *, is_head: bool, block_size: int) -> None:
+    """DynamicQuantizeMatMul(x, codes [K, N], scales [N], no zero point, bias)."""
+    del is_head, block_size
+    codes, scales = _add_quantized(graph, linear.name, graph.weights[linear.name])
+    inputs: list[ir.Value | None] = [linear.x, codes, scales]
+    if linear.bias is not None:
+        inputs += [None, linear.bias]
+    like = [(linear.output.dtype, linear.output.shape)]
+    (product,) = graph.insert(linear.node, "DynamicQuantizeMatMul", inputs, like, domain=MICROSOFT)
+    replace(linear.output, product)
+
+
+def spell_embedding(graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int) -> None:
+    """Columns of the head's codes times their scales when tied, so that the matrix is stored once."""
+    del block_size
+    weight = graph.weights[str(embedding.weight.name)]
+    if not tied:
+        _gather_rows(graph, embedding, weight)
+        return
+    codes, scales = _add_quantized(graph, str(embedding.weight.name), weight)
+    batch, length, size = list(embedding.output.shape or ())
+    before, ids = embedding.node, embedding.ids
+    (columns,) = graph.insert(before, "Gather", (codes, ids), [(ir.DataType.INT8, [size, batch, length])], {"axis": 1})
+    like = (embedding.output.dtype, embedding.output.shape)
+    (rows,) = graph.insert(before, "Transpose", (columns,), [(ir.DataType.INT8, like[1])], {"perm": [1, 2, 0]})
+    _scale(graph, embedding, rows, scales)
+
+
+def _gather_rows(graph: DecoderGraph, embedding: Embedding, weight: Weight) -> None:
+    """Rows of int8 codes [V, E] times their scales."""
+    name = str(embedding.weight.name)
+    columns = QuantizedColumns(weight)
+    codes_tensor = ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(columns.read("codes").numpy().T)),
+        dtype=ir.DataType.INT8,
+        shape=ir.Shape(weight.shape),
+        name=f"{name}.rows.int8.codes",
+    )
+    scales_tensor = ir.LazyTensor(
+        functools.partial(columns.read, "scales"),
+        dtype=ir.DataType.FLOAT,
+        shape=ir.Shape(weight.shape[:1]),
+        name=f"{name}.rows.int8.scales",
+    )
+    codes, scales = (
+        ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        for tensor in (codes_tensor, scales_tensor)
+    )
+    graph.graph.register_initializer(codes)
+    graph.graph.register_initializer(scales)
+    like = (ir.DataType.INT8, embedding.output.shape)
+    (rows,) = graph.insert(embedding.node, "Gather", (codes, embedding.ids), [like], {"axis": 0})
+    _scale(graph, embedding, rows, scales)
+
+
+def _scale(graph: DecoderGraph, embedding: Embedding, rows: ir.Value, scales: ir.Value) -> None:
+    """rows [B, S, E] in int8 times scales [V] at the token ids."""
+    before = embedding.node
+    batch, length, _ = list(embedding.output.shape or ())
+    floating, shape = ir.DataType.FLOAT, embedding.output.shape
+    (numbers,) = graph.insert(before, "Cast", (rows,), [(floating, shape)], {"to": int(floating)})
+    (picked,) = graph.insert(before, "Gather", (scales, embedding.ids), [(floating, [batch, length])], {"axis": 0})
+    last = graph.add_constant("axis.-1", np.array([-1], np.int64))
+    (column,) = graph.insert(before, "Unsqueeze", (picked, last), [(floating, [batch, length, 1])])
+    (scaled,) = graph.insert(before, "Mul", (numbers, column), [(floating, shape)])
+    replace(embedding.output, scaled)
+
+
+DYNAMIC_INT8 = Scheme(
+    "int8", "W8A8: int8 weights per channel, activations quantized in every call", 8, spell_linear, spell_embedding, blocks=False
+)

@@ -1,0 +1,47 @@
+"""What a scheme is: two functions that spell a graph's weights, and what a person should know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import onnx_ir as ir
+
+from fmedge_converters.graph import DecoderGraph
+from fmedge_converters.passes.linear import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The lookup of the token embedding: Gather(weight [V, E], input_ids)."""
+
+    node: ir.Node
+    weight: ir.Value  # [V, E]
+    ids: ir.Value  # [B, S]
+    output: ir.Value  # [B, S, E]
+
+
+class SpellLinear(Protocol):
+    """Replaces a Linear node by operators that the target runs."""
+
+    def __call__(self, graph: DecoderGraph, linear: Linear, *, is_head: bool, block_size: int) -> None: ...
+
+
+class SpellEmbedding(Protocol):
+    """Replaces the lookup of the embedding; `tied` if the head has the same weight."""
+
+    def __call__(self, graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A row of a target's table of quantizations."""
+
+    name: str
+    summary: str
+    bits: int
+    """Bits of a weight of the layers."""
+    linear: SpellLinear
+    embedding: SpellEmbedding
+    blocks: bool
+    """Whether --block-size means something to it."""

@@ -1,0 +1,88 @@
+"""Where a bundle is to run: one frozen row for each target. A new target is a new row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from fmedge_runtimes.errors import ExportError
+
+from fmedge_converters.dialects.dialect import Dialect
+from fmedge_converters.dialects.ort import ORT
+from fmedge_converters.passes import ORT_PASSES, Pass
+from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
+from fmedge_converters.schemes.floating import FLOATING
+from fmedge_converters.schemes.scheme import Scheme
+from fmedge_converters.schemes.weight_only import weight_only
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A backend and device class, and how graphs for it are written."""
+
+    name: str
+    summary: str
+    dialect: Dialect
+    passes: tuple[Pass, ...]
+    dtype: torch.dtype
+    """Of activations, of the cache, and of what is not quantized."""
+    schemes: Mapping[str, Scheme]
+
+
+def _by_name(*schemes: Scheme) -> Mapping[str, Scheme]:
+    return MappingProxyType({scheme.name: scheme for scheme in schemes})
+
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        "cpu": Target(
+            name="cpu",
+            summary="ONNX Runtime on the CPU, in fp32",
+            dialect=ORT,
+            passes=ORT_PASSES,
+            dtype=torch.float32,
+            schemes=_by_name(
+                FLOATING,
+                DYNAMIC_INT8,
+                weight_only("int4", "4-bit weights, 8-bit head", bits=4, head_bits=8, accuracy_level=4),
+            ),
+        ),
+        "cuda": Target(
+            name="cuda",
+            summary="ONNX Runtime on NVIDIA GPUs, in fp16",
+            dialect=ORT,
+            passes=ORT_PASSES,
+            dtype=torch.float16,
+            schemes=_by_name(
+                FLOATING,
+                weight_only("int8", "8-bit weights", bits=8, head_bits=8, accuracy_level=0),
+                weight_only("int4", "4-bit weights, 8-bit head", bits=4, head_bits=8, accuracy_level=0),
+            ),
+        ),
+    }
+)
+
+PLANNED: Mapping[str, str] = MappingProxyType(
+    {"tensorrt": "TensorRT engines need dialects of their own (docs/targets.md), which this version does not write"}
+)
+"""Targets that people ask for and that are not there yet, with the reason."""
+
+
+def find_target(name: str) -> Target:
+    """The row of a name. Raises ExportError when there is none."""
+    if name in PLANNED:
+        raise ExportError(f"target {name} is not available yet: {PLANNED[name]}; use {' or '.join(TARGETS)}.")
+    if name not in TARGETS:
+        raise ExportError(f"there is no target {name}; choose one of {', '.join(TARGETS)}.")
+    return TARGETS[name]
+
+
+def find_scheme(target: Target, name: str) -> Scheme:
+    """The scheme of a name for a target. Raises ExportError when there is none."""
+    if name not in target.schemes:
+        raise ExportError(
+            f"target {target.name} has no quantization {name}; choose one of {', '.join(target.schemes)}."
+        )
+    return target.schemes[name]

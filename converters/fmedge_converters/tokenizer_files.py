@@ -1,0 +1,88 @@
+"""The tokenizer of a source as the runtime needs it: tokenizer.json, the chat template, special tokens.
+
+The runtime tokenizes with `tokenizers` alone, so the file it gets must give the ids that transformers gives; that is
+checked on samples before it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from fmedge_runtimes.errors import SourceError
+from transformers import AutoTokenizer
+
+from fmedge_converters.decoder import quiet_libraries
+
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+SAMPLES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "  leading spaces, a\ttab,\nnew lines\n\n    and an indent:\n\tdef f(x): return x ** 2  # 1234567890",
+    "Größe, naïve, Ελληνικά, русский, 日本語, العربية, emoji 🙂🚀, €½",
+    "<s>[INST] not a special token </s> <|endoftext|>",
+    " ",
+)
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model", "vocab.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """What was written, for the manifest."""
+
+    tokenizer: str
+    chat_template: str | None
+    special_tokens: dict[str, str]
+    size: int
+    eos_token_id: int | None
+
+
+def write_tokenizer(source: Path, output: Path) -> TokenizerFacts | None:
+    """Write the tokenizer's files into a bundle; None if the source has no tokenizer.
+
+    Raises SourceError when the tokenizer has no fast form, or its fast form gives other ids.
+    """
+    if not any((source / name).is_file() for name in FILES):
+        return None
+    try:
+        with quiet_libraries():
+            tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"{source}: transformers cannot load the tokenizer: {first}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise SourceError(
+            f"{source}: its tokenizer ({type(tokenizer).__name__}) exists in Python only; the runtime needs a "
+            "tokenizer.json that the tokenizers library reads."
+        )
+    target = output / TOKENIZER
+    tokenizer.backend_tokenizer.save(str(target))
+    _compare(source, tokenizer, tokenizers.Tokenizer.from_file(str(target)))
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template:
+        (output / CHAT_TEMPLATE).write_text(template, "utf-8")
+    special = {
+        name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
+    }
+    return TokenizerFacts(
+        TOKENIZER, CHAT_TEMPLATE if template else None, special, len(tokenizer), tokenizer.eos_token_id
+    )
+
+
+def _compare(source: Path, reference: Any, plain: tokenizers.Tokenizer) -> None:  # noqa: ANN401 - transformers' own
+    # Padding and truncation belong to training; the runtime must see prompts as they are.
+    plain.no_padding()
+    plain.no_truncation()
+    for sample in SAMPLES:
+        wanted: Sequence[int] = reference(sample)["input_ids"]
+        found: Sequence[int] = plain.encode(sample).ids
+        if list(wanted) != list(found):
+            raise SourceError(
+                f"{source}: the tokenizers library gives other ids than transformers for {sample!r} "
+                f"({list(found)[:8]} instead of {list(wanted)[:8]}); fmedge would feed the model other text than you wrote."
+            )

@@ -1,0 +1,258 @@
+"""The bundle: a folder with graphs, weights, tokenizer, and a manifest that says what they are.
+
+`fmedge.json` is the manifest; docs/bundle.md describes it and docs/bundle.schema.json is its JSON Schema, made from the
+classes below. Unknown keys are errors: a bundle is read by a version that understands all of it, or not at all.
+
+    bundle = open_bundle(Path("out/bundle"))
+    bundle.manifest.text.context
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fmedge_runtimes.errors import BundleDamagedError, BundleError, BundleFormatError
+
+FORMAT = 1
+MANIFEST = "fmedge.json"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class SourceFacts(_Record):
+    """The model that was exported."""
+
+    id: str
+    revision: str | None
+    architecture: str
+    licence: str | None
+
+
+class TensorFacts(_Record):
+    """An input or output of a graph; a string names a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class GraphFacts(_Record):
+    """An ONNX graph of the bundle."""
+
+    file: str
+    inputs: tuple[TensorFacts, ...]
+    outputs: tuple[TensorFacts, ...]
+
+
+class CacheFacts(_Record):
+    """What a layer keeps of each token: keys and values [kv_heads, head_dim]."""
+
+    kv_heads: Positive
+    head_dim: Positive
+    window: Positive | None
+
+
+class SamplingFacts(_Record):
+    """The sampling that the model's authors recommend (generation_config.json)."""
+
+    temperature: float = 0.0
+    top_k: Count = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+class TextFacts(_Record):
+    """What the text runtime needs to know of a decoder."""
+
+    context: Positive
+    """Tokens that a row can hold: prompt and completion."""
+    vocabulary: Positive
+    """Size of the logits."""
+    cache_dtype: Literal["float32", "float16"]
+    caches: tuple[CacheFacts, ...]
+    eos_token_ids: tuple[Count, ...]
+    special_tokens: dict[str, str]
+    """bos_token, eos_token, ... as the chat template spells them."""
+    tokenizer: str | None
+    """tokenizer.json, or None: prompts are token ids then."""
+    chat_template: str | None
+    sampling: SamplingFacts
+
+
+class Evidence(_Record):
+    """One comparison of the bundle with its source."""
+
+    name: Literal["graph", "full"]
+    what: str
+    passed: bool
+    figures: dict[str, float | int | str | bool]
+
+
+class GoldenStep(_Record):
+    """One greedy token, and by how much its logit led over the next best one."""
+
+    token: Count
+    margin: float
+
+
+class Golden(_Record):
+    """A greedy continuation that every runtime of this bundle must reproduce."""
+
+    prompt: tuple[Count, ...]
+    steps: tuple[GoldenStep, ...]
+    near_tie: float
+    """A margin below this may fall either way on another processor."""
+
+
+class FileFacts(_Record):
+    """Size and checksum of a file."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class Manifest(_Record):
+    """The content of fmedge.json."""
+
+    format: Literal[1]
+    kind: Literal["text"]
+    source: SourceFacts
+    target: str
+    precision: str
+    block_size: Positive | None
+    graphs: dict[str, GraphFacts]
+    text: TextFacts
+    evidence: tuple[Evidence, ...]
+    golden: tuple[Golden, ...]
+    forced: bool
+    """True if the bundle was written although the evidence spoke against it."""
+    files: dict[str, FileFacts]
+    made_by: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle: its folder and what the manifest says."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(facts.bytes for facts in self.manifest.files.values())
+
+    def file(self, name: str) -> Path:
+        """The path of one of the bundle's files."""
+        return self.folder / name
+
+
+def open_bundle(folder: Path, *, checksums: bool = True) -> Bundle:
+    """Read the manifest and check the files: their sizes always, their SHA-256 if `checksums`.
+
+    Raises BundleError (no bundle), BundleFormatError (manifest), BundleDamagedError (files).
+    """
+    bundle = Bundle(folder, read_manifest(folder))
+    check_files(bundle, checksums=checksums)
+    return bundle
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and validate fmedge.json."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is not a folder; give the folder that `fmedge export` wrote.")
+    if not path.is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; give the folder that `fmedge export` wrote.")
+    try:
+        raw: Any = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, ValueError) as error:
+        raise BundleFormatError(f"{path} is not JSON ({error}); copy or export the bundle again.") from error
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        raise BundleFormatError(f"{path} has format {found}, this fmedge reads up to {FORMAT}; update fmedge.")
+    try:
+        manifest = Manifest.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the manifest"
+        words = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        raise BundleFormatError(
+            f"{path}: {where}: {words} ({error.error_count()} in all); copy or export the bundle again."
+        ) from error
+    _check_names(path, manifest)
+    return manifest
+
+
+def _check_names(path: Path, manifest: Manifest) -> None:
+    named = [graph.file for graph in manifest.graphs.values()]
+    named += [name for name in (manifest.text.tokenizer, manifest.text.chat_template) if name is not None]
+    for name in (*manifest.files, *named):
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or "\\" in name or ".." in parts or ":" in name:
+            raise BundleFormatError(f"{path}: the file name {name!r} leaves the bundle's folder; do not trust this bundle.")
+    for name in named:
+        if name not in manifest.files:
+            raise BundleFormatError(f"{path}: {name} is used but not listed under files; export the bundle again.")
+    if "decoder" not in manifest.graphs:
+        raise BundleFormatError(f"{path}: a text bundle needs a graph named decoder; export the bundle again.")
+
+
+def check_files(
+    bundle: Bundle, *, checksums: bool, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Compare the files with the manifest. Raises BundleDamagedError at the first that differs."""
+    root = bundle.folder.resolve()
+    done = 0
+    for name, facts in bundle.manifest.files.items():
+        path = bundle.folder / name
+        if not path.is_file():
+            raise BundleDamagedError(f"{path} is missing; copy or export the bundle again.")
+        if not path.resolve().is_relative_to(root):
+            raise BundleDamagedError(f"{path} is a link that leaves the bundle's folder; do not trust this bundle.")
+        size = path.stat().st_size
+        if size != facts.bytes:
+            raise BundleDamagedError(
+                f"{path} has {size} bytes instead of {facts.bytes}; copy or export the bundle again."
+            )
+        if checksums and sha256_of(path) != facts.sha256:
+            raise BundleDamagedError(
+                f"{path} has the right size but other content (SHA-256 differs); copy or export the bundle again."
+            )
+        done += size
+        if progress is not None:
+            progress(done, bundle.nbytes)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write fmedge.json."""
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
+
+
+def list_files(folder: Path) -> dict[str, FileFacts]:
+    """Size and checksum of every file below a folder, but the manifest."""
+    return {
+        path.relative_to(folder).as_posix(): FileFacts(bytes=path.stat().st_size, sha256=sha256_of(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }

@@ -1,0 +1,187 @@
+"""The ONNX Runtime backend: CPU and CUDA.
+
+On the CPU a buffer is a numpy array that the session reads and writes in place. On CUDA it is an OrtValue's memory,
+bound by its address. Evidence: the CPU path runs in every test; the CUDA path follows ONNX Runtime's documentation and
+has not run on a GPU yet (docs/evidence.md).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmedge_runtimes.errors import BackendError
+from fmedge_runtimes.memory import available_bytes
+from fmedge_runtimes.session import Array, Buffer, TensorSpec
+
+DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HostBuffer:
+    """A buffer in host memory."""
+
+    array: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """The element type."""
+        return self.array.dtype
+
+    @property
+    def address(self) -> int:
+        """Where the first element lies."""
+        return int(self.array.ctypes.data)
+
+    def rows(self, start: int, stop: int) -> HostBuffer:
+        """The rows start:stop, sharing memory."""
+        return HostBuffer(self.array[start:stop])
+
+
+@dataclass(frozen=True, slots=True)
+class CudaBuffer:
+    """A buffer in device memory; `owner` keeps it alive."""
+
+    owner: Any
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+
+    def rows(self, start: int, stop: int) -> CudaBuffer:
+        """The rows start:stop, sharing memory."""
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        shape = (stop - start, *self.shape[1:])
+        return CudaBuffer(self.owner, self.address + start * row_bytes, shape, self.dtype)
+
+
+class OnnxRuntimeSession:
+    """A graph opened in ONNX Runtime; see `session.Session` for the contract.
+
+    Raises BackendError when ONNX Runtime is not installed, lacks the provider or refuses the graph.
+    """
+
+    def __init__(self, graph: Path, device: str, threads: int | None) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            extra = "gpu" if device == "cuda" else "cpu"
+            raise BackendError(f"ONNX Runtime is not installed: pip install 'fmedge[{extra}]'.") from error
+        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+        if provider not in onnxruntime.get_available_providers():
+            raise BackendError(
+                f"the installed onnxruntime has no {provider}: pip uninstall onnxruntime, pip install 'fmedge[gpu]'."
+            )
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._ort = onnxruntime
+        self._device = device
+        try:
+            self._session: Any = onnxruntime.InferenceSession(str(graph), options, providers=[provider])
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime {onnxruntime.__version__} cannot open {graph}: {error}") from error
+        if provider not in self._session.get_providers():
+            raise BackendError(f"{provider} could not start; check the NVIDIA driver and the CUDA libraries.")
+        self._lock = threading.Lock()
+        self._binding: Any = self._session.io_binding()
+        self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self._output_order: dict[str, int] = {}
+        self.inputs = tuple(_spec(item) for item in self._session.get_inputs())
+        self.outputs = tuple(_spec(item) for item in self._session.get_outputs())
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Buffer:
+        """A zeroed buffer. Raises MemoryError."""
+        host = np.zeros(shape, dtype)
+        if self._device == "cpu":
+            return HostBuffer(host)
+        value = self._ort.OrtValue.ortvalue_from_numpy(host, "cuda", 0)
+        return CudaBuffer(value, value.data_ptr(), shape, dtype)
+
+    def free_memory(self) -> int | None:
+        """What the machine has free; unknown for a GPU, where ONNX Runtime does not tell."""
+        return available_bytes() if self._device == "cpu" else None
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy the block that both shapes have in common."""
+        block = tuple(slice(0, min(pair)) for pair in zip(source.shape, target.shape, strict=True))
+        if isinstance(source, HostBuffer) and isinstance(target, HostBuffer):
+            target.array[block] = source.array[block]
+            return
+        if not isinstance(source, CudaBuffer) or not isinstance(target, CudaBuffer):
+            raise TypeError("both buffers must be this session's")
+        # ONNX Runtime has no copy inside the device; caches grow rarely, so the way over the host is bearable.
+        host = self._download(target)
+        host[block] = self._download(source)[block]
+        self._upload(host, target)
+
+    def _download(self, buffer: CudaBuffer) -> Array:
+        whole: Array = buffer.owner.numpy().reshape(-1)
+        start = (buffer.address - buffer.owner.data_ptr()) // buffer.dtype.itemsize
+        return whole[start : start + math.prod(buffer.shape)].reshape(buffer.shape).copy()
+
+    def _upload(self, host: Array, buffer: CudaBuffer) -> None:
+        whole: Array = buffer.owner.numpy()
+        start = (buffer.address - buffer.owner.data_ptr()) // buffer.dtype.itemsize
+        whole.reshape(-1)[start : start + host.size] = host.reshape(-1)
+        buffer.owner.update_inplace(whole)
+
+    def run(self, feeds: Mapping[str, Array | Buffer], results: Mapping[str, Buffer]) -> dict[str, Array]:
+        """Run the graph once; see `Session.run`."""
+        with self._lock:
+            for name, value in feeds.items():
+                if isinstance(value, np.ndarray):
+                    self._binding.bind_cpu_input(name, value)
+                else:
+                    self._bind(self._binding.bind_input, name, value)
+            for name, buffer in results.items():
+                self._bind(self._binding.bind_output, name, buffer)
+            returned = [item.name for item in self.outputs if item.name not in results]
+            for name in returned:
+                self._binding.bind_output(name, "cpu")
+            for name in (*results, *returned):
+                self._output_order.setdefault(name, len(self._output_order))
+            try:
+                self._session.run_with_iobinding(self._binding)
+            except Exception as error:
+                raise BackendError(f"ONNX Runtime failed: {error}") from error
+            outputs = self._binding.get_outputs()
+            return {name: outputs[self._output_order[name]].numpy() for name in returned}
+
+    def _bind(self, bind: Any, name: str, buffer: Buffer) -> None:  # noqa: ANN401 - a bound method of ONNX Runtime
+        """Bind a buffer unless it is bound already: a decoder has dozens of caches that stay where they are."""
+        if not isinstance(buffer, HostBuffer | CudaBuffer):
+            raise TypeError(f"{name} is bound to a buffer of another backend")
+        place = (buffer.address, buffer.shape)
+        if self._bound.get(name) != place:
+            bind(name, self._device, 0, buffer.dtype.type, buffer.shape, buffer.address)
+            self._bound[name] = place
+
+    def close(self) -> None:
+        """Give the session's memory back."""
+        self._binding = self._session = None
+        self._bound.clear()
+
+
+def _spec(item: Any) -> TensorSpec:  # noqa: ANN401 - ONNX Runtime's NodeArg has no type of its own
+    shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in item.shape)
+    return TensorSpec(item.name, DTYPES.get(item.type, item.type), shape)
