@@ -168,6 +168,8 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         raise SourceError(
             f"transformers cannot build {config.model_type} with the attention interface: {error}"
         ) from error
+    # init_empty_weights makes a new parameter of every assignment, which unties those that were tied.
+    model.tie_weights()
     return model.eval()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-from onnxscript.optimizer import optimize_ir
+from onnxscript import optimizer
+from onnxscript.rewriter import rewrite
 
 from fmedge_converters.graph import DecoderGraph
 
@@ -18,17 +19,24 @@ def _reads_matrix(graph: DecoderGraph, node: ir.Node) -> bool:
 
 
 def fold_constants(graph: DecoderGraph, _context: int) -> int:
-    """Fold what does not depend on an input."""
-    before = len(list(graph.graph))
-    optimize_ir(
+    """Fold what does not depend on an input, then drop casts, slices and additions that change nothing."""
+    before = len(graph.graph)
+    common.InlinePass()(graph.model)
+    optimizer.fold_constants(
         graph.model,
+        onnx_shape_inference=True,
         input_size_limit=LARGEST,
         output_size_limit=LARGEST,
         should_fold=lambda node: False if _reads_matrix(graph, node) else None,
     )
-    common.CommonSubexpressionEliminationPass()(graph.model)
+    common.RemoveUnusedNodesPass()(graph.model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph.model)
+    common.DeduplicateInitializersPass(size_limit=LARGEST)(graph.model)
+    common.CommonSubexpressionEliminationPass()(graph.model)
+    # The rules come last: they are slow, and most nodes are gone by now.
+    rewrite(graph.model)
+    common.IdentityEliminationPass()(graph.model)
     graph.remove_unused()
     for name in set(graph.weights) - set(graph.graph.initializers):
         del graph.weights[name]
-    return before - len(list(graph.graph))
+    return before - len(graph.graph)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_ruleset
 
-from fmedge_converters.graph import DecoderGraph, replace
+from fmedge_converters.graph import DecoderGraph, produced_by, replace
 
 
 def fuse_rms_norms(graph: DecoderGraph, _context: int) -> int:
@@ -18,19 +18,27 @@ def fuse_rms_norms(graph: DecoderGraph, _context: int) -> int:
         if node.op_type != "RMSNormalization" or node.domain:
             continue
         source, output = node.inputs[0], node.outputs[0]
+        swap = produced_by(source, "Transpose")
+        keeps_last = swap is not None and list(swap.attributes.get_ints("perm", []))[-1:] == [3]
+        if swap is not None and keeps_last:
+            # A norm over the last axis may as well run before the heads move, next to the projection.
+            source = swap.inputs[0]
+        like = source if source is not None else output
         (normed,) = graph.insert(
             node,
             "SimplifiedLayerNormalization",
-            node.inputs,
-            [(output.dtype, output.shape)],
+            (source, node.inputs[1]),
+            [(output.dtype, like.shape)],
             {
                 "axis": -1,
                 "epsilon": node.attributes.get_float("epsilon", 1e-5),
                 "stash_type": node.attributes.get_int("stash_type", 1),
             },
         )
-        if output.shape is None and source is not None:
-            normed.shape = source.shape
+        if swap is not None and keeps_last:
+            perm = list(swap.attributes.get_ints("perm", []))
+            shape = swap.outputs[0].shape
+            (normed,) = graph.insert(node, "Transpose", (normed,), [(output.dtype, shape)], {"perm": perm})
         replace(output, normed)
         changed += 1
     graph.remove_unused()
