@@ -1,0 +1,43 @@
+"""The options of an export. Light to import: the CLI takes its defaults from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from fmedge_runtimes.errors import ExportError
+
+Verify = Literal["full", "graph", "none"]
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export, where to, and how."""
+
+    source: str
+    """A Hugging Face folder or a hub id."""
+    output: Path
+    """The bundle's folder."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    target: str = "cpu"
+    quantize: str = "none"
+    block_size: int = 32
+    """Weights that share a scale, for schemes with blocks."""
+    context: int | None = None
+    """Tokens that a row can hold; None takes the model's maximum."""
+    verify: Verify = "full"
+    text: Path | None = None
+    """Text for the comparison of perplexities; None takes Python's own documentation."""
+    force: bool = False
+    """Replace an existing bundle, and write one that fails its verification (the manifest records that)."""
+
+    def __post_init__(self) -> None:
+        if self.verify not in get_args(Verify):
+            raise ExportError(f"--verify is {self.verify!r}; it must be one of {', '.join(get_args(Verify))}.")
+        if self.block_size not in BLOCK_SIZES:
+            raise ExportError(f"--block-size is {self.block_size}; it must be one of {BLOCK_SIZES}.")
+        if self.context is not None and self.context < 1:
+            raise ExportError(f"--context is {self.context}; it must be at least 1.")

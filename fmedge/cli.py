@@ -1,0 +1,79 @@
+"""The command line: one module for each command under fmedge.commands, put together here.
+
+Errors that fmedge raises on purpose become one line on stderr and exit code 1; usage errors exit with 2, an interrupt
+with 130. `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from fmedge_runtimes.errors import FmedgeError
+from fmedge_runtimes.version import __version__
+
+from fmedge.commands import export, generate, inspect, train, verify
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+  fmedge train text out/model --minutes 3
+
+  fmedge export out/model out/bundle --quantize int4
+
+  fmedge generate out/bundle "The list type"
+
+  fmedge inspect out/bundle
+"""
+
+app = typer.Typer(
+    name="fmedge",
+    help="Train, export and run language models on edge devices.",
+    epilog=EXAMPLES,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(train.app, name="train")
+app.command("export", epilog=export.EPILOG)(export.command)
+app.command("generate", epilog=generate.EPILOG)(generate.command)
+app.command("inspect")(inspect.command)
+app.command("verify")(verify.command)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"fmedge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train, export and run language models on edge devices."""
+    del debug  # main() looks for it before typer runs, since it decides what becomes of errors
+
+
+def main() -> None:
+    """Run the command line."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except FmedgeError as error:
+        if debug:
+            raise
+        typer.secho(f"fmedge: error: {error}", fg=typer.colors.RED if sys.stderr.isatty() else None, err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); there is nobody left to tell.
+        sys.stderr.close()
+        sys.exit(141)
+    except KeyboardInterrupt:
+        typer.echo("fmedge: interrupted", err=True)
+        sys.exit(130)

@@ -1,0 +1,64 @@
+"""`fmedge export`: a decoder to a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from fmedge_converters.export_options import ExportOptions, Verify
+
+EPILOG = """
+[bold]Examples[/bold]
+
+  fmedge export out/model out/bundle --quantize int4
+
+  fmedge export owner/name out/bundle --revision main --context 4096
+
+  fmedge export ./checkpoint out/gpu --target cuda --quantize int4 --verify graph
+"""
+
+
+def command(
+    source: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or folder of `fmedge train`.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub id.")
+    ] = ExportOptions.revision,
+    target: Annotated[str, typer.Option(help="cpu or cuda.")] = ExportOptions.target,
+    quantize: Annotated[str, typer.Option(help="none, int8 or int4.")] = ExportOptions.quantize,
+    block_size: Annotated[
+        int, typer.Option(help="Weights that share a scale (16 to 256), for int4 and for int8 on CUDA.")
+    ] = ExportOptions.block_size,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that a row can hold; the model's maximum unless given.")
+    ] = ExportOptions.context,
+    verify: Annotated[
+        Verify,
+        typer.Option(
+            help="full: compare the real weights with PyTorch. graph: the architecture only. none: trust it."
+        ),
+    ] = ExportOptions.verify,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text to compare perplexities on; Python's own documentation unless given."),
+    ] = ExportOptions.text,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a bundle; write one that fails its verification.")
+    ] = ExportOptions.force,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON line.")] = False,
+) -> None:
+    """Export a decoder to a bundle, with the proof that it computes what its source computes."""
+    from fmedge.commands.console import progress_bar
+    from fmedge.commands.inspect import show
+    from fmedge.extras import require_export
+
+    require_export()
+    from fmedge_converters.export import export
+
+    options = ExportOptions(
+        source, output, revision, target, quantize, block_size, context, verify, text, force
+    )
+    with progress_bar() as progress:
+        bundle = export(options, progress)
+    show(bundle, as_json=as_json)

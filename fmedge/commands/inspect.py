@@ -1,0 +1,66 @@
+"""`fmedge inspect`: what a bundle is, for a person or for a program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fmedge_runtimes.bundle import Bundle, Evidence
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON line.")] = False,
+) -> None:
+    """Show what a bundle is, where it comes from, and what was proven about it.
+
+    Checks the manifest and the sizes of the files; `fmedge verify` checks their content too.
+    """
+    from fmedge_runtimes.bundle import open_bundle
+
+    show(open_bundle(bundle, checksums=False), as_json=as_json)
+
+
+def show(bundle: Bundle, *, as_json: bool) -> None:
+    """Print a bundle as a table, or its manifest as one JSON line."""
+    if as_json:
+        typer.echo(bundle.manifest.model_dump_json())
+        return
+    width = max(len(name) for name, _ in _rows(bundle))
+    for name, value in _rows(bundle):
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+def _rows(bundle: Bundle) -> list[tuple[str, str]]:
+    manifest, text = bundle.manifest, bundle.manifest.text
+    source = manifest.source
+    cache = sum(2 * layer.kv_heads * layer.head_dim for layer in text.caches)
+    cache *= 4 if text.cache_dtype == "float32" else 2
+    block = f", blocks of {manifest.block_size}" if manifest.block_size else ""
+    rows = [
+        ("bundle", f"{bundle.folder} ({bundle.nbytes / 1e6:.1f} MB, format {manifest.format})"),
+        ("source", source.id + (f" at {source.revision}" if source.revision else "")),
+        ("licence", source.licence or "not stated by the source"),
+        ("model", f"{source.architecture}, {len(text.caches)} layers, vocabulary {text.vocabulary}"),
+        ("target", f"{manifest.target}, quantization {manifest.precision}{block}"),
+        ("context", f"{text.context} tokens; the cache takes {cache / 1024:.0f} KiB for each"),
+        ("chat", "has a chat template" if text.chat_template else "no chat template"),
+    ]
+    rows += [(f"evidence ({item.name})", _evidence(item)) for item in manifest.evidence]
+    if not manifest.evidence:
+        rows.append(("evidence", "none: exported with --verify none"))
+    if manifest.forced:
+        rows.append(("warning", "written with --force although its evidence spoke against it"))
+    rows.append(("made by", ", ".join(f"{name} {version}" for name, version in manifest.made_by.items())))
+    return rows
+
+
+def _evidence(evidence: Evidence) -> str:
+    figures = ", ".join(
+        f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
+        for name, value in evidence.figures.items()
+    )
+    return f"{'passed' if evidence.passed else 'FAILED'}: {evidence.what}: {figures}"

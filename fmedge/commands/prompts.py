@@ -1,0 +1,82 @@
+"""Where prompts come from: arguments, a text file with one on each line, JSON lines, or standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fmedge_runtimes.errors import RequestError
+from fmedge_runtimes.sampling import Sampling
+
+OVERRIDES = {item.name for item in fields(Sampling)}
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLine:
+    """One prompt: text, token ids, or the messages of a conversation."""
+
+    prompt: str | list[int] | None
+    messages: list[dict[str, Any]] | None
+    overrides: dict[str, Any]
+    """Fields of Sampling for this prompt alone."""
+
+
+def read_prompts(arguments: Sequence[str], source: str | None) -> list[PromptLine]:
+    """All prompts, those of the arguments first.
+
+    A .jsonl file (or JSON lines on standard input) gives {"prompt": text or ids} or {"messages": [...]} on each line,
+    and any field of Sampling for that prompt alone. Raises RequestError naming file and line.
+    """
+    lines = [PromptLine(argument, None, {}) for argument in arguments]
+    if source is not None:
+        lines += _read_source(source)
+    if not lines:
+        raise RequestError("there is no prompt; give one as an argument, or --input FILE, or --input - for stdin.")
+    return lines
+
+
+def _read_source(source: str) -> list[PromptLine]:
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8") if source == "-" else Path(source).read_text("utf-8")
+    except OSError as error:
+        raise RequestError(f"cannot read {source}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{source} is not UTF-8 text (byte {error.start}).") from error
+    rows = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    is_json = source.endswith(".jsonl") or (source == "-" and bool(rows) and rows[0][1].lstrip().startswith("{"))
+    if not is_json:
+        return [PromptLine(line, None, {}) for _, line in rows]
+    return [_from_json(f"{source}:{number}", line) for number, line in rows]
+
+
+def _from_json(where: str, line: str) -> PromptLine:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise RequestError(f"{where} is not JSON ({error}).") from error
+    if isinstance(record, str):
+        return PromptLine(record, None, {})
+    if not isinstance(record, dict):
+        raise RequestError(f'{where} must be an object like {{"prompt": "..."}}.')
+    prompt, messages = record.pop("prompt", None), record.pop("messages", None)
+    if (prompt is None) == (messages is None):
+        raise RequestError(f'{where} needs either "prompt" or "messages".')
+    ids = isinstance(prompt, list) and all(isinstance(token, int) for token in prompt)
+    if prompt is not None and not isinstance(prompt, str) and not ids:
+        raise RequestError(f'{where}: "prompt" must be a text or a list of token ids.')
+    if messages is not None and not (isinstance(messages, list) and all(isinstance(item, dict) for item in messages)):
+        raise RequestError(f'{where}: "messages" must be a list of objects with role and content.')
+    unknown = sorted(set(record) - OVERRIDES)
+    if unknown:
+        raise RequestError(f"{where} has the unknown key {unknown[0]!r}; known are prompt, messages, {', '.join(sorted(OVERRIDES))}.")
+    if "stop" in record and isinstance(record["stop"], list):
+        record["stop"] = tuple(record["stop"])
+    try:
+        Sampling(**record)
+    except (TypeError, RequestError) as error:
+        raise RequestError(f"{where}: {error}") from error
+    return PromptLine(prompt, messages, record)

@@ -1,0 +1,16 @@
+"""One sentence for a missing extra, instead of a traceback."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from fmedge_runtimes.errors import BackendError
+
+EXPORT = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "accelerate")
+
+
+def require_export() -> None:
+    """Raise BackendError unless what exporting and training need is installed."""
+    missing = [name for name in EXPORT if find_spec(name) is None]
+    if missing:
+        raise BackendError(f"{', '.join(missing)} is not installed: pip install 'fmedge[export,cpu]'.")

@@ -1,0 +1,32 @@
+"""Open a bundle and make it a model."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from fmedge_runtimes.backends import open_session
+from fmedge_runtimes.bundle import open_bundle
+from fmedge_runtimes.text import MAX_BATCH, TextModel
+
+
+def load(
+    path: str | PathLike[str],
+    *,
+    device: str | None = None,
+    max_batch: int = MAX_BATCH,
+    threads: int | None = None,
+    checksums: bool = True,
+) -> TextModel:
+    """Load a bundle.
+
+    `device` is "cpu" or "cuda"; None takes the one that the bundle was exported for. `max_batch` rows are decoded
+    together at most. `threads` None leaves the number to the backend. `checksums` reads every byte of the bundle once;
+    sizes are compared always.
+
+    Raises BundleError (no bundle, damaged, or of a newer format) and BackendError.
+    """
+    bundle = open_bundle(Path(path), checksums=checksums)
+    graph = bundle.file(bundle.manifest.graphs["decoder"].file)
+    session = open_session(graph, device or bundle.manifest.target, threads)
+    return TextModel(bundle, session, max_batch=max_batch)

@@ -1,0 +1,325 @@
+"""A text model: prompts in, completions out, many at once over one decoder and one cache.
+
+    model = load("out/bundle")
+    for completion in model.generate(["def fib(n):", "The list type"], Sampling(max_new_tokens=64)):
+        print(completion.text)
+    for delta in model.stream("Once"):
+        print(delta.text, end="")
+
+Requests join the batch as rows become free and leave it when they finish. What a request draws depends on its own
+seed and position alone, never on its neighbours; docs/determinism.md says what rounding can still change.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from fmedge_runtimes.bundle import Bundle
+from fmedge_runtimes.chat import ChatTemplate, Message
+from fmedge_runtimes.completion import Completion, Delta, FinishReason, Stats
+from fmedge_runtimes.decoder import Decoder
+from fmedge_runtimes.errors import BundleError, CacheMemoryError, FmedgeError, RequestError
+from fmedge_runtimes.kv_cache import KVCache
+from fmedge_runtimes.sampler import RowState, choose, fresh_seed
+from fmedge_runtimes.sampling import Sampling
+from fmedge_runtimes.session import Session
+from fmedge_runtimes.tokenizer import TextStream, Tokenizer
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+MAX_BATCH = 16
+"""Rows that are decoded together unless the caller says otherwise."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """A sequence that is being generated: one row of the batch."""
+
+    prompt_index: int
+    index: int
+    prompt: Sequence[int]
+    sampling: Sampling
+    state: RowState
+    text: TextStream | None
+    started: float
+    tokens: list[int] = field(default_factory=list)
+    first_token: float = 0.0
+
+
+class TextModel:
+    """A decoder with its tokenizer; `load` makes it. May be called from several threads."""
+
+    def __init__(self, bundle: Bundle, session: Session, *, max_batch: int = MAX_BATCH) -> None:
+        if max_batch < 1:
+            raise RequestError(f"max_batch is {max_batch}; it must be at least 1.")
+        facts = bundle.manifest.text
+        self.bundle = bundle
+        self.context = facts.context
+        self.max_batch = max_batch
+        self.tokenizer = Tokenizer(bundle.file(facts.tokenizer)) if facts.tokenizer else None
+        if self.tokenizer is not None and self.tokenizer.vocab_size > facts.vocabulary:
+            raise BundleError(
+                f"{bundle.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model {facts.vocabulary}; "
+                "they do not belong together: export the bundle again."
+            )
+        self.default_sampling = Sampling(**facts.sampling.model_dump())
+        self._decoder = Decoder(session, facts)
+        self._eos = frozenset(facts.eos_token_ids)
+        self._template = (
+            ChatTemplate(bundle.file(facts.chat_template).read_text("utf-8"), facts.special_tokens)
+            if facts.chat_template
+            else None
+        )
+        # The cache of the last call, kept for the next one; concurrent calls make their own.
+        self._idle_caches: deque[KVCache] = deque(maxlen=1)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> list[Completion]:
+        """Complete prompts in one batch; results are in the order of the prompts, n for each.
+
+        `sampling` is for all prompts, or one for each; None takes the bundle's recommended one. A prompt that cannot be
+        served gives a completion with finish_reason "error" and its reason; the others complete all the same.
+
+        Raises RequestError when the call itself is wrong, BackendError when the graph fails.
+        """
+        completions = [delta.completion for delta in self.stream(prompts, sampling) if delta.completion]
+        return sorted(completions, key=lambda completion: (completion.prompt_index, completion.index))
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> Iterator[Delta]:
+        """Like generate, but yields text as it comes; the last delta of each completion carries the completion."""
+        requests = self._requests(prompts, sampling)
+        cache = self._take_cache()
+        try:
+            yield from self._run(requests, cache)
+        finally:
+            cache.clear()
+            self._idle_caches.append(cache)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation as token ids, by the model's own template, ready to be completed.
+
+        Raises RequestError when the model has no chat template, or the template refuses the messages.
+        """
+        if self._template is None or self.tokenizer is None:
+            raise RequestError(f"{self.bundle.folder} has no chat template: this model completes text, it does not chat.")
+        # The template writes the special tokens itself.
+        return self.tokenizer.encode(self._template.render(messages), special=False)
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.floating]:
+        """The logits [S, V] behind every token of a text. Raises RequestError."""
+        self._check_tokens(tokens, room=0)
+        return self._decoder.score(self._decoder.new_cache(), tokens)
+
+    def close(self) -> None:
+        """Give the model's memory back; it cannot be used afterwards."""
+        self._idle_caches.clear()
+        self._decoder.session.close()
+
+    def __enter__(self) -> TextModel:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _requests(
+        self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None
+    ) -> list[tuple[Prompt, Sampling]]:
+        listed: list[Prompt]
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | np.integer)):
+            listed = [prompts]  # type: ignore[list-item]  # a single prompt, by the check
+        else:
+            listed = list(prompts)  # type: ignore[arg-type]
+        if sampling is None:
+            sampling = self.default_sampling
+        each = [sampling] * len(listed) if isinstance(sampling, Sampling) else list(sampling)
+        if len(each) != len(listed):
+            raise RequestError(f"{len(listed)} prompts with {len(each)} Samplings; give one for all, or one for each.")
+        return list(zip(listed, each, strict=True))
+
+    def _take_cache(self) -> KVCache:
+        try:
+            return self._idle_caches.pop()
+        except IndexError:
+            return self._decoder.new_cache()
+
+    def _run(self, requests: Sequence[tuple[Prompt, Sampling]], cache: KVCache) -> Iterator[Delta]:
+        """The loop: admit rows while there is room, decode all of them, choose tokens, let go of the finished."""
+        started = time.perf_counter()
+        waiting: deque[_Row] = deque()
+        for number, (prompt, sampling) in enumerate(requests):
+            try:
+                waiting.extend(self._rows(number, prompt, sampling, started))
+            except FmedgeError as error:
+                yield _refused(number, sampling, started, error)
+        live: list[_Row] = []
+        while waiting or live:
+            yield from self._admit(waiting, live, cache)
+            if live:
+                yield from self._step(live, cache)
+
+    def _rows(self, number: int, prompt: Prompt, sampling: Sampling, started: float) -> list[_Row]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError(f"{self.bundle.folder} has no tokenizer; give prompts as token ids.")
+            if not prompt:
+                raise RequestError(f"prompt {number} is empty; give it at least one character.")
+            tokens: Sequence[int] = self.tokenizer.encode(prompt)
+        else:
+            tokens = [int(token) for token in prompt]
+        self._check_tokens(tokens, room=1)
+        seed = fresh_seed() if sampling.seed is None else sampling.seed
+        sampling = replace(sampling, seed=seed)
+        return [
+            _Row(
+                number,
+                index,
+                tokens,
+                sampling,
+                RowState(sampling, seed, index, tokens, self._decoder.facts.vocabulary),
+                TextStream(self.tokenizer, sampling.stop) if self.tokenizer else None,
+                started,
+            )
+            for index in range(sampling.n)
+        ]
+
+    def _check_tokens(self, tokens: Sequence[int], room: int) -> None:
+        vocabulary = self._decoder.facts.vocabulary
+        if not tokens:
+            raise RequestError("the prompt has no tokens.")
+        if len(tokens) + room > self.context:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens and the context holds {self.context}, which leaves no room for a "
+                "completion; shorten it, or export with a larger --context if the model allows it."
+            )
+        wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
+        if wrong is not None:
+            raise RequestError(f"token id {wrong} is outside the vocabulary of {vocabulary}.")
+
+    def _admit(self, waiting: deque[_Row], live: list[_Row], cache: KVCache) -> Iterator[Delta]:
+        """Prefill waiting rows while there is room for them; completions of one prompt share its prefill."""
+        rows = min(self.max_batch, len(live) + len(waiting))
+        last: tuple[_Row, int, npt.NDArray[np.floating]] | None = None
+        while waiting and len(live) < rows:
+            row = waiting[0]
+            slot = len(live)
+            try:
+                if last is not None and last[0].prompt_index == row.prompt_index:
+                    logits = last[2]
+                    cache.reserve(slot + 1, len(row.prompt) + 1)
+                    cache.lengths.append(len(row.prompt))
+                    cache.copy_row(last[1], slot)
+                else:
+                    cache.reserve(rows, max(len(row.prompt) + 1, cache.capacity))
+                    logits = self._decoder.prefill(cache, slot, row.prompt)
+            except CacheMemoryError as error:
+                if live:
+                    return  # rows that finish make room
+                if rows > 1:
+                    rows = 1  # nothing else runs: try this row alone
+                    continue
+                waiting.popleft()
+                yield self._finish(row, "error", error)
+                continue
+            waiting.popleft()
+            live.append(row)
+            yield from self._take(live, cache, logits[None], first=slot)
+            # A row that ended with its first token has left no cache to copy.
+            last = (row, slot, logits) if len(live) > slot else None
+
+    def _step(self, live: list[_Row], cache: KVCache) -> Iterator[Delta]:
+        """One token for every live row."""
+        try:
+            logits = self._decoder.decode(cache, [row.tokens[-1] for row in live])  # [R, V]
+        except CacheMemoryError as error:
+            # Only the longest row needs the room; the others go on.
+            longest = max(range(len(live)), key=lambda index: cache.lengths[index])
+            yield self._finish(live[longest], "error", error)
+            _drop(live, cache, longest)
+            return
+        yield from self._take(live, cache, logits, first=0)
+
+    def _take(
+        self, live: list[_Row], cache: KVCache, logits: npt.NDArray[np.floating], first: int
+    ) -> Iterator[Delta]:
+        """Choose a token for the rows from `first` on, emit their text, drop those that finish."""
+        chosen = choose(logits, [row.state for row in live[first:]])
+        now = time.perf_counter()
+        for slot in range(len(live) - 1, first - 1, -1):
+            row, token = live[slot], int(chosen[slot - first])
+            if token < 0:
+                error = RequestError("the model's logits are not finite; its weights or its cache are damaged.")
+                yield self._finish(row, "error", error)
+                _drop(live, cache, slot)
+                continue
+            row.state.record(token)
+            row.tokens.append(token)
+            row.first_token = row.first_token or now
+            ended = token in self._eos and not row.sampling.ignore_eos
+            text = row.text.push(token) if row.text is not None and not ended else ""
+            reason = self._finish_reason(row, ended)
+            if reason is not None:
+                yield self._finish(row, reason, None, text)
+                _drop(live, cache, slot)
+            elif text:
+                yield Delta(row.prompt_index, row.index, text)
+
+    def _finish_reason(self, row: _Row, ended: bool) -> FinishReason | None:
+        if ended:
+            return "eos"
+        if row.text is not None and row.text.stopped:
+            return "stop"
+        if len(row.tokens) >= row.sampling.max_new_tokens:
+            return "length"
+        if len(row.prompt) + len(row.tokens) >= self.context:
+            return "context"
+        return None
+
+    def _finish(self, row: _Row, reason: FinishReason, error: FmedgeError | None, text: str = "") -> Delta:
+        """The last delta of a row: what text was held back, and the completion."""
+        if row.text is not None:
+            text += row.text.flush()
+        now = time.perf_counter()
+        first = row.first_token or now
+        later = len(row.tokens) - 1
+        stats = Stats(
+            prompt_tokens=len(row.prompt),
+            new_tokens=len(row.tokens),
+            first_token_seconds=first - row.started,
+            seconds=now - row.started,
+            decode_tokens_per_second=later / (now - first) if later > 0 and now > first else 0.0,
+        )
+        completion = Completion(
+            prompt_index=row.prompt_index,
+            index=row.index,
+            text=row.text.text if row.text is not None else "",
+            tokens=tuple(row.tokens),
+            finish_reason=reason,
+            seed=row.sampling.seed or 0,
+            stats=stats,
+            error=error,
+        )
+        return Delta(row.prompt_index, row.index, text, completion)
+
+
+def _drop(live: list[_Row], cache: KVCache, slot: int) -> None:
+    """Let go of a row; the last one takes its place, in the cache and in the list alike."""
+    cache.drop_row(slot)
+    live[slot] = live[-1]
+    live.pop()
+
+
+def _refused(number: int, sampling: Sampling, started: float, error: FmedgeError) -> Delta:
+    seconds = time.perf_counter() - started
+    stats = Stats(0, 0, seconds, seconds, 0.0)
+    completion = Completion(number, 0, "", (), "error", sampling.seed or 0, stats, error)
+    return Delta(number, 0, "", completion)
