@@ -144,9 +144,7 @@ def test_the_built_in_text_comes_from_sources_that_are_parsed_and_not_imported(t
         (tmp_path / name).write_text(source)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(python_text, "ENOUGH_BYTES", 1)
-    monkeypatch.setitem(
-        sys.modules, "pydoc_data.topics", SimpleNamespace(topics={"b": "Topic b\n", "a": "Topic a\n"})
-    )
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", SimpleNamespace(topics={"b": "Topic b\n", "a": "Topic a\n"}))
     assert python_documents() == ["Topic a", "Topic b", "Z.", "B.", "F \\d.", "M."]
 
 

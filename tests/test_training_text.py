@@ -1,6 +1,7 @@
 """Whole runs of train_text on a model of a few thousand weights."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -8,13 +9,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from fmedge_runtimes.errors import DataError, TrainingError
 
+from fmedge.training import pretraining, schedule
 from fmedge.training.presets import PRESETS
+from fmedge.training.schedule import learning_rate_factor
 from fmedge.training.text import TextTraining, train_text
+from fmedge.training.workfolder import WorkFolder
 
 CONFIG = {
     "model_type": "llama",
@@ -29,6 +34,17 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 SEQUENCE = 32
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are too small to share, and waiting for a second core that is busy takes long."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Killed(BaseException):
@@ -116,9 +132,7 @@ def test_a_run_learns_and_its_folder_loads_anywhere(options):
     assert model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
 
     report = json.loads((options.output / "training.json").read_text())
-    assert report["result"] == {
-        name: value for name, value in dataclasses.asdict(result).items() if name != "output"
-    }
+    assert report["result"] == {name: value for name, value in dataclasses.asdict(result).items() if name != "output"}
     assert report["options"]["learning_rate"] == 0.01
     assert (result.steps, result.tokens_seen) == (40, 40 * 4 * SEQUENCE)
     assert result.tokens_per_second == pytest.approx(result.tokens_seen / result.seconds)
@@ -166,7 +180,9 @@ KILLED_IN_A_CHECKPOINT = """
 import os, signal, sys, json
 from pathlib import Path
 from fmedge.training import workfolder
+from fmedge.training import pretraining, schedule
 from fmedge.training.presets import PRESETS
+from fmedge.training.schedule import learning_rate_factor
 from fmedge.training.text import TextTraining, train_text
 
 complete = workfolder.WorkFolder.complete_checkpoint
@@ -193,7 +209,7 @@ def test_a_kill_within_a_checkpoint_costs_that_checkpoint_only(options):
     path = os.pathsep.join(sys.path)
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_IN_A_CHECKPOINT, plain],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -210,20 +226,42 @@ def test_a_kill_within_a_checkpoint_costs_that_checkpoint_only(options):
     assert_same_weights(options.output, whole.output)
 
 
-def test_minutes_end_the_run_and_count_across_a_kill(options):
-    timed = dataclasses.replace(options, steps=None, minutes=0.02, checkpoint_steps=2)
+def test_minutes_end_the_run_and_count_across_a_kill(options, monkeypatch):
+    clock = itertools.count(step=0.125)  # Every look at the clock takes an eighth of a second.
+    monkeypatch.setattr(schedule, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    timed = dataclasses.replace(options, steps=None, minutes=3 / 60, checkpoint_steps=4)
+    rates = []
+
+    def factor(fraction):
+        rates.append(learning_rate_factor(fraction))
+        return rates[-1]
+
+    monkeypatch.setattr(pretraining, "learning_rate_factor", factor)
     with pytest.raises(Killed):
-        train_text(
-            timed, killed_when(lambda progress: progress.phase == "training" and progress.seconds > 0.7)
-        )
+        train_text(timed, killed_when(lambda progress: progress.step == 10))
     seen = []
     result = train_text(dataclasses.replace(timed, resume=True), seen.append)
     training = [progress for progress in seen if progress.phase == "training"]
-    assert training[0].seconds > 0.3  # Not from zero.
-    assert training[0].step > 2
-    assert training[-1].fraction == 1.0
-    assert all(progress.fraction < 1.0 for progress in training[:-1])
-    assert 1.2 <= result.seconds < 2.2
+    # The last checkpoint has the looks of 8 steps and of 2 checkpoints.
+    assert (training[0].step, training[0].seconds) == (9, pytest.approx(11 / 8))
+    assert [progress.fraction == 1.0 for progress in training] == [False] * (len(training) - 1) + [True]
+    assert 3.0 <= result.seconds <= 3.25
+    assert rates[-2 * len(training)] == pytest.approx(learning_rate_factor(11 / 24))
+    assert rates[-2:] == [0.0, 0.0]  # One for each of the optimizer's parameter groups.
+
+
+def test_a_checkpoint_is_written_every_so_many_minutes(options, monkeypatch):
+    clock = itertools.count(step=1)
+    monkeypatch.setattr(schedule, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    saved = []
+    complete = WorkFolder.complete_checkpoint
+    monkeypatch.setattr(
+        WorkFolder,
+        "complete_checkpoint",
+        lambda *arguments: saved.append(arguments[1]) or complete(*arguments),
+    )
+    train_text(dataclasses.replace(options, checkpoint_minutes=4 / 60, checkpoint_steps=None))
+    assert saved == [4, 7, 10]  # Writing one takes a look at the clock, too.
 
 
 def test_a_resumed_run_keeps_to_its_options_and_needs_no_data(options, tmp_path):
@@ -423,9 +461,7 @@ def test_torchrun_trains_on_two_processes_and_one_of_them_writes(options, tmp_pa
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)  # One line: the other process prints nothing.
     assert (result["devices"], result["tokens_seen"]) == (2, 6 * 2 * 2 * SEQUENCE)
-    assert result["perplexity_after"] == pytest.approx(
-        validation_perplexity(options.output, options), rel=1e-5
-    )
+    assert result["perplexity_after"] == pytest.approx(validation_perplexity(options.output, options), rel=1e-5)
     alone = train_text(dataclasses.replace(options, output=tmp_path / "alone", steps=6))
     # The same sequences in each step, but added up in another order.
     assert result["perplexity_after"] == pytest.approx(alone.perplexity_after, rel=0.01)

@@ -17,9 +17,7 @@ from fmedge.training.tokenizer import (
     train_tokenizer,
 )
 
-DOCUMENTS = tuple(
-    f"    def number_{number}(self):\n        return {number * 37}  # é\n" for number in range(60)
-)
+DOCUMENTS = tuple(f"    def number_{number}(self):\n        return {number * 37}  # é\n" for number in range(60))
 TRAINED = train_tokenizer(DOCUMENTS, 400)
 
 
@@ -47,10 +45,7 @@ def test_training_is_deterministic_and_keeps_to_its_size():
 
 def test_every_document_ends_in_the_end_token():
     tokens = tokens_from_documents(TRAINED, ["one", " two"])
-    assert (
-        TRAINED.tokenizer.decode(list(tokens), skip_special_tokens=False)
-        == f"one{END_OF_TEXT} two{END_OF_TEXT}"
-    )
+    assert TRAINED.tokenizer.decode(list(tokens), skip_special_tokens=False) == f"one{END_OF_TEXT} two{END_OF_TEXT}"
     assert tokens[-1] == TRAINED.eos
     many = ["x"] * 2500
     assert len(tokens_from_documents(TRAINED, many)) == 5000

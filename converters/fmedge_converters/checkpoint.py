@@ -119,9 +119,7 @@ class Checkpoint:
 
         Raises SourceError: a parameter is missing, a shape differs, a storage type is not supported.
         """
-        wanted = {
-            name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)
-        }
+        wanted = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
         found = self._renamed(model, wanted)
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         for target, origin in tied.items():
@@ -143,9 +141,7 @@ class Checkpoint:
                 )
         return {name: self._weight(found[name]) for name in wanted}
 
-    def _renamed(
-        self, model: PreTrainedModel, wanted: dict[str, tuple[int, ...]]
-    ) -> dict[str, StoredTensor]:
+    def _renamed(self, model: PreTrainedModel, wanted: dict[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
         transforms = get_model_conversion_mapping(model)
         renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
         converters = [item for item in transforms if isinstance(item, WeightConverter)]
@@ -154,13 +150,11 @@ class Checkpoint:
             if name in wanted:
                 found[name] = self.stored[name]
                 continue
-            target, converted = rename_source_key(
-                name, renamings, converters, model.base_model_prefix, wanted
-            )
+            target, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
             if converted is not None and target in wanted:
                 raise SourceError(
                     f"{self.folder}: {name} must be merged with other tensors into {target}, which fmedge "
-                    f"does not do yet for {model.config.model_type}; load the model with transformers and save it again."
+                    f"does not do yet for {model.config.model_type}; load it with transformers and save it again."
                 )
             if target in wanted:
                 found[target] = self.stored[name]
@@ -190,4 +184,3 @@ class Checkpoint:
             return array
 
         return Weight(tensor.shape, self.dtype, read)
-

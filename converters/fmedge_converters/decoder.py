@@ -164,7 +164,15 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=dtype, attn_implementation=INTERFACE
             )
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
         raise SourceError(
             f"transformers cannot build {config.model_type} with the attention interface: {error}"
         ) from error
@@ -185,9 +193,7 @@ def _fake_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) not in fakes:
                 kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
-                fakes[id(parameter)] = torch.nn.Parameter(
-                    torch.empty(parameter.shape, dtype=kind), requires_grad=False
-                )
+                fakes[id(parameter)] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=kind), requires_grad=False)
             module.register_parameter(name, fakes[id(parameter)])
 
 
@@ -207,12 +213,11 @@ def _freeze_rope(model: PreTrainedModel, context: int) -> None:
                 f"export with --context {limit} or less."
             )
     for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        if isinstance(kind, str) and any(name in kind for name in FIXED_ROPE):
+        found: Any = getattr(module, "rope_type", None)
+        if isinstance(found, dict):
+            module.rope_type = {key: "default" if value in FIXED_ROPE else value for key, value in found.items()}
+        elif isinstance(found, str) and any(name in found for name in FIXED_ROPE):
             module.rope_type = "default"
-        elif isinstance(kind, dict):
-            fixed = {key: "default" if value in FIXED_ROPE else value for key, value in kind.items()}
-            module.rope_type = fixed
 
 
 class _Step(torch.nn.Module):
@@ -241,9 +246,7 @@ class _Step(torch.nn.Module):
         recorder = _Recorder(dialect=self.dialect, step=step, past=past)
         try:
             with _recording(recorder):
-                output = self.model(
-                    input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True
-                )
+                output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True)
         finally:
             hook.remove()
         return output.logits.squeeze(0), [recorder.present[layer] for layer in range(self.layers)]
@@ -269,9 +272,7 @@ def _layer_caches(model: PreTrainedModel) -> tuple[LayerCache, ...]:
     return tuple(recorder.caches[layer] for layer in range(layers))
 
 
-def trace_decoder(
-    config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype, context: int
-) -> TracedDecoder:
+def trace_decoder(config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype, context: int) -> TracedDecoder:
     """Trace the decoder of a configuration in a dialect.
 
     Graph inputs: input_ids [B, S], position_ids [B, S], logits_indices [N] (positions, of B * S, whose logits are
@@ -297,9 +298,7 @@ def trace_decoder(
             f"{config.model_type} cannot be traced: {type(error).__name__}: {first[0] if first else ''}"
         ) from error
     graph = program.model
-    parameters = {
-        name: name.removeprefix("model.") for name in graph.graph.initializers if _is_fake(graph, name)
-    }
+    parameters = {name: name.removeprefix("model.") for name in graph.graph.initializers if _is_fake(graph, name)}
     return TracedDecoder(graph, model, caches, parameters)
 
 

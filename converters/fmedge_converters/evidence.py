@@ -84,8 +84,7 @@ def text_facts(built: BuiltDecoder, context: int) -> TextFacts:
         vocabulary=built.vocabulary,
         cache_dtype=_cache_dtype(built),
         caches=tuple(
-            CacheFacts(kv_heads=cache.kv_heads, head_dim=cache.head_dim, window=cache.window)
-            for cache in built.caches
+            CacheFacts(kv_heads=cache.kv_heads, head_dim=cache.head_dim, window=cache.window) for cache in built.caches
         ),
         eos_token_ids=(),
         special_tokens={},
@@ -114,9 +113,7 @@ def graph_evidence(config: PretrainedConfig, progress: Progress) -> Evidence:
         reference = write_random_model(small, folder / "model", seed=0)
         options = BuildOptions(target, FLOATING, block_size=0, context=GRAPH_CONTEXT)
         built = build_decoder(small, folder / "model", folder, options, lambda *_: None)
-        decoder = Decoder(
-            OnnxRuntimeSession(built.written.graph, "cpu", None), text_facts(built, GRAPH_CONTEXT)
-        )
+        decoder = Decoder(OnnxRuntimeSession(built.written.graph, "cpu", None), text_facts(built, GRAPH_CONTEXT))
         random = np.random.default_rng(0)
         prompts = [random.integers(1, built.vocabulary, length).tolist() for length in GRAPH_PROMPTS]
         found = continue_greedily(decoder, prompts, GRAPH_STEPS)
@@ -187,8 +184,8 @@ def load_reference(folder: Path, parameters: int) -> PreTrainedModel:
     need, free = parameters * 4, available_bytes()
     if free is not None and need > free * 0.9:
         raise SourceError(
-            f"comparing with PyTorch needs {need / 1e9:.1f} GB of memory for the original in fp32 and {free / 1e9:.1f} GB "
-            "are free; use --verify graph, which checks the architecture only."
+            f"comparing with PyTorch needs {need / 1e9:.1f} GB of memory for the original in fp32 and "
+            f"{free / 1e9:.1f} GB are free; use --verify graph, which checks the architecture only."
         )
     with quiet_libraries():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

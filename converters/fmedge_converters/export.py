@@ -1,6 +1,6 @@
 """Export a decoder to a bundle: one function, from a source to a folder that is complete or not there at all.
 
-    export(ExportOptions("path/to/model", Path("out/bundle"), quantize="int4"))
+export(ExportOptions("path/to/model", Path("out/bundle"), quantize="int4"))
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def _judge(evidence: Evidence, options: ExportOptions) -> None:
         for name, value in evidence.figures.items()
     )
     raise ParityError(
-        f"the export does not compute what its source computes, so nothing was written ({evidence.name}: {evidence.what}: "
-        f"{figures}); --force writes it all the same and records that in the manifest."
+        f"the export does not compute what its source computes, so nothing was written ({evidence.name}: "
+        f"{evidence.what}: {figures}); --force writes it all the same and records that in the manifest."
     )
 
 
@@ -261,9 +261,7 @@ def _sampling(generation: GenerationConfig) -> SamplingFacts:
     )
 
 
-def _evaluation_tokens(
-    options: ExportOptions, folder: Path, facts: TextFacts
-) -> tuple[list[list[int]], list[int]]:
+def _evaluation_tokens(options: ExportOptions, folder: Path, facts: TextFacts) -> tuple[list[list[int]], list[int]]:
     """Fixed prompts, and a text, as token ids; random ids for a model without a tokenizer."""
     if facts.tokenizer is None:
         random = np.random.default_rng(0)
@@ -302,14 +300,16 @@ def _graph_facts(model: ir.Model) -> GraphFacts:
             for value in values
         )
 
-    return GraphFacts(
-        file=f"{STEM}.onnx", inputs=facts(model.graph.inputs), outputs=facts(model.graph.outputs)
-    )
+    return GraphFacts(file=f"{STEM}.onnx", inputs=facts(model.graph.inputs), outputs=facts(model.graph.outputs))
 
 
 def _made_by() -> dict[str, str]:
     packages = ("torch", "transformers", "onnx-ir", "onnxruntime")
-    return {"fmedge": __version__, "python": platform.python_version(), **{name: _version(name) for name in packages}}
+    return {
+        "fmedge": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+    }
 
 
 def _version(package: str) -> str:

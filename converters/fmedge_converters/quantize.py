@@ -12,9 +12,7 @@ def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int) -> None:
     projections = linears(graph)
     head = projections[-1] if projections else None
     embeddings = _embeddings(graph)
-    tied = {
-        embedding.node: head is not None and head.weight is embedding.weight for embedding in embeddings
-    }
+    tied = {embedding.node: head is not None and head.weight is embedding.weight for embedding in embeddings}
     for linear in projections:
         scheme.linear(graph, linear, is_head=linear is head, block_size=block_size)
     for embedding in embeddings:
@@ -29,6 +27,12 @@ def _embeddings(graph: DecoderGraph) -> list[Embedding]:
             continue
         weight, ids = node.inputs
         known = graph.weight(weight)
-        if weight is not None and ids is not None and known is not None and ids.name == "input_ids" and len(known.shape) == 2:
+        if (
+            weight is not None
+            and ids is not None
+            and known is not None
+            and ids.name == "input_ids"
+            and len(known.shape) == 2
+        ):
             found.append(Embedding(node, weight, ids, node.outputs[0]))
     return found

@@ -17,7 +17,13 @@ from fmedge_converters.decoder import quiet_libraries, text_config
 VOCABULARY = 512
 MLP = 512
 MIN_LAYERS = 2
-MLP_SIZES = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "shared_expert_intermediate_size")
+MLP_SIZES = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "shared_expert_intermediate_size",
+)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id")
 
 

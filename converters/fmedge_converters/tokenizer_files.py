@@ -26,7 +26,14 @@ SAMPLES = (
     "<s>[INST] not a special token </s> <|endoftext|>",
     " ",
 )
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model", "vocab.txt")
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "tokenizer_config.json",
+    "spiece.model",
+    "vocab.txt",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +73,7 @@ def write_tokenizer(source: Path, output: Path) -> TokenizerFacts | None:
         template = template.get("default")
     if template:
         (output / CHAT_TEMPLATE).write_text(template, "utf-8")
-    special = {
-        name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
-    }
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     return TokenizerFacts(
         TOKENIZER, CHAT_TEMPLATE if template else None, special, len(tokenizer), tokenizer.eos_token_id
     )
@@ -84,5 +89,5 @@ def _compare(source: Path, reference: Any, plain: tokenizers.Tokenizer) -> None:
         if list(wanted) != list(found):
             raise SourceError(
                 f"{source}: the tokenizers library gives other ids than transformers for {sample!r} "
-                f"({list(found)[:8]} instead of {list(wanted)[:8]}); fmedge would feed the model other text than you wrote."
+                f"({list(found)[:8]} instead of {list(wanted)[:8]}); the model would read other text than you wrote."
             )

@@ -31,9 +31,7 @@ class WrittenGraph:
     weight_bytes: int
 
 
-def write_graph(
-    graph: DecoderGraph, folder: Path, stem: str, progress: Callable[[int, int], None]
-) -> WrittenGraph:
+def write_graph(graph: DecoderGraph, folder: Path, stem: str, progress: Callable[[int, int], None]) -> WrittenGraph:
     """Write the graph as `stem`.onnx and `stem`.onnx.data; `progress` gets bytes done and in all.
 
     Raises OSError when the disk is full.
@@ -51,20 +49,21 @@ def write_graph(
             if tensor.nbytes <= INLINE_BYTES:
                 value.const_value = ir.tensor(np.ascontiguousarray(tensor.numpy()), name=value.name)
                 continue
-            content = memoryview(np.ascontiguousarray(tensor.numpy())).cast("B")
+            array = np.ascontiguousarray(tensor.numpy())
+            shape, content = array.shape, array.reshape(-1).data.cast("B")
             key = (len(content), hashlib.sha256(content).digest())
             if key not in written:
                 file.write(b"\0" * (-file.tell() % ALIGNMENT))
                 written[key] = file.tell()
                 file.write(content)
             length = len(content)
-            del content
+            del array, content
             value.const_value = ir.ExternalTensor(
                 data_path.name,
                 written[key],
                 length,
                 tensor.dtype,
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(shape),
                 name=str(value.name),
                 base_dir=folder,
             )

@@ -16,9 +16,7 @@ from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.text import Prompt
 
 
-def write_completions(
-    deltas: Iterable[Delta], prompts: Sequence[Prompt], *, output: str | None, as_json: bool
-) -> int:
+def write_completions(deltas: Iterable[Delta], prompts: Sequence[Prompt], *, output: str | None, as_json: bool) -> int:
     """Write completions as they come; returns how many prompts failed, whose reasons are on stderr.
 
     One prompt streams as plain text. Several appear side by side on a terminal, and one after the other, each when it

@@ -22,9 +22,7 @@ EPILOG = """
 def command(
     source: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or folder of `fmedge train`.")],
     output: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a hub id.")
-    ] = ExportOptions.revision,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = ExportOptions.revision,
     target: Annotated[str, typer.Option(help="cpu or cuda.")] = ExportOptions.target,
     quantize: Annotated[str, typer.Option(help="none, int8 or int4.")] = ExportOptions.quantize,
     block_size: Annotated[
@@ -35,9 +33,7 @@ def command(
     ] = ExportOptions.context,
     verify: Annotated[
         Verify,
-        typer.Option(
-            help="full: compare the real weights with PyTorch. graph: the architecture only. none: trust it."
-        ),
+        typer.Option(help="full: compare the real weights with PyTorch. graph: the architecture only. none: trust it."),
     ] = ExportOptions.verify,
     text: Annotated[
         Path | None,
@@ -56,9 +52,7 @@ def command(
     require_export()
     from fmedge_converters.export import export
 
-    options = ExportOptions(
-        source, output, revision, target, quantize, block_size, context, verify, text, force
-    )
+    options = ExportOptions(source, output, revision, target, quantize, block_size, context, verify, text, force)
     with progress_bar() as progress:
         bundle = export(options, progress)
     show(bundle, as_json=as_json)

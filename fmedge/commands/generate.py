@@ -34,7 +34,8 @@ def command(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; all are served in one batch.")] = None,
     source: Annotated[
-        str | None, typer.Option("--input", "-i", help="File with prompts: one on each line, or .jsonl; - is stdin.")
+        str | None,
+        typer.Option("--input", "-i", help="File with prompts: one on each line, or .jsonl; - is stdin."),
     ] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Write completions to a .jsonl file; - is stdout.")
@@ -44,7 +45,8 @@ def command(
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 is off.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that sum to p; 1 is off.")] = None,
     min_p: Annotated[
-        float | None, typer.Option(help="Draw from tokens at least this times as likely as the likeliest; 0 is off.")
+        float | None,
+        typer.Option(help="Draw from tokens at least this times as likely as the likeliest; 0 is off."),
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None,
     presence_penalty: Annotated[float | None, typer.Option(help="Subtracted from logits of tokens seen.")] = None,

@@ -72,7 +72,9 @@ def _from_json(where: str, line: str) -> PromptLine:
         raise RequestError(f'{where}: "messages" must be a list of objects with role and content.')
     unknown = sorted(set(record) - OVERRIDES)
     if unknown:
-        raise RequestError(f"{where} has the unknown key {unknown[0]!r}; known are prompt, messages, {', '.join(sorted(OVERRIDES))}.")
+        raise RequestError(
+            f"{where} has the unknown key {unknown[0]!r}; known are prompt, messages, {', '.join(sorted(OVERRIDES))}."
+        )
     if "stop" in record and isinstance(record["stop"], list):
         record["stop"] = tuple(record["stop"])
     try:

@@ -48,12 +48,8 @@ def text(
             show_default=False,
         ),
     ] = DEFAULT["data"],
-    field: Annotated[str, typer.Option(help="The field of a .jsonl file that holds the text.")] = DEFAULT[
-        "field"
-    ],
-    preset: Annotated[str, typer.Option(help=f"The size of the model: {', '.join(PRESETS)}.")] = DEFAULT[
-        "preset"
-    ],
+    field: Annotated[str, typer.Option(help="The field of a .jsonl file that holds the text.")] = DEFAULT["field"],
+    preset: Annotated[str, typer.Option(help=f"The size of the model: {', '.join(PRESETS)}.")] = DEFAULT["preset"],
     config: Annotated[
         Path | None, typer.Option(help="A transformers config.json, in place of the preset's architecture.")
     ] = DEFAULT["config"],
@@ -70,22 +66,20 @@ def text(
     batch: Annotated[
         int | None, typer.Option(help="Sequences of a step on one device; the preset's without it.")
     ] = DEFAULT["batch"],
-    learning_rate: Annotated[
-        float | None, typer.Option(help="At its highest; the preset's without it.")
-    ] = DEFAULT["learning_rate"],
+    learning_rate: Annotated[float | None, typer.Option(help="At its highest; the preset's without it.")] = DEFAULT[
+        "learning_rate"
+    ],
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
         typer.Option(help="auto: bfloat16 where the device has it in hardware."),
     ] = DEFAULT["precision"],
-    seed: Annotated[int, typer.Option(help="For the first weights and the order of the data.")] = DEFAULT[
-        "seed"
+    seed: Annotated[int, typer.Option(help="For the first weights and the order of the data.")] = DEFAULT["seed"],
+    checkpoint_minutes: Annotated[float, typer.Option(help="How much training a kill may cost, in minutes.")] = DEFAULT[
+        "checkpoint_minutes"
     ],
-    checkpoint_minutes: Annotated[
-        float, typer.Option(help="How much training a kill may cost, in minutes.")
-    ] = DEFAULT["checkpoint_minutes"],
-    checkpoint_steps: Annotated[
-        int | None, typer.Option(help="The same in steps; whichever comes first.")
-    ] = DEFAULT["checkpoint_steps"],
+    checkpoint_steps: Annotated[int | None, typer.Option(help="The same in steps; whichever comes first.")] = DEFAULT[
+        "checkpoint_steps"
+    ],
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run; repeat its other options.")
     ] = DEFAULT["resume"],
@@ -121,9 +115,7 @@ def text(
     with progress_bar() if first else contextlib.nullcontext() as bar:
         result = train_text(options, None if bar is None else _report_from_bar(bar))
     if first:
-        typer.echo(
-            json.dumps({**dataclasses.asdict(result), "output": str(output)}) if json_ else _summary(result)
-        )
+        typer.echo(json.dumps({**dataclasses.asdict(result), "output": str(output)}) if json_ else _summary(result))
 
 
 def _report_from_bar(bar: Callable[[str, int, int], None]) -> Report:

@@ -147,9 +147,7 @@ def _documents_from_jsonl(data: bytes, path: Path, field: str) -> list[str]:
             raise DataError(f"{path}, line {number}: a JSON object is needed, not {type(record).__name__}")
         if field not in record:
             fields = ", ".join(sorted(record)) or "none"
-            raise DataError(
-                f'{path}, line {number}: no field "{field}": name the field with --field (here: {fields})'
-            )
+            raise DataError(f'{path}, line {number}: no field "{field}": name the field with --field (here: {fields})')
         if not isinstance(record[field], str):
             kind = type(record[field]).__name__
             raise DataError(f'{path}, line {number}: the field "{field}" must be a string, not {kind}')
@@ -181,8 +179,7 @@ def _text(data: bytes, name: str) -> str:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{name}: is not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start}): "
-            "convert it to UTF-8 first"
+            f"{name}: is not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start}): convert it to UTF-8 first"
         ) from error
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 

@@ -62,9 +62,7 @@ def is_prepared(options: TextTraining, work: WorkFolder) -> bool:
     if record is None:
         return False
     before, now = Preparation(**record).options, _deciding_options(options)
-    changes = [
-        f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]
-    ]
+    changes = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
     if changes:
         raise TrainingError(
             f"{work.path}: was begun with other options ({'; '.join(changes)}): resume it with the same, "
@@ -87,9 +85,7 @@ def prepare(options: TextTraining, work: WorkFolder, report: Report) -> None:
     config = llama_config_from_preset(preset) if options.config is None else _read_config(options.config)
     sequence_length = _sequence_length(options, preset, config)
     report(Progress("reading"))
-    documents = (
-        documents_from_sources(options.data, field=options.field) if options.data else python_documents()
-    )
+    documents = documents_from_sources(options.data, field=options.field) if options.data else python_documents()
     corpus = split_documents(documents)
     report(Progress("tokenizing"))
     text_tokenizer = _tokenizer(options, preset, config, corpus)
@@ -119,9 +115,7 @@ def prepare(options: TextTraining, work: WorkFolder, report: Report) -> None:
     work.write_preparation(dataclasses.asdict(preparation), text_tokenizer.files, train, validation)
 
 
-def _tokenizer(
-    options: TextTraining, preset: Preset, config: dict[str, Any], corpus: Corpus
-) -> TextTokenizer:
+def _tokenizer(options: TextTraining, preset: Preset, config: dict[str, Any], corpus: Corpus) -> TextTokenizer:
     if options.tokenizer is None:
         return train_tokenizer(corpus.train, config.get("vocab_size", preset.vocabulary))
     text_tokenizer = read_tokenizer(options.tokenizer)
@@ -141,9 +135,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise TrainingError(f"{file}: is not JSON: {error}") from error
     if not isinstance(config, dict) or "model_type" not in config:
-        raise TrainingError(
-            f'{file}: a transformers config is a JSON object with a "model_type", such as "llama"'
-        )
+        raise TrainingError(f'{file}: a transformers config is a JSON object with a "model_type", such as "llama"')
     from fmedge.training.pretraining import checked_config
 
     complete = checked_config(config, str(file))

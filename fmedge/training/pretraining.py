@@ -106,9 +106,7 @@ def checked_config(config: dict[str, Any], name: str) -> dict[str, Any]:
     return {**complete.to_dict(), "model_type": complete.model_type}
 
 
-def pretrain(
-    pretraining: Pretraining, work: WorkFolder, interval: CheckpointInterval, report: Report
-) -> Pretrained:
+def pretrain(pretraining: Pretraining, work: WorkFolder, interval: CheckpointInterval, report: Report) -> Pretrained:
     """Train from the last checkpoint or from the seed, and write the model into the work folder."""
     with quiet(), _reproducible(pretraining.budget):
         arguments = _arguments(pretraining, work)
@@ -122,7 +120,12 @@ def pretrain(
         loss_before = mean_loss(model, validation, pretraining.sequence_length)
 
         pilot = _Pilot(
-            pretraining.budget, interval, work, checkpoint, rows * pretraining.sequence_length, report
+            budget=pretraining.budget,
+            interval=interval,
+            work=work,
+            checkpoint=checkpoint,
+            tokens_per_step=rows * pretraining.sequence_length,
+            report=report,
         )
         trainer = _trainer(model, arguments, dataset, pilot, pretraining.learning_rate)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
@@ -171,6 +174,7 @@ class _Pilot(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
     def __init__(
         self,
+        *,
         budget: Budget,
         interval: CheckpointInterval,
         work: WorkFolder,
@@ -199,9 +203,7 @@ class _Pilot(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     def on_optimizer_step(self, args: TrainingArguments, *_: object, **__: object) -> None:
         self.seconds = _agreed(self.stopwatch.seconds, args.device)
 
-    def on_step_end(
-        self, _: TrainingArguments, state: TrainerState, control: TrainerControl, **__: object
-    ) -> None:
+    def on_step_end(self, _: TrainingArguments, state: TrainerState, control: TrainerControl, **__: object) -> None:
         fraction = self.budget.fraction(state.global_step, self.seconds)
         due_by_time = self.seconds - self.saved_at >= self.interval.minutes * 60
         due_by_steps = self.interval.steps is not None and state.global_step % self.interval.steps == 0
@@ -210,9 +212,7 @@ class _Pilot(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         elif due_by_time or due_by_steps:
             control.should_save = True
         tokens_per_second = state.global_step * self.tokens_per_step / self.seconds
-        self.report(
-            Progress("training", fraction, state.global_step, self.seconds, tokens_per_second, self.loss)
-        )
+        self.report(Progress("training", fraction, state.global_step, self.seconds, tokens_per_second, self.loss))
 
     def on_log(self, _: TrainingArguments, state: TrainerState, *__: object, **___: object) -> None:
         self.loss = state.log_history[-1].get("loss", self.loss)
@@ -375,6 +375,4 @@ def _device_name(device: torch.device) -> str:
 
 
 def _diverged(step: int) -> TrainingError:
-    return TrainingError(
-        f"the training diverged: the loss is no number at step {step}: use a smaller --learning-rate"
-    )
+    return TrainingError(f"the training diverged: the loss is no number at step {step}: use a smaller --learning-rate")

@@ -61,7 +61,7 @@ class TextTraining:
     checkpoint_minutes: float = 5.0
     checkpoint_steps: int | None = None
     resume: bool = False
-    """Go on with an interrupted run of the same options; its data is not read again."""
+    """Go on with an interrupted run of the same options; no file of theirs is read again."""
     force: bool = False
     """Replace the output, and discard an interrupted run unless it is resumed."""
 

@@ -55,9 +55,7 @@ class TextTokenizer:
 def train_tokenizer(documents: Sequence[str], vocabulary: int) -> TextTokenizer:
     """Train a byte-level BPE; a small text may give fewer tokens than asked for."""
     if vocabulary < SMALLEST_VOCABULARY:
-        raise DataError(
-            f"a vocabulary of {vocabulary} is too small: byte-level BPE needs {SMALLEST_VOCABULARY}"
-        )
+        raise DataError(f"a vocabulary of {vocabulary} is too small: byte-level BPE needs {SMALLEST_VOCABULARY}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,9 +75,7 @@ def read_tokenizer(path: Path) -> TextTokenizer:
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{file}: {error.strerror}: --tokenizer takes a tokenizer.json or its folder"
-        ) from error
+        raise DataError(f"{file}: {error.strerror}: --tokenizer takes a tokenizer.json or its folder") from error
     try:
         tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # The package raises bare Exception.
@@ -89,9 +85,7 @@ def read_tokenizer(path: Path) -> TextTokenizer:
     if not path.is_dir() or not (path / CONFIG_FILE).is_file():
         eos = next((token for token in KNOWN_END_TOKENS if tokenizer.token_to_id(token) is not None), None)
         if eos is None:
-            raise DataError(
-                f'{file}: has no known end token: name its "eos_token" in a {CONFIG_FILE} beside it'
-            )
+            raise DataError(f'{file}: has no known end token: name its "eos_token" in a {CONFIG_FILE} beside it')
         return _with_generated_config(tokenizer, eos)
     config = _read_config(path / CONFIG_FILE)
     eos_id, bos_id, pad_id = (

@@ -68,13 +68,9 @@ class WorkFolder:
         if not self.output.name:
             raise TrainingError(f"{self.output}: name a folder to write")
         if not self.output.parent.is_dir():
-            raise TrainingError(
-                f"{self.output.parent}: there is no such folder to write {self.output.name} into"
-            )
+            raise TrainingError(f"{self.output.parent}: there is no such folder to write {self.output.name} into")
         if self.output.exists() and not force:
-            raise TrainingError(
-                f"{self.output}: exists already: replace it with --force or name another folder"
-            )
+            raise TrainingError(f"{self.output}: exists already: replace it with --force or name another folder")
         if self.output.exists() and not _is_replaceable(self.output):
             raise TrainingError(f"{self.output}: --force replaces a model's folder only, and this is none")
         if resume and not self.path.is_dir():
@@ -139,8 +135,7 @@ class WorkFolder:
         record: dict[str, Any] = json.loads(text)
         if record.pop("format") != FORMAT:
             raise TrainingError(
-                f"{self.path}: was begun by another version of fmedge: finish it there, or discard it "
-                "with --force"
+                f"{self.path}: was begun by another version of fmedge: finish it there, or discard it with --force"
             )
         return record
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fmedge_runtimes.errors import BundleDamagedError, BundleError, BundleFormatError
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 MANIFEST = "fmedge.json"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -177,7 +177,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a folder; give the folder that `fmedge export` wrote.")
     if not path.is_file():
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; give the folder that `fmedge export` wrote.")
+        raise BundleError(
+            f"{folder} is not a bundle: it has no {MANIFEST}; give the folder that `fmedge export` wrote."
+        )
     try:
         raw: Any = json.loads(path.read_text("utf-8"))
     except (UnicodeDecodeError, ValueError) as error:
@@ -204,7 +206,9 @@ def _check_names(path: Path, manifest: Manifest) -> None:
     for name in (*manifest.files, *named):
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or "\\" in name or ".." in parts or ":" in name:
-            raise BundleFormatError(f"{path}: the file name {name!r} leaves the bundle's folder; do not trust this bundle.")
+            raise BundleFormatError(
+                f"{path}: the file name {name!r} leaves the bundle's folder; do not trust this bundle."
+            )
     for name in named:
         if name not in manifest.files:
             raise BundleFormatError(f"{path}: {name} is used but not listed under files; export the bundle again.")
@@ -212,9 +216,7 @@ def _check_names(path: Path, manifest: Manifest) -> None:
         raise BundleFormatError(f"{path}: a text bundle needs a graph named decoder; export the bundle again.")
 
 
-def check_files(
-    bundle: Bundle, *, checksums: bool, progress: Callable[[int, int], None] | None = None
-) -> None:
+def check_files(bundle: Bundle, *, checksums: bool, progress: Callable[[int, int], None] | None = None) -> None:
     """Compare the files with the manifest. Raises BundleDamagedError at the first that differs."""
     root = bundle.folder.resolve()
     done = 0

@@ -1,9 +1,9 @@
 """One decoder graph over one KV cache: prefill a row, decode all rows. Token ids in, logits out.
 
-    decoder = Decoder(session, facts)
-    cache = decoder.new_cache()
-    logits = decoder.prefill(cache, row=0, tokens=[1, 2, 3])      # [V]
-    logits = decoder.decode(cache, [7])                           # [1, V]
+decoder = Decoder(session, facts)
+cache = decoder.new_cache()
+logits = decoder.prefill(cache, row=0, tokens=[1, 2, 3])      # [V]
+logits = decoder.decode(cache, [7])                           # [1, V]
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Decoder:
         """
         cache.reserve(row + 1, len(tokens) + 1)
         cache.lengths.append(0)
-        logits = np.empty((0, self.facts.vocabulary), np.float32)  # [1, V] once a chunk has run
+        logits: npt.NDArray[np.floating] = np.empty(
+            (0, self.facts.vocabulary), np.float32
+        )  # [1, V] once a chunk has run
         try:
             for start in range(0, len(tokens), PREFILL_CHUNK):
                 chunk = tokens[start : start + PREFILL_CHUNK]
@@ -49,7 +51,8 @@ class Decoder:
         except BaseException:
             cache.lengths.pop()
             raise
-        return logits[0]
+        last: npt.NDArray[np.floating] = logits[0]
+        return last
 
     def decode(self, cache: KVCache, tokens: Sequence[int]) -> npt.NDArray[np.floating]:
         """Append a token to each live row and return the logits [R, V] behind them. Raises CacheMemoryError."""

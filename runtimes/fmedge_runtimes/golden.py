@@ -60,9 +60,7 @@ def replay(decoder: Decoder, goldens: Sequence[Golden]) -> list[Replay]:
     """Run the golden continuations in one batch, each step on the golden tokens before it, and compare."""
     cache = decoder.new_cache()
     cache.reserve(len(goldens), max(len(golden.prompt) + len(golden.steps) for golden in goldens))
-    found = [
-        [int(decoder.prefill(cache, row, golden.prompt).argmax())] for row, golden in enumerate(goldens)
-    ]
+    found = [[int(decoder.prefill(cache, row, golden.prompt).argmax())] for row, golden in enumerate(goldens)]
     longest = max(len(golden.steps) for golden in goldens)
     for step in range(1, longest):
         # A row that is through keeps its last token; what it computes is not looked at.

@@ -49,15 +49,17 @@ class KVCache:
         rows = max(rows, self.rows)
         least = self._rounded(max(tokens, self.capacity))
         generous = self._rounded(int(self.capacity * GROWTH)) if tokens > self.capacity else least
-        for capacity in dict.fromkeys((max(generous, least), least)):
-            missing = self._missing(rows, capacity)
-            if missing is None:
-                self._grow(rows, capacity)
-                return
+        if self._missing(rows, max(generous, least)) is None:
+            self._grow(rows, max(generous, least))
+            return
+        missing = self._missing(rows, least)
+        if missing is None:
+            self._grow(rows, least)
+            return
         need, free = missing
         raise CacheMemoryError(
-            f"the KV cache for {rows} rows of {least} tokens needs {need >> 20} MiB more and {free >> 20} MiB are free; "
-            "serve fewer rows at once (max_batch), shorten the prompt or lower max_new_tokens."
+            f"the KV cache for {rows} rows of {least} tokens needs {need >> 20} MiB more and {free >> 20} MiB "
+            "are free; serve fewer rows at once (max_batch), shorten the prompt or lower max_new_tokens."
         )
 
     def _rounded(self, tokens: int) -> int:

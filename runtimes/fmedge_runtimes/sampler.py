@@ -1,9 +1,16 @@
-"""Choose the next token of every row: penalties, temperature, truncation, draw.
+"""Choosing the next token: applies the options of `sampling.py` to logits. It knows nothing of text or caches.
 
-The order is that of transformers' processors: repetition, presence and frequency penalties, temperature, top-k, top-p,
-min-p. A draw takes one uniform number from a counter-based generator keyed by (seed, completion index) at the
-position, and inverts the cumulative distribution in the order of token ids. So it depends on its own row alone.
-Generator: Philox, https://www.thesalmons.org/john/random123/papers/random123sc11.pdf
+    row = Row(Sampling(temperature=0.7, top_p=0.9), vocabulary=32000, seed=1, prompt=[1, 2, 3])
+    (token,) = choose(logits, [row])      # logits [1, V]
+    row.record(int(token))
+
+The options apply in the order of transformers' logits processors: repetition penalty, presence and frequency
+penalty (as OpenAI defines them), temperature, top_k, top_p, min_p. Ties are decided as there: all tokens that tie
+with the k-th one survive top_k; of tokens that tie at the border of top_p, those with higher ids survive. Greedy
+rows take the lowest id of a tie.
+
+A draw depends on the row's own logits and on (seed, completion index, position); the other rows of the batch have
+no part in it.
 """
 
 from __future__ import annotations
@@ -14,119 +21,165 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fmedge_runtimes.errors import BackendError
 from fmedge_runtimes.sampling import Sampling
 
-REFUSED = -1
-"""Chosen for a row whose logits are not finite."""
+NO_TOKEN = -1
+"""What `choose` gives for a row whose logits allow no choice; `fault` says why."""
+
+_BLOCKS = 64
+"""Into so many interleaved parts logits are cut to find a lower bound of the k-th largest one."""
+
+
+class Row:
+    """What the sampling of one sequence needs between steps."""
+
+    __slots__ = ("_counts", "_seen", "index", "position", "sampling", "seed")
+
+    def __init__(
+        self, sampling: Sampling, *, vocabulary: int, seed: int, index: int = 0, prompt: Sequence[int] = ()
+    ) -> None:
+        """`index` tells the completions of a prompt apart. Prompt tokens outside the vocabulary are ignored."""
+        self.sampling = sampling
+        self.seed = seed
+        self.index = index
+        self.position = 0
+        self._seen: npt.NDArray[np.bool_] | None = None
+        self._counts: npt.NDArray[np.int32] | None = None
+        if sampling.repetition_penalty != 1.0:
+            tokens = np.asarray(prompt, np.int64)  # [S]
+            self._seen = np.zeros(vocabulary, np.bool_)  # [V]
+            self._seen[tokens[tokens < vocabulary]] = True
+        if sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0:
+            self._counts = np.zeros(vocabulary, np.int32)  # [V]
+
+    def record(self, token: int) -> None:
+        """Take note of the token that follows: it counts for penalties, and the next draw is another one."""
+        if self._seen is not None:
+            self._seen[token] = True
+        if self._counts is not None:
+            self._counts[token] += 1
+        self.position += 1
+
+    def penalised(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Logits [V] after the penalties; the array itself if none is on."""
+        if self._seen is None and self._counts is None:
+            return logits
+        sampling = self.sampling
+        logits = logits.copy()  # [V]
+        if self._seen is not None:
+            ids = np.flatnonzero(self._seen)  # [N]
+            scores = logits[ids].astype(np.float64)  # [N]
+            penalty = sampling.repetition_penalty
+            logits[ids] = np.where(scores < 0, scores * penalty, scores / penalty)
+        if self._counts is not None:
+            ids = np.flatnonzero(self._counts > 0)  # [N]
+            logits[ids] -= sampling.presence_penalty + sampling.frequency_penalty * self._counts[ids]
+        return logits
 
 
 def fresh_seed() -> int:
-    """A seed from the operating system's entropy."""
-    return secrets.randbits(63)
+    """A seed from the system's entropy; 53 bits, so that it survives as a JSON number everywhere."""
+    return secrets.randbits(53)
 
 
-class RowState:
-    """What choosing remembers of one sequence: the tokens that penalties count, and the position."""
+def choose(logits: npt.NDArray[np.floating], rows: Sequence[Row]) -> npt.NDArray[np.int64]:
+    """The next token [R] of each row, from logits [R, V] in float32 or float16.
 
-    def __init__(self, sampling: Sampling, seed: int, index: int, prompt: Sequence[int], vocabulary: int) -> None:
-        self.sampling = sampling
-        self.key = np.array([seed, index], np.uint64)
-        self.position = 0
-        self.seen: npt.NDArray[np.bool_] | None = None  # [V], in prompt or completion
-        self.counts: npt.NDArray[np.int32] | None = None  # [V], in the completion
-        if sampling.repetition_penalty != 1.0:
-            self.seen = np.zeros(vocabulary, np.bool_)
-            self.seen[np.asarray(prompt, np.int64)] = True
-        if sampling.presence_penalty or sampling.frequency_penalty:
-            self.counts = np.zeros(vocabulary, np.int32)
-
-    @property
-    def plain_greedy(self) -> bool:
-        """Whether the choice is the largest logit as it is."""
-        return self.sampling.temperature == 0.0 and self.seen is None and self.counts is None
-
-    def record(self, token: int) -> None:
-        """Note the token that the sequence continues with."""
-        self.position += 1
-        if self.seen is not None:
-            self.seen[token] = True
-        if self.counts is not None:
-            self.counts[token] += 1
-
-    def uniform(self) -> float:
-        """The number in [0, 1) that decides at this position."""
-        return float(np.random.Generator(np.random.Philox(key=self.key, counter=self.position)).random())
-
-
-def choose(logits: npt.NDArray[np.floating], rows: Sequence[RowState]) -> npt.NDArray[np.int64]:
-    """The next token [R] for logits [R, V]; REFUSED where a row's logits hold NaN or no finite number."""
-    best = logits.argmax(-1)  # [R]; a NaN is its row's largest
-    peaks = logits[np.arange(len(rows)), best]  # [R]
-    chosen = np.where(np.isfinite(peaks), best, REFUSED).astype(np.int64)
-    for number, row in enumerate(rows):
-        if chosen[number] != REFUSED and not row.plain_greedy:
-            chosen[number] = _choose_one(logits[number].astype(np.float32), row)
-    return chosen
-
-
-def _choose_one(logits: npt.NDArray[np.float32], row: RowState) -> int:
-    sampling = row.sampling
-    penalize(logits, row)
-    if sampling.temperature == 0.0:
-        return int(logits.argmax())
-    candidates, probabilities = distribution(logits, sampling)
-    cumulative = probabilities.cumsum()
-    # The sum may miss 1 by rounding; the draw scales with it, so no token falls off the end.
-    position = int(np.searchsorted(cumulative, row.uniform() * cumulative[-1], side="right"))
-    return int(candidates[min(position, len(candidates) - 1)])
-
-
-def penalize(logits: npt.NDArray[np.float32], row: RowState) -> None:
-    """Apply the penalties to logits [V] in place.
-
-    Repetition: CTRL, https://arxiv.org/abs/1909.05858. Presence and frequency: as OpenAI defines them.
+    Changes no row: `Row.record` does. A row whose logits hold NaN or +inf, or nothing but -inf, gets NO_TOKEN; the
+    others are not affected.
     """
-    sampling = row.sampling
-    if row.seen is not None:
-        seen = logits[row.seen]
-        penalty = np.float32(sampling.repetition_penalty)
-        logits[row.seen] = np.where(seen < 0, seen * penalty, seen / penalty)
-    if row.counts is not None:
-        present = row.counts > 0
-        logits[present] -= np.float32(sampling.presence_penalty)
-        logits[present] -= np.float32(sampling.frequency_penalty) * row.counts[present]
+    if len(logits) != len(rows):
+        raise ValueError(f"{len(logits)} rows of logits for {len(rows)} rows")
+    logits = np.asarray(logits, np.float32)  # [R, V]; argmax and partition are slow on float16
+    # Extreme options (temperature 1e-300) overflow on purpose: the limits are right.
+    with np.errstate(over="ignore", under="ignore"):
+        pairs = zip(logits, rows, strict=True)
+        return np.fromiter((_choose(one, row) for one, row in pairs), np.int64, len(rows))  # [R]
 
 
-def distribution(
-    logits: npt.NDArray[np.float32], sampling: Sampling
+def _choose(logits: npt.NDArray[np.float32], row: Row) -> int:
+    scores = row.penalised(logits)  # [V]
+    if row.sampling.temperature == 0.0:
+        best = int(scores.argmax())
+        # argmax takes the first NaN if there is one, so the best logit is finite only if all is well.
+        return best if np.isfinite(scores[best]) else NO_TOKEN
+    if not np.isfinite(scores.max()):
+        return NO_TOKEN
+    ids, weights = candidates(scores, row.sampling)
+    mass = np.cumsum(weights)  # [N]
+    # The first token whose cumulated mass exceeds the target; the target stays below the whole in spite of rounding.
+    target = min(uniform(row.seed, row.index, row.position) * mass[-1], np.nextafter(mass[-1], 0.0))
+    return int(ids[np.searchsorted(mass, target, side="right")])
+
+
+def candidates(
+    scores: npt.NDArray[np.float32], sampling: Sampling
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The tokens [C] that may be drawn, in ascending order, and their probabilities [C]; temperature is above 0.
+    """The tokens [N] that can be drawn, by id, and how likely they are [N] in relation to the likeliest.
 
-    Top-p: nucleus sampling, https://arxiv.org/abs/1904.09751. Min-p: https://arxiv.org/abs/2407.01082.
+    `scores` [V] are logits after penalties with a finite maximum; the temperature is above 0.
     """
-    scaled = logits.astype(np.float64) / sampling.temperature  # [V]
-    candidates = np.arange(len(scaled))  # [C]
-    if 0 < sampling.top_k < len(scaled):
-        # Everything level with the k-th largest stays, as in transformers.
-        floor = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
-        candidates = np.flatnonzero(scaled >= floor)
-    else:
-        candidates = np.flatnonzero(scaled > -np.inf)
-    probabilities = _softmax(scaled[candidates])  # [C]
+    best = scores.max()
+    ids = np.arange(len(scores))  # [V]
+    if 0 < sampling.top_k < len(scores):
+        ids = np.flatnonzero(scores >= _kth_largest(scores, sampling.top_k))  # [N]
+        scores = scores[ids]  # [N]
+    weights = np.exp((scores - best).astype(np.float64) / sampling.temperature)  # [N]
+    keep = weights >= sampling.min_p  # [N]; the likeliest token weighs 1 and stays
     if sampling.top_p < 1.0:
-        # From the least likely on: what sums to no more than 1 - p goes, but the most likely token stays.
-        order = np.argsort(probabilities, kind="stable")
-        dropped = probabilities[order].cumsum() <= 1.0 - sampling.top_p
-        dropped[-1] = False
-        keep = np.sort(order[~dropped])
-        candidates, probabilities = candidates[keep], _softmax(scaled[candidates[keep]])
-    if sampling.min_p > 0.0:
-        likely = probabilities >= sampling.min_p * probabilities.max()
-        candidates, probabilities = candidates[likely], _softmax(scaled[candidates[likely]])
-    return candidates, probabilities
+        keep &= _nucleus(weights, sampling.top_p)
+    return ids[keep], weights[keep]
 
 
-def _softmax(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    weights = np.exp(values - values.max())
-    result: npt.NDArray[np.float64] = weights / weights.sum()
-    return result
+def _kth_largest(scores: npt.NDArray[np.float32], k: int) -> np.float32:
+    """The k-th largest of scores [V], k < V."""
+    width = len(scores) // _BLOCKS
+    if width > k:
+        # k of the blocks have a maximum at or above the k-th largest maximum, so at least k scores are too: all
+        # below it can be left out. That is a few passes over the vocabulary instead of a partition of it.
+        maxima = scores[: _BLOCKS * width].reshape(_BLOCKS, width).max(axis=0)  # [V / 64]
+        scores = scores[scores >= np.partition(maxima, width - k)[width - k]]  # [N]
+    kth: np.float32 = np.partition(scores, len(scores) - k)[len(scores) - k]
+    return kth
+
+
+def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.bool_]:
+    """Which of weights [N] are in the smallest set of the largest ones that holds top_p of their sum."""
+    total = weights.sum()
+    # All weights below the floor sum to less than what may be left out: only the others need sorting.
+    floor = (1.0 - top_p) * total / len(weights)
+    ordered = np.sort(weights[weights >= floor])[::-1]  # [M]
+    # A token is in if the tokens above it do not yet hold top_p.
+    size = 1 + int(np.searchsorted(np.cumsum(ordered[:-1]), top_p * total))
+    least = ordered[size - 1]
+    inside: npt.NDArray[np.bool_] = weights > least  # [N]
+    ties = np.flatnonzero(weights == least)
+    inside[ties[len(ties) - (size - int(inside.sum())) :]] = True
+    return inside
+
+
+def uniform(seed: int, index: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments: Philox4x64-10 (Salmon et al. 2011)."""
+    key = np.array([seed, index], np.uint64)
+    counter = np.array([position, 0, 0, 0], np.uint64)
+    bits = int(np.random.Philox(key=key, counter=counter).random_raw())
+    return (bits >> 11) * 2.0**-53
+
+
+def fault(logits: npt.NDArray[np.floating], row: Row) -> BackendError:
+    """Why `choose` gave NO_TOKEN for a row with logits [V]."""
+    what = f"of {len(logits)} logits at position {row.position}"
+    nan, infinite = int(np.isnan(logits).sum()), int(np.isposinf(logits).sum())
+    if nan or infinite:
+        return BackendError(
+            f"the graph gave no usable logits: {what}, {nan} are NaN and {infinite} are infinite; "
+            "values may have overflowed float16: export with --precision fp32, or try another provider."
+        )
+    if np.isneginf(logits).all():
+        return BackendError(f"the graph gave no usable logits: all {what} are -inf; export the bundle again.")
+    return BackendError(
+        f"the penalties make logits infinite at position {row.position}: repetition_penalty "
+        f"{row.sampling.repetition_penalty}, presence_penalty {row.sampling.presence_penalty}, frequency_penalty "
+        f"{row.sampling.frequency_penalty}; use values nearer to 1, 0 and 0."
+    )

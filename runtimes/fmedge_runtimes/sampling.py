@@ -1,6 +1,6 @@
 """How the next token is chosen: the options of a request. `sampler.py` applies them.
 
-    Sampling(max_new_tokens=64, temperature=0.7, top_p=0.9, seed=1)
+Sampling(max_new_tokens=64, temperature=0.7, top_p=0.9, seed=1)
 """
 
 from __future__ import annotations

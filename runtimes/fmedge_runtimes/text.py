@@ -111,7 +111,9 @@ class TextModel:
         Raises RequestError when the model has no chat template, or the template refuses the messages.
         """
         if self._template is None or self.tokenizer is None:
-            raise RequestError(f"{self.bundle.folder} has no chat template: this model completes text, it does not chat.")
+            raise RequestError(
+                f"{self.bundle.folder} has no chat template: this model completes text, it does not chat."
+            )
         # The template writes the special tokens itself.
         return self.tokenizer.encode(self._template.render(messages), special=False)
 
@@ -248,9 +250,7 @@ class TextModel:
             return
         yield from self._take(live, cache, logits, first=0)
 
-    def _take(
-        self, live: list[_Row], cache: KVCache, logits: npt.NDArray[np.floating], first: int
-    ) -> Iterator[Delta]:
+    def _take(self, live: list[_Row], cache: KVCache, logits: npt.NDArray[np.floating], first: int) -> Iterator[Delta]:
         """Choose a token for the rows from `first` on, emit their text, drop those that finish."""
         chosen = choose(logits, [row.state for row in live[first:]])
         now = time.perf_counter()

@@ -1,102 +1,236 @@
-"""Text to token ids and back, by the tokenizers library; and back piece by piece while tokens arrive."""
+"""Text to token ids and back, and back while the tokens are still coming. It knows nothing of models.
+
+    tokenizer = Tokenizer(Path("tokenizer.json"))
+    stream = TextStream(tokenizer, stop=("\\n\\n",))
+    pieces = [stream.push(token) for token in tokens] + [stream.flush()]
+"""
 
 from __future__ import annotations
 
+import codecs
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import tokenizers
 
 from fmedge_runtimes.errors import BundleDamagedError, RequestError
 
-REPLACEMENT = "\ufffd"
-"""What a decoder writes for bytes that are no whole character (yet)."""
-
 
 class Tokenizer:
-    """A tokenizer.json. Raises BundleDamagedError when it cannot be read."""
+    """A tokenizer.json, opened."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, vocabulary: int = 0) -> None:
+        """`vocabulary` is the size of the model's logits, where that is padded beyond the tokenizer's ids.
+
+        Raises BundleDamagedError when the file is missing or is not a tokenizer.
+        """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises a bare Exception
-            raise BundleDamagedError(f"{path} is not a tokenizer ({error}); export the bundle again.") from error
-        # These belong to training: a prompt is never cut or padded.
+        except Exception as error:  # the library raises nothing more specific
+            raise BundleDamagedError(
+                f"{path} cannot be read as a tokenizer ({error}); copy or export the bundle again."
+            ) from error
+        # Left over from training, and of no use here: a prompt must come through as it is.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+        self._size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        self._limit = max(self._size, vocabulary)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(token for token, facts in added.items() if facts.special)
+        decoder = self._tokenizer.decoder
+        self._stages = _stages(json.loads(decoder.__getstate__())) if decoder is not None else []
+
+    @property
+    def vocab_size(self) -> int:
+        """All ids of the tokenizer are below this."""
+        return self._size
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids, with the special tokens (such as a beginning of sequence) that the model expects if `special`."""
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        """Token ids of a text, with the special tokens around it that the tokenizer adds (BOS, ...).
+
+        special=False adds none: a rendered chat template brings its own. Raises RequestError.
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        except Exception as error:  # the library raises nothing more specific
+            raise RequestError(f"the prompt cannot be tokenized ({error}); it must be valid Unicode.") from error
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special tokens. Raises RequestError for ids that no token has."""
-        try:
-            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
-        except OverflowError as error:
-            raise RequestError(f"a token id is negative or too large ({error}).") from error
+        """The text of token ids without special tokens. Raises RequestError for an id out of range."""
+        for token in tokens:
+            self._check(token)
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def _check(self, token: int) -> None:
+        if not 0 <= token < self._limit:
+            raise RequestError(f"token id {token} is out of range; this tokenizer has ids from 0 to {self._limit - 1}.")
+
+    def _piece(self, token: int) -> str | None:
+        """How the vocabulary spells a token; None for a special token, or one that pads the vocabulary."""
+        self._check(token)
+        return None if token in self._special else self._tokenizer.id_to_token(token)
+
+    def _text_source(self) -> _TextSource:
+        if [stage["type"] for stage in self._stages] == ["ByteLevel"]:
+            return _ByteText()
+        return _WindowText(self._tokenizer, local=_is_local(self._stages))
 
 
 class TextStream:
-    """The text of one sequence while its tokens arrive.
+    """The text of one sequence while its tokens come in. Only what no later token can change is given out.
 
-    Gives out what is certain: no half characters, and nothing that may yet turn out to be a stop string. What it gave,
-    plus `flush()`, is the decoded text of all tokens, cut in front of the first stop string.
+    The pieces of all `push` and the final `flush` make up decode(all tokens), or, with stop strings, that text up to
+    the first place where one of them begins. Costs a constant amount of work per token, however long the text is.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
+        self._source = tokenizer._text_source()
         self._stop = tuple(stop)
-        self._window: list[int] = []
-        """The last tokens: those already written, which decoders need as context, and those not written yet."""
-        self._written = 0
-        """How many tokens of the window are written."""
-        self._held = ""
-        """Text that is decoded and not given out."""
-        self.text = ""
+        self._found = re.compile("|".join(map(re.escape, self._stop)))
+        self._longest = max(map(len, self._stop), default=0)
+        self._pending = ""
+        self._pieces: list[str] = []
         self.stopped = False
+        """True once a stop string was found; the stream gives nothing more then."""
+
+    @property
+    def text(self) -> str:
+        """All text given out so far."""
+        return "".join(self._pieces)
 
     def push(self, token: int) -> str:
-        """Add a token; returns the text that became certain."""
-        if self.stopped:
+        """Take the next token and return the text that is now certain. Raises RequestError for an id out of range."""
+        piece = self._tokenizer._piece(token)
+        if self.stopped or piece is None:
             return ""
-        self._window.append(token)
-        before = self._tokenizer.decode(self._window[: self._written])
-        after = self._tokenizer.decode(self._window)
-        if len(after) <= len(before) or after.endswith(REPLACEMENT) or not after.startswith(before):
-            return ""
-        # The tokens just written become the context of the next ones.
-        self._window = self._window[self._written :]
-        self._written = len(self._window)
-        return self._give(after[len(before) :], final=False)
+        return self._give(self._source.push(token, piece), final=False)
 
     def flush(self) -> str:
-        """The end of the text, whatever it is."""
-        if self.stopped:
-            return ""
-        before = self._tokenizer.decode(self._window[: self._written])
-        rest = self._tokenizer.decode(self._window)[len(before) :]
-        self._window, self._written = [], 0
-        return self._give(rest, final=True)
+        """Return the text held back, at the end of the sequence. A stop string can still be found here."""
+        return "" if self.stopped else self._give(self._source.flush(), final=True)
 
     def _give(self, new: str, *, final: bool) -> str:
-        self._held += new
-        found = [place for place in (self._held.find(stop) for stop in self._stop) if place >= 0]
-        if found:
-            self.stopped = True
-            given, self._held = self._held[: min(found)], ""
-        else:
-            keep = 0 if final else self._possible_stop()
-            cut = len(self._held) - keep
-            given, self._held = self._held[:cut], self._held[cut:]
-        self.text += given
-        return given
+        text = self._pending + new
+        certain = len(text)
+        if self._stop:
+            match = self._found.search(text)
+            certain = match.start() if match else certain
+            # An earlier, still incomplete one goes first: where the text is cut must not depend on token borders.
+            begun = None if final else self._begun(text, certain)
+            certain = certain if begun is None else begun
+            self.stopped = match is not None and begun is None
+        text, self._pending = text[:certain], "" if self.stopped else text[certain:]
+        if text:
+            self._pieces.append(text)
+        return text
 
-    def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that a stop string begins with."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-size:]) for stop in self._stop):
-                return size
-        return 0
+    def _begun(self, text: str, end: int) -> int | None:
+        """Where before `end` a stop string begins that the text breaks off in."""
+        for start in range(max(0, len(text) - self._longest + 1), end):
+            if any(stop.startswith(text[start:]) for stop in self._stop):
+                return start
+        return None
+
+
+class _TextSource(Protocol):
+    """Turns tokens into text that is final."""
+
+    def push(self, token: int, piece: str) -> str: ...
+    def flush(self) -> str: ...
+
+
+class _ByteText:
+    """Byte-level BPE (GPT-2, Llama 3, Qwen): each token is bytes, the text is their UTF-8."""
+
+    def __init__(self) -> None:
+        # Replaces malformed bytes as Rust's from_utf8_lossy does, one U+FFFD per maximal ill-formed part.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int, piece: str) -> str:
+        try:
+            data = bytes(_BYTE_OF[character] for character in piece)
+        except KeyError:
+            # An added token is spelt as text, not in the byte alphabet.
+            data = piece.encode("utf-8")
+        return self._decoder.decode(data)
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _WindowText:
+    """All other decoders: decodes a window of tokens and gives out what it has more than its beginning.
+
+    The window begins with tokens that are given out already and have a text, so that what decoders do to the first
+    token or to the first spaces of a text happens to those. With `local` false nothing is given out before the end.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, local: bool) -> None:
+        self._tokenizer = tokenizer
+        self._local = local
+        self._before: list[int] = []
+        self._since: list[int] = []
+        self._shown = 0
+
+    def push(self, token: int, piece: str) -> str:
+        self._since.append(token)
+        # ByteFallback replaces a whole run of byte tokens (<0x0A>) if it is not UTF-8, so the run has to end first.
+        if not self._local or (len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")):
+            return ""
+        text = self.flush()
+        alone = self._decode(self._since)
+        if alone:
+            self._before, self._since, self._shown = self._since, [], len(alone)
+        return text
+
+    def flush(self) -> str:
+        text = self._decode(self._before + self._since)
+        new, self._shown = text[self._shown :], len(text)
+        return new
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+def _stages(decoder: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps of a decoder of tokenizer.json, nested sequences resolved."""
+    if decoder["type"] == "Sequence":
+        return [stage for part in decoder["decoders"] for stage in _stages(part)]
+    return [decoder]
+
+
+def _is_local(stages: Sequence[dict[str, Any]]) -> bool:
+    """Whether a token, or a run of byte tokens, decodes to the same text whatever follows it."""
+    fused = False
+    for stage in stages:
+        match stage["type"]:
+            case "Fuse":
+                fused = True
+            case "Replace" if fused:
+                # Of the text as a whole; only single characters cannot reach across tokens.
+                if len(stage["pattern"].get("String", "")) != 1:
+                    return False
+            case "Strip" | "Replace":
+                pass
+            case "ByteFallback" | "Metaspace" | "WordPiece":
+                if fused:
+                    return False
+            case _:
+                return False
+    return True
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which byte-level BPE spells bytes (GPT-2, `bytes_to_unicode`)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    spelt = {chr(byte): byte for byte in plain}
+    spelt.update({chr(256 + offset): byte for offset, byte in enumerate(others)})
+    return spelt
+
+
+_BYTE_OF = _byte_alphabet()

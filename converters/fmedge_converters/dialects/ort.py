@@ -7,7 +7,7 @@ Operator: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperato
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -25,7 +25,13 @@ def group_query_attention(
     value = attention.value.transpose(1, 2).reshape(batch, length, kv_heads * size)  # [B, S, K * D]
     inputs: list[torch.Tensor | None] = [query, key, value, attention.past_key, attention.past_value]
     inputs += [step["seqlens_k"], step["total_sequence_length"]]
-    attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": attention.scale}
+    attributes: dict[
+        str, int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]
+    ] = {
+        "num_heads": heads,
+        "kv_num_heads": kv_heads,
+        "scale": attention.scale,
+    }
     if attention.window is not None:
         attributes["local_window_size"] = attention.window
     if attention.softcap is not None:

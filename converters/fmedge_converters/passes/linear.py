@@ -122,6 +122,6 @@ def _bias_addition(graph: DecoderGraph, product: ir.Value) -> tuple[ir.Node, ir.
     for value in addition.inputs:
         weight = graph.weight(value)
         if value is not None and weight is not None and len(weight.shape) == 1:
-            same = dims(product) is not None and (dims(product) or [None])[-1] == weight.shape[0]
+            same = dims(product) is not None and (dims(product) or [""])[-1] == weight.shape[0]
             return (addition, value) if same else None
     return None

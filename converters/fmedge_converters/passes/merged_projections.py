@@ -44,7 +44,14 @@ def _merge(graph: DecoderGraph, group: Sequence[Linear]) -> None:
         parts = [_bias(graph, linear, weight) for linear, weight in zip(group, weights, strict=True)]
         bias = graph.add_weight(f"{name}.bias", concatenated(parts))
     # The first of the group in the graph's order stands in front of all its users.
-    merged = insert_linear(graph, first.node if attention is None else _earliest(graph, group), first.x, matrix, bias, first.output)
+    merged = insert_linear(
+        graph,
+        first.node if attention is None else _earliest(graph, group),
+        first.x,
+        matrix,
+        bias,
+        first.output,
+    )
     if attention is not None:
         attention.replace_input_with(0, merged)
         attention.replace_input_with(1, None)

@@ -56,4 +56,4 @@ def _static_target(source: ir.Value, output: ir.Value) -> list[int] | None:
             target.append(0)
         else:
             target.append(-1)
-    return target if target.count(-1) <= 1 and not (0 in wanted) else None
+    return target if target.count(-1) <= 1 and 0 not in wanted else None

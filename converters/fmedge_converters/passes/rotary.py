@@ -19,7 +19,6 @@ from onnx.reference import ReferenceEvaluator
 from fmedge_converters.graph import MICROSOFT, DecoderGraph, constant, dims, integers, produced_by
 from fmedge_converters.weight import Array
 
-
 TABLE_MULTIPLE = 8
 """GroupQueryAttention takes tables of D' / 2 columns only if that is a multiple of this."""
 
@@ -107,7 +106,7 @@ def _swap_heads(value: ir.Value | None) -> ir.Value | None:
 
 
 def _without_head_axis(value: ir.Value) -> ir.Value | None:
-    """cos [B, S, D'] behind cos [B, 1, S, D']."""
+    """Cos [B, S, D'] behind cos [B, 1, S, D']."""
     node = produced_by(value, "Unsqueeze")
     return node.inputs[0] if node is not None and integers(node.inputs[1]) == [1] else None
 
@@ -133,7 +132,7 @@ def _partial(value: ir.Value) -> Found | None:
 
 
 def _whole(value: ir.Value) -> Found | None:
-    """x * cos + rotated(x) * sin."""
+    """X * cos + rotated(x) * sin."""
     addition = produced_by(value, "Add")
     products = [produced_by(item, "Mul") for item in addition.inputs] if addition is not None else []
     if len(products) != 2:
@@ -153,7 +152,7 @@ def _whole(value: ir.Value) -> Found | None:
 
 def _turned(value: ir.Value, x: ir.Value) -> bool | None:
     """False if the value is x with its halves swapped and the second negated, True if it is so in pairs."""
-    size = (dims(x) or [None])[-1]
+    size = (dims(x) or [""])[-1]
     if not isinstance(size, int):
         return None
     halves = produced_by(value, "Concat")
@@ -228,4 +227,4 @@ def _evaluate(graph: DecoderGraph, values: list[ir.Value], context: int) -> list
         return None
     evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=graph.model.ir_version)))
     positions = np.arange(context, dtype=np.int64)[None]  # [1, C]
-    return [array[0] for array in evaluator.run(None, {"position_ids": positions})]
+    return [np.asarray(array)[0] for array in evaluator.run(None, {"position_ids": positions})]

@@ -55,7 +55,10 @@ def _add_quantized(graph: DecoderGraph, name: str, weight: Weight) -> tuple[ir.V
         ("scales", weight.shape[:1], ir.DataType.FLOAT),
     ):
         tensor = ir.LazyTensor(
-            functools.partial(columns.read, part), dtype=dtype, shape=ir.Shape(shape), name=f"{name}.int8.{part}"
+            functools.partial(columns.read, part),
+            dtype=dtype,
+            shape=ir.Shape(shape),
+            name=f"{name}.int8.{part}",
         )
         value = ir.Value(name=tensor.name, type=ir.TensorType(dtype), shape=tensor.shape, const_value=tensor)
         graph.graph.register_initializer(value)
@@ -119,7 +122,7 @@ def _gather_rows(graph: DecoderGraph, embedding: Embedding, weight: Weight) -> N
 
 
 def _scale(graph: DecoderGraph, embedding: Embedding, rows: ir.Value, scales: ir.Value) -> None:
-    """rows [B, S, E] in int8 times scales [V] at the token ids."""
+    """Rows [B, S, E] in int8 times scales [V] at the token ids."""
     before = embedding.node
     batch, length, _ = list(embedding.output.shape or ())
     floating, shape = ir.DataType.FLOAT, embedding.output.shape
@@ -132,5 +135,10 @@ def _scale(graph: DecoderGraph, embedding: Embedding, rows: ir.Value, scales: ir
 
 
 DYNAMIC_INT8 = Scheme(
-    "int8", "W8A8: int8 weights per channel, activations quantized in every call", 8, spell_linear, spell_embedding, blocks=False
+    "int8",
+    "W8A8: int8 weights per channel, activations quantized in every call",
+    8,
+    spell_linear,
+    spell_embedding,
+    blocks=False,
 )

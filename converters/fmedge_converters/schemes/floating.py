@@ -16,7 +16,12 @@ def spell_linear(graph: DecoderGraph, linear: Linear, *, is_head: bool, block_si
     shared = any(use.node.op_type == "Gather" for use in linear.weight.uses())
     if is_head and shared:
         (product,) = graph.insert(
-            linear.node, "FusedMatMul", (linear.x, linear.weight), like, {"transB": 1, "alpha": 1.0}, MICROSOFT
+            linear.node,
+            "FusedMatMul",
+            (linear.x, linear.weight),
+            like,
+            {"transB": 1, "alpha": 1.0},
+            MICROSOFT,
         )
     else:
         matrix = graph.add_weight(f"{linear.name}.KN", transposed(graph.weights[linear.name]))

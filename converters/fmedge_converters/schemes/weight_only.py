@@ -124,9 +124,7 @@ def _spell_linear(
     replace(linear.output, product)
 
 
-def _spell_embedding(
-    graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int, head_bits: int
-) -> None:
+def _spell_embedding(graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int, head_bits: int) -> None:
     """The same codes as the head's when both are tied: the writer stores equal bytes once."""
     del tied
     weight = graph.weights[str(embedding.weight.name)]
@@ -145,9 +143,7 @@ def _spell_embedding(
         MICROSOFT,
     )
     if padded != size:
-        numbers = [
-            graph.add_constant(f"slice.{number}", np.array([number], np.int64)) for number in (0, size, 2)
-        ]
+        numbers = [graph.add_constant(f"slice.{number}", np.array([number], np.int64)) for number in (0, size, 2)]
         (rows,) = graph.insert(
             embedding.node, "Slice", (rows, *numbers), [(embedding.output.dtype, embedding.output.shape)]
         )

@@ -1,0 +1,44 @@
+# fmedge needs Python 3.11 or newer; everything is installed into .venv and nothing outside this folder changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Exactly this version first: it is the one that fmedge is tested with, and on machines without a GPU its CPU build is
+# taken where one is offered.
+TORCH := torch==2.13.0
+
+.PHONY: quickstart test test-fast test-gpu lint clean
+
+quickstart: $(VENV)/.quickstart  ## Train, export and run a small model on this machine.
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.dev lint  ## Everything that CI runs.
+	$(BIN)/pytest
+
+test-fast: $(VENV)/.dev lint  ## The tests that take seconds.
+	$(BIN)/pytest -m "not slow"
+
+test-gpu: $(VENV)/.dev  ## The tests that need an NVIDIA GPU and onnxruntime-gpu.
+	$(BIN)/pytest -m gpu --run-gpu
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.torch
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $(VENV)/.dev $(VENV)/.quickstart
+
+$(VENV)/.quickstart: pyproject.toml | $(VENV)/.torch
+	$(BIN)/pip install --quiet --editable ".[cpu,export,train]"
+	touch $@
+
+$(VENV)/.torch:
+	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'fmedge needs Python 3.11 or newer')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	touch $@
+
+clean:  ## Remove the environment and what the quickstart made.
+	rm -rf $(VENV) out
