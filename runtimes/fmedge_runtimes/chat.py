@@ -10,13 +10,14 @@ are offered there is what transformers offers (transformers.utils.chat_template_
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jinja2
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
@@ -70,9 +71,7 @@ class ChatTemplate:
         except _Refusal as error:
             raise RequestError(f"the chat template refuses these messages: {error}") from error
         except Exception as error:  # a template can fail in every way that code can
-            raise RequestError(
-                f"the chat template fails on these messages: {type(error).__name__}: {error}"
-            ) from error
+            raise RequestError(f"the chat template fails on these messages: {type(error).__name__}: {error}") from error
 
 
 class _Refusal(Exception):
@@ -94,14 +93,19 @@ def _plain(value: object) -> object:
     """A copy in plain JSON types: the sandbox does not know which methods of other objects are harmful."""
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value] if isinstance(value, list) else tuple(map(_plain, value))
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
     if value is None or isinstance(value, bool):
         return value
-    # Subclasses (enums, ...) are brought back to the base type; their own __str__ is not asked.
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return kind.__add__(value, kind())
+    # Subclasses (enums, ...) go back to the base type; what they make of __str__ is not asked.
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
     raise RequestError(
         f"a chat template cannot take a {type(value).__name__}; give strings, numbers, lists and mappings."
     )
@@ -147,9 +151,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML characters, which models have not seen in training.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -173,5 +175,18 @@ class _Dict:
 class _Namespace(Namespace):
     """`namespace` that stores no names with an underscore, by which CPython's internals could be reached."""
 
-    # Jinja's trick: no parameter is called self, so that namespace(self=...) works.
-    def __init__(*args, **named) -> None: ...
+    # As in Jinja's own, no parameter is called self, so that namespace(self=...) works.
+    def __init__(*args: Any, **named: object) -> None:  # noqa: ANN401
+        attributes = dict(*args[1:], **named)
+        for name in attributes:
+            _check_name(name)
+        Namespace.__init__(args[0], attributes)
+
+    def __setitem__(self, name: str, value: object) -> None:
+        _check_name(name)
+        Namespace.__setitem__(self, name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace cannot hold {name!r}: the name begins with an underscore")

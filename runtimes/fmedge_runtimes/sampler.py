@@ -126,10 +126,17 @@ def candidates(
         ids = np.flatnonzero(scores >= _kth_largest(scores, sampling.top_k))  # [N]
         scores = scores[ids]  # [N]
     weights = np.exp((scores - best).astype(np.float64) / sampling.temperature)  # [N]
-    keep = weights >= sampling.min_p  # [N]; the likeliest token weighs 1 and stays
-    if sampling.top_p < 1.0:
-        keep &= _nucleus(weights, sampling.top_p)
-    return ids[keep], weights[keep]
+    if sampling.top_p < 1.0 or sampling.min_p > 0.0:
+        total = weights.sum()
+        # All weights below this sum to less than top_p leaves out: only the others need sorting.
+        floor = (1.0 - sampling.top_p) * total / len(weights)
+        # The likeliest token weighs 1, so it stays.
+        keep = np.flatnonzero(weights >= max(floor, sampling.min_p))  # [M]
+        ids, weights = ids[keep], weights[keep]  # [M]
+        if sampling.top_p < 1.0:
+            keep = _nucleus(weights, sampling.top_p * total)
+            ids, weights = ids[keep], weights[keep]
+    return ids, weights
 
 
 def _kth_largest(scores: npt.NDArray[np.float32], k: int) -> np.float32:
@@ -144,19 +151,15 @@ def _kth_largest(scores: npt.NDArray[np.float32], k: int) -> np.float32:
     return kth
 
 
-def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.bool_]:
-    """Which of weights [N] are in the smallest set of the largest ones that holds top_p of their sum."""
-    total = weights.sum()
-    # All weights below the floor sum to less than what may be left out: only the others need sorting.
-    floor = (1.0 - top_p) * total / len(weights)
-    ordered = np.sort(weights[weights >= floor])[::-1]  # [M]
-    # A token is in if the tokens above it do not yet hold top_p.
-    size = 1 + int(np.searchsorted(np.cumsum(ordered[:-1]), top_p * total))
+def _nucleus(weights: npt.NDArray[np.float64], mass: float) -> npt.NDArray[np.int64]:
+    """Where the smallest set of the largest of weights [M] is that holds the mass, or all of them if they do not."""
+    ordered = np.sort(weights)[::-1]  # [M]
+    # A token is in if those above it do not hold the mass yet.
+    size = 1 + int(np.searchsorted(np.cumsum(ordered[:-1]), mass))
     least = ordered[size - 1]
-    inside: npt.NDArray[np.bool_] = weights > least  # [N]
+    above = np.flatnonzero(weights > least)
     ties = np.flatnonzero(weights == least)
-    inside[ties[len(ties) - (size - int(inside.sum())) :]] = True
-    return inside
+    return np.sort(np.concatenate([above, ties[len(above) - size :]]))
 
 
 def uniform(seed: int, index: int, position: int) -> float:

@@ -20,13 +20,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from fmedge_runtimes import sampler
 from fmedge_runtimes.bundle import Bundle
 from fmedge_runtimes.chat import ChatTemplate, Message
 from fmedge_runtimes.completion import Completion, Delta, FinishReason, Stats
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import BundleError, CacheMemoryError, FmedgeError, RequestError
 from fmedge_runtimes.kv_cache import KVCache
-from fmedge_runtimes.sampler import RowState, choose, fresh_seed
+from fmedge_runtimes.sampler import NO_TOKEN, choose, fresh_seed
 from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.session import Session
 from fmedge_runtimes.tokenizer import TextStream, Tokenizer
@@ -46,7 +47,7 @@ class _Row:
     index: int
     prompt: Sequence[int]
     sampling: Sampling
-    state: RowState
+    state: sampler.Row
     text: TextStream | None
     started: float
     tokens: list[int] = field(default_factory=list)
@@ -187,7 +188,7 @@ class TextModel:
                 index,
                 tokens,
                 sampling,
-                RowState(sampling, seed, index, tokens, self._decoder.facts.vocabulary),
+                sampler.Row(sampling, vocabulary=self._decoder.facts.vocabulary, seed=seed, index=index, prompt=tokens),
                 TextStream(self.tokenizer, sampling.stop) if self.tokenizer else None,
                 started,
             )
@@ -256,9 +257,8 @@ class TextModel:
         now = time.perf_counter()
         for slot in range(len(live) - 1, first - 1, -1):
             row, token = live[slot], int(chosen[slot - first])
-            if token < 0:
-                error = RequestError("the model's logits are not finite; its weights or its cache are damaged.")
-                yield self._finish(row, "error", error)
+            if token == NO_TOKEN:
+                yield self._finish(row, "error", sampler.fault(logits[slot - first], row.state))
                 _drop(live, cache, slot)
                 continue
             row.state.record(token)

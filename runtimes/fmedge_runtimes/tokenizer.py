@@ -1,8 +1,8 @@
 """Text to token ids and back, and back while the tokens are still coming. It knows nothing of models.
 
-    tokenizer = Tokenizer(Path("tokenizer.json"))
-    stream = TextStream(tokenizer, stop=("\\n\\n",))
-    pieces = [stream.push(token) for token in tokens] + [stream.flush()]
+tokenizer = Tokenizer(Path("tokenizer.json"))
+stream = TextStream(tokenizer, stop=("\\n\\n",))
+pieces = [stream.push(token) for token in tokens] + [stream.flush()]
 """
 
 from __future__ import annotations
@@ -22,11 +22,8 @@ from fmedge_runtimes.errors import BundleDamagedError, RequestError
 class Tokenizer:
     """A tokenizer.json, opened."""
 
-    def __init__(self, path: Path, vocabulary: int = 0) -> None:
-        """`vocabulary` is the size of the model's logits, where that is padded beyond the tokenizer's ids.
-
-        Raises BundleDamagedError when the file is missing or is not a tokenizer.
-        """
+    def __init__(self, path: Path) -> None:
+        """Raises BundleDamagedError when the file is missing or is not a tokenizer."""
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
@@ -37,7 +34,6 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
-        self._limit = max(self._size, vocabulary)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = frozenset(token for token, facts in added.items() if facts.special)
         decoder = self._tokenizer.decoder
@@ -59,18 +55,17 @@ class Tokenizer:
             raise RequestError(f"the prompt cannot be tokenized ({error}); it must be valid Unicode.") from error
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids without special tokens. Raises RequestError for an id out of range."""
-        for token in tokens:
-            self._check(token)
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        """The text of token ids without special tokens. Raises RequestError for an id that cannot be one.
 
-    def _check(self, token: int) -> None:
-        if not 0 <= token < self._limit:
-            raise RequestError(f"token id {token} is out of range; this tokenizer has ids from 0 to {self._limit - 1}.")
+        Ids from vocab_size on have no text: models pad their logits beyond the tokenizer, so they can be generated.
+        """
+        for token in tokens:
+            _check(token)
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def _piece(self, token: int) -> str | None:
         """How the vocabulary spells a token; None for a special token, or one that pads the vocabulary."""
-        self._check(token)
+        _check(token)
         return None if token in self._special else self._tokenizer.id_to_token(token)
 
     def _text_source(self) -> _TextSource:
@@ -103,7 +98,7 @@ class TextStream:
         return "".join(self._pieces)
 
     def push(self, token: int) -> str:
-        """Take the next token and return the text that is now certain. Raises RequestError for an id out of range."""
+        """Take the next token and return the text that is now certain. Raises RequestError as decode does."""
         piece = self._tokenizer._piece(token)
         if self.stopped or piece is None:
             return ""
@@ -134,6 +129,11 @@ class TextStream:
             if any(stop.startswith(text[start:]) for stop in self._stop):
                 return start
         return None
+
+
+def _check(token: int) -> None:
+    if not 0 <= token < 2**32:
+        raise RequestError(f"{token} is not a token id; ids are whole numbers from 0 on.")
 
 
 class _TextSource(Protocol):

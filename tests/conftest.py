@@ -1,0 +1,42 @@
+"""Options and models that many tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|begin|>{{ message.role }}: {{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|begin|>assistant: {% endif %}"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-gpu", action="store_true", help="run the tests that need an NVIDIA GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--run-gpu"):
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: make test-gpu"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer and a chat template."""
+    from models import add_tokenizer, make_model
+
+    folder = make_model(tmp_path_factory.mktemp("llama") / "tiny-llama", eos_token_id=0)
+    return add_tokenizer(folder, chat_template=CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def bundle(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama as an fp32 bundle, fully verified."""
+    from fmedge_converters.export import export
+    from fmedge_converters.export_options import ExportOptions
+
+    return export(ExportOptions(str(llama), tmp_path_factory.mktemp("bundle") / "bundle")).folder
