@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
-import fmedge
 import numpy as np
-from fmedge import Sampling
 from fmedge_runtimes.backends import open_session
 from fmedge_runtimes.bundle import open_bundle
 from fmedge_runtimes.decoder import Decoder
 from workload import Generation, Workload, generation_from_steps, measure, workload_from_arguments
+
+import fmedge
+from fmedge import Sampling
 
 
 def run_generate(workload: Workload) -> None:
@@ -33,7 +35,7 @@ def run_generate(workload: Workload) -> None:
 def run_decoder(workload: Workload) -> None:
     """The bare loop over Decoder with argmax: what the graph does without the engine around it."""
     started = time.perf_counter()
-    bundle = open_bundle(workload.form)
+    bundle = open_bundle(Path(workload.form))
     graph = bundle.file(bundle.manifest.graphs["decoder"].file)
     decoder = Decoder(open_session(graph, "cpu", workload.threads), bundle.manifest.text)
     load_s = time.perf_counter() - started

@@ -54,7 +54,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """Times of one batch; `first` is when the last row has its first token, `tokens_at_first` are all tokens by then."""
+    """Seconds of one batch. `first` is when the last row has its first token, `tokens_at_first` all tokens by then."""
 
     first: float
     total: float

@@ -427,7 +427,8 @@ def test_a_missing_extra_is_named(options, monkeypatch):
 
 
 def test_an_output_needs_a_name_and_a_folder_to_stand_in(options, tmp_path):
-    with pytest.raises(TrainingError, match="nowhere: there is no such folder to write model into"):
+    (tmp_path / "nowhere").write_text("a file")
+    with pytest.raises(TrainingError, match="nowhere: cannot hold model"):
         train_text(dataclasses.replace(options, output=tmp_path / "nowhere" / "model"))
     with pytest.raises(TrainingError, match="name a folder to write"):
         train_text(dataclasses.replace(options, output=Path("/")))

@@ -67,8 +67,10 @@ class WorkFolder:
         """Refuse to overwrite or to continue what is not there, before any work."""
         if not self.output.name:
             raise TrainingError(f"{self.output}: name a folder to write")
-        if not self.output.parent.is_dir():
-            raise TrainingError(f"{self.output.parent}: there is no such folder to write {self.output.name} into")
+        try:
+            self.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"{self.output.parent}: cannot hold {self.output.name}: {error.strerror}") from error
         if self.output.exists() and not force:
             raise TrainingError(f"{self.output}: exists already: replace it with --force or name another folder")
         if self.output.exists() and not _is_replaceable(self.output):

@@ -5,9 +5,9 @@
     row.record(int(token))
 
 The options apply in the order of transformers' logits processors: repetition penalty, presence and frequency
-penalty (as OpenAI defines them), temperature, top_k, top_p, min_p. Ties are decided as there: all tokens that tie
-with the k-th one survive top_k; of tokens that tie at the border of top_p, those with higher ids survive. Greedy
-rows take the lowest id of a tie.
+penalty (as OpenAI defines them), temperature, top_k, top_p, min_p. All tokens that tie with the k-th one survive
+top_k, as there; of tokens that tie at the border of top_p, as many as it takes survive, from the lowest id on (there,
+whichever the sort leaves). Greedy rows take the lowest id of a tie.
 
 A draw depends on the row's own logits and on (seed, completion index, position); the other rows of the batch have
 no part in it.
@@ -159,7 +159,7 @@ def _nucleus(weights: npt.NDArray[np.float64], mass: float) -> npt.NDArray[np.in
     least = ordered[size - 1]
     above = np.flatnonzero(weights > least)
     ties = np.flatnonzero(weights == least)
-    return np.sort(np.concatenate([above, ties[len(above) - size :]]))
+    return np.sort(np.concatenate([above, ties[: size - len(above)]]))
 
 
 def uniform(seed: int, index: int, position: int) -> float:

@@ -1,0 +1,304 @@
+"""Exports as a user meets them: refusals, evidence, what is on the disk afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fmedge_converters import export as export_module
+from fmedge_converters.export import export
+from fmedge_converters.export_options import ExportOptions
+from fmedge_runtimes.bundle import Evidence, open_bundle, read_manifest
+from fmedge_runtimes.errors import BundleError, ExportError, ParityError, SourceError
+from fmedge_runtimes.load import load
+from fmedge_runtimes.sampling import Sampling
+from fmedge_runtimes.verify import verify
+from models import add_tokenizer, greedy, make_model
+from safetensors.torch import load_file, save_file
+
+
+def options(source: Path | str, tmp_path: Path, **changes: object) -> ExportOptions:
+    return ExportOptions(str(source), tmp_path / "bundle", **{"verify": "none", **changes})
+
+
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "model"))
+
+
+def leftovers(tmp_path: Path) -> list[str]:
+    """What an export left beside the source."""
+    return [path.name for path in tmp_path.iterdir() if path.name != "model"]
+
+
+def test_the_evidence_is_in_the_manifest_and_the_golden_continuations_replay(bundle: Path) -> None:
+    manifest = open_bundle(bundle).manifest
+    graph, full = manifest.evidence
+    assert (graph.name, graph.passed, full.name, full.passed) == ("graph", True, "full", True)
+    assert graph.figures["equal"] == graph.figures["tokens"] == 74
+    assert full.figures["greedy_equal"] == full.figures["greedy_tokens"] == 8 * 64
+    assert full.figures["mean_kl"] < 1e-8
+    result = verify(bundle)
+    assert (result.tokens, result.near_ties) == (64, 0)
+
+
+def test_a_golden_continuation_that_is_not_reproduced_is_an_error(bundle: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+    manifest = json.loads((other / "fmedge.json").read_text())
+    step = manifest["golden"][1]["steps"][5]
+    step["token"], step["margin"] = (step["token"] + 1) % 320, 3.0
+    (other / "fmedge.json").write_text(json.dumps(manifest))
+    with pytest.raises(ParityError, match="golden continuation 1, step 5"):
+        verify(other)
+
+
+def test_text_prompts_and_chat(bundle: Path, llama: Path) -> None:
+    with load(bundle) as model:
+        (completion,) = model.generate("The list", Sampling(max_new_tokens=12, ignore_eos=True))
+        assert model.tokenizer is not None
+        prompt = model.tokenizer.encode("The list")
+        assert list(completion.tokens) == greedy(llama, prompt, 12)
+        assert completion.text == model.tokenizer.decode(completion.tokens)
+        from transformers import AutoTokenizer
+
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a tuple?"}]
+        reference = AutoTokenizer.from_pretrained(llama).apply_chat_template(messages, add_generation_prompt=True)
+        assert model.chat_prompt(messages) == list(reference["input_ids"])
+
+
+def test_the_end_of_sequence_token_ends_a_row_and_not_its_neighbours(llama: Path, tmp_path: Path) -> None:
+    folder = copied(llama, tmp_path)
+    prompts = [list(range(5, 5 + length)) for length in (3, 9, 20)]
+    plain = [greedy(folder, prompt, 16) for prompt in prompts]
+    # An ordinary token of the first row's continuation becomes the end of sequence.
+    eos = plain[0][3]
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [eos]}))
+    bundle = export(options(folder, tmp_path)).folder
+    with load(bundle) as model:
+        found = model.generate(prompts, Sampling(max_new_tokens=16))
+    for completion, row in zip(found, plain, strict=True):
+        cut = row.index(eos) + 1 if eos in row else len(row)
+        assert list(completion.tokens) == row[:cut]
+        assert completion.finish_reason == ("eos" if eos in row else "length")
+    assert found[0].finish_reason == "eos"
+
+
+@pytest.mark.parametrize(("target", "scheme"), [("cpu", "int8"), ("cpu", "int4"), ("cuda", "none"), ("cuda", "int4")])
+def test_quantized_bundles_pass_their_verification(target: str, scheme: str, llama: Path, tmp_path: Path) -> None:
+    made = export(options(llama, tmp_path, target=target, quantize=scheme, verify="full", block_size=32))
+    full = made.manifest.evidence[-1]
+    assert full.passed
+    assert 0 < float(full.figures["mean_kl"]) < 0.35
+    assert made.manifest.text.cache_dtype == ("float16" if target == "cuda" else "float32")
+    result = verify(made.folder, "cpu")
+    assert result.tokens == 64
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    sizes = {}
+    for tied in (True, False):
+        for scheme in ("none", "int8", "int4"):
+            folder = make_model(tmp_path / f"model-{tied}", tie_word_embeddings=tied, vocab_size=4096)
+            made = export(ExportOptions(str(folder), tmp_path / f"{tied}-{scheme}", quantize=scheme, verify="none"))
+            sizes[tied, scheme] = made.manifest.files["decoder.onnx.data"].bytes
+    assert sizes[False, "none"] - sizes[True, "none"] == 4096 * 64 * 4
+    assert sizes[False, "int8"] - sizes[True, "int8"] >= 4096 * 64
+    assert sizes[False, "int4"] - sizes[True, "int4"] >= 4096 * 64
+
+
+def test_an_existing_output_is_refused_unless_forced(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ExportError, match="exists"):
+        export(options(llama, tmp_path))
+    with pytest.raises(ExportError, match="not a bundle"):
+        export(options(llama, tmp_path, force=True))
+    assert (tmp_path / "bundle" / "thesis.txt").read_text() == "years of work"
+    shutil.rmtree(tmp_path / "bundle")
+    export(options(llama, tmp_path))
+    with pytest.raises(ExportError, match="--force"):
+        export(options(llama, tmp_path))
+    export(options(llama, tmp_path, force=True, context=64))
+    assert read_manifest(tmp_path / "bundle").text.context == 64
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_a_failed_verification_writes_nothing_unless_forced(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = Evidence(name="graph", what="a comparison", passed=False, figures={"tokens": 74, "equal": 3})
+    monkeypatch.setattr(export_module, "graph_evidence", lambda *_: failed)
+    with pytest.raises(ParityError, match="equal 3"):
+        export(options(llama, tmp_path, verify="graph"))
+    assert os.listdir(tmp_path) == []
+    made = export(options(llama, tmp_path, verify="graph", force=True))
+    assert made.manifest.forced
+    assert not made.manifest.evidence[0].passed
+
+
+def test_the_comparison_notices_a_wrong_weight(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fmedge_converters import build
+
+    def swapped(traced: object, weights: dict[str, object]) -> object:
+        first, second = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
+        return bind(traced, {**weights, first: weights[second], second: weights[first]})
+
+    bind = build.bind
+    monkeypatch.setattr(build, "bind", swapped)
+    with pytest.raises(ParityError, match="full"):
+        monkeypatch.setattr(
+            export_module, "graph_evidence", lambda *_: Evidence(name="graph", what="", passed=True, figures={})
+        )
+        export(options(llama, tmp_path, verify="full"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_refusals_of_folders(llama: Path, tmp_path: Path) -> None:
+    cases: dict[str, str] = {
+        "nothing-here": "not a folder, and the hub cannot be reached|neither a folder that exists nor",
+        "owner/name/extra": "neither a folder that exists nor a hub id",
+    }
+    for source, words in cases.items():
+        with pytest.raises(SourceError, match=words):
+            export(options(source, tmp_path))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(SourceError, match=r"no config\.json"):
+        export(options(empty, tmp_path))
+    (empty / "config.json").write_text("{not json")
+    with pytest.raises(SourceError, match="not JSON"):
+        export(options(empty, tmp_path))
+    for config, words in (
+        ({"model_type": "bert"}, "pickle|not a causal|no weights"),
+        ({"model_type": "vit"}, "not a causal language model"),
+        ({"model_type": "my-own", "auto_map": {"AutoModelForCausalLM": "x.Y"}}, "never runs"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "quantized already .gptq"),
+        ({"model_type": "llama"}, "holds no weights"),
+    ):
+        (empty / "config.json").write_text(json.dumps(config))
+        with pytest.raises(SourceError, match=words):
+            export(options(empty, tmp_path))
+    (empty / "pytorch_model.bin").write_bytes(b"not loaded")
+    with pytest.raises(SourceError, match="pickle"):
+        export(options(empty, tmp_path))
+    (empty / "config.json").unlink()
+    (empty / "model_index.json").write_text("{}")
+    with pytest.raises(SourceError, match="diffusers"):
+        export(options(empty, tmp_path))
+    with pytest.raises(ExportError, match="tensorrt is not available yet"):
+        export(options(llama, tmp_path, target="tensorrt"))
+    with pytest.raises(ExportError, match="no quantization int3"):
+        export(options(llama, tmp_path, quantize="int3"))
+    with pytest.raises(ExportError, match="256 positions"):
+        export(options(llama, tmp_path, context=100000))
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("model_type", ["gptj", "bloom"])
+def test_architectures_beyond_the_attention_interface_are_refused(model_type: str, tmp_path: Path) -> None:
+    changes = {"n_embd": 64, "n_layer": 2, "n_head": 4} if model_type in ("gptj", "bloom") else {}
+    folder = make_model(tmp_path / "model", model_type, **changes)
+    with pytest.raises(SourceError, match=f"{model_type}.*(attention|traced|layers)"):
+        export(options(folder, tmp_path))
+    assert leftovers(tmp_path) == []
+
+
+def test_damaged_checkpoints(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", max_shard_size="100KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    kept = shards[1].read_bytes()
+    shards[1].unlink()
+    with pytest.raises(SourceError, match=rf"lacks 1 of its {len(shards)} shards, {shards[1].name}"):
+        export(options(folder, tmp_path))
+    shards[1].write_bytes(kept[: len(kept) // 2])
+    with pytest.raises(SourceError, match="damaged"):
+        export(options(folder, tmp_path))
+    shards[1].write_bytes(kept)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(SourceError, match="not a safetensors index"):
+        export(options(folder, tmp_path))
+    assert leftovers(tmp_path) == []
+
+
+def test_weights_that_do_not_belong_to_the_configuration(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({key: value for key, value in weights.items() if key != name}, folder / "model.safetensors")
+    with pytest.raises(SourceError, match=f"lacks 1 of the model's .* tensors, {name}"):
+        export(options(folder, tmp_path))
+    save_file({**weights, name: weights[name][:64].contiguous()}, folder / "model.safetensors")
+    with pytest.raises(SourceError, match=rf"{name} has shape \[64, 64\]"):
+        export(options(folder, tmp_path))
+    save_file({**weights, name: weights[name].to(torch.int8)}, folder / "model.safetensors")
+    with pytest.raises(SourceError, match="stored as I8"):
+        export(options(folder, tmp_path))
+    assert leftovers(tmp_path) == []
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    folder = add_tokenizer(make_model(tmp_path / "model", vocab_size=270), size=320)
+    with pytest.raises(BundleError, match="belongs to another model"):
+        export(options(folder, tmp_path))
+    assert leftovers(tmp_path) == []
+
+
+def test_values_beyond_fp16_are_refused_for_cuda(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][3, 4] = 1e5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="beyond fp16"):
+        export(options(folder, tmp_path, target="cuda"))
+    assert leftovers(tmp_path) == []
+
+
+def test_no_space_left(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ExportError, match="GB free"):
+        export(options(llama, tmp_path))
+
+
+def test_a_full_disk_while_writing_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from fmedge_converters import build
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build, "write_graph", full)
+    with pytest.raises(ExportError, match="no space is left"):
+        export(options(llama, tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_killed_export_leaves_nothing_that_loads_and_runs_again(llama: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fmedge", "export", str(llama), str(tmp_path / "bundle"), "--verify", "none"]
+    random = np.random.default_rng(0)
+    for _ in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        # Killed at any moment: while importing, tracing or writing.
+        time.sleep(float(random.uniform(1.0, 9.0)))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for folder in tmp_path.iterdir():
+            if folder.name == "bundle":
+                open_bundle(folder)  # it was complete before the kill
+                shutil.rmtree(folder)
+            else:
+                with pytest.raises(BundleError):
+                    open_bundle(folder)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert open_bundle(tmp_path / "bundle").manifest.source.architecture == "llama"
