@@ -74,7 +74,10 @@ def table() -> list[tuple[str, str]]:
     graph, full = (item["figures"] for item in manifest["evidence"])
     one, eight = rates()
     return [
-        ("validation perplexity", f"{trained['perplexity_before']:.0f} before training, {trained['perplexity_after']:.1f} after"),
+        (
+            "validation perplexity",
+            f"{trained['perplexity_before']:.0f} before training, {trained['perplexity_after']:.1f} after",
+        ),
         ("size", f"{bundle_bytes / 1e6:.1f} MB as an int4 bundle, {float_bytes / 1e6:.1f} MB as fp32 weights"),
         ("architecture", f"{graph['equal']} of {graph['tokens']} greedy tokens equal PyTorch's at fp32"),
         (
@@ -83,7 +86,7 @@ def table() -> list[tuple[str, str]]:
             f"KL {full['mean_kl']:.3f}, same best token {full['top1_agreement']:.0%}",
         ),
         ("speed", f"{one:.0f} tokens/s for one prompt, {eight:.0f} for eight together"),
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -129,7 +128,7 @@ def test_an_existing_output_is_refused_unless_forced(llama: Path, tmp_path: Path
         export(options(llama, tmp_path))
     export(options(llama, tmp_path, force=True, context=64))
     assert read_manifest(tmp_path / "bundle").text.context == 64
-    assert os.listdir(tmp_path) == ["bundle"]
+    assert leftovers(tmp_path) == ["bundle"]
 
 
 def test_a_failed_verification_writes_nothing_unless_forced(
@@ -139,7 +138,7 @@ def test_a_failed_verification_writes_nothing_unless_forced(
     monkeypatch.setattr(export_module, "graph_evidence", lambda *_: failed)
     with pytest.raises(ParityError, match="equal 3"):
         export(options(llama, tmp_path, verify="graph"))
-    assert os.listdir(tmp_path) == []
+    assert leftovers(tmp_path) == []
     made = export(options(llama, tmp_path, verify="graph", force=True))
     assert made.manifest.forced
     assert not made.manifest.evidence[0].passed
@@ -159,7 +158,7 @@ def test_the_comparison_notices_a_wrong_weight(llama: Path, tmp_path: Path, monk
             export_module, "graph_evidence", lambda *_: Evidence(name="graph", what="", passed=True, figures={})
         )
         export(options(llama, tmp_path, verify="full"))
-    assert os.listdir(tmp_path) == []
+    assert leftovers(tmp_path) == []
 
 
 def test_refusals_of_folders(llama: Path, tmp_path: Path) -> None:
@@ -280,7 +279,7 @@ def test_a_full_disk_while_writing_leaves_nothing(llama: Path, tmp_path: Path, m
     monkeypatch.setattr(build, "write_graph", full)
     with pytest.raises(ExportError, match="no space is left"):
         export(options(llama, tmp_path))
-    assert os.listdir(tmp_path) == []
+    assert leftovers(tmp_path) == []
 
 
 @pytest.mark.slow

@@ -1,0 +1,125 @@
+"""The command line: formats in and out, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def fmedge(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fmedge", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, input=stdin)
+
+
+def test_one_prompt_prints_its_text(bundle: Path) -> None:
+    done = fmedge("generate", bundle, "The list", "--max-new-tokens", 8)
+    record = json.loads(fmedge("generate", bundle, "The list", "--max-new-tokens", 8, "--json").stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == record["text"] + "\n"
+    assert len(record["tokens"]) == 8
+    assert record["finish_reason"] == "length"
+
+
+def test_prompts_from_stdin_files_and_arguments(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"prompt": "The list"}\n\n{"prompt": [5, 6, 7], "max_new_tokens": 3}\n'
+        '{"messages": [{"role": "user", "content": "Hi"}], "stop": ["zzz"]}\n'
+    )
+    done = fmedge("generate", bundle, "A tuple", "-i", tmp_path / "prompts.jsonl", "-o", tmp_path / "out.jsonl",
+                  "--max-new-tokens", 5)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    records = sorted(
+        map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines()), key=lambda r: r["prompt_index"]
+    )
+    assert [len(record["tokens"]) for record in records] == [5, 5, 3, 5]
+    piped = fmedge("generate", bundle, "-i", "-", "-o", "-", "--max-new-tokens", 5, stdin="The list\nA tuple\n")
+    by_index = {item["prompt_index"]: item["tokens"] for item in map(json.loads, piped.stdout.splitlines())}
+    assert by_index == {0: records[1]["tokens"], 1: records[0]["tokens"]}
+
+
+def test_a_prompt_that_cannot_be_served_fails_alone(bundle: Path) -> None:
+    done = fmedge("generate", bundle, "The list", "word " * 500, "--json", "--max-new-tokens", 4)
+    assert done.returncode == 1
+    assert "prompt 1: the prompt has" in done.stderr
+    records = {item["prompt_index"]: item for item in map(json.loads, done.stdout.splitlines())}
+    assert len(records[0]["tokens"]) == 4
+    assert (records[1]["finish_reason"], records[1]["tokens"]) == ("error", [])
+    assert records[1]["error"] in done.stderr
+
+
+def test_seeds_reproduce_and_completions_differ(bundle: Path) -> None:
+    call = ["generate", bundle, "Once", "--temperature", 1, "--seed", 3, "--n", 3, "--json", "--max-new-tokens", 12]
+    first, second = ([json.loads(line)["tokens"] for line in fmedge(*call).stdout.splitlines()] for _ in range(2))
+    assert sorted(first) == sorted(second)
+    assert len({tuple(tokens) for tokens in first}) == 3
+
+
+def test_chat(bundle: Path) -> None:
+    done = fmedge("generate", bundle, "--chat", "--system", "Be brief.", "Hi", "--max-new-tokens", 4, "--json")
+    assert json.loads(done.stdout)["stats"]["prompt_tokens"] > 10
+    assert fmedge("generate", bundle, "Hi", "--system", "Be brief.").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "nowhere", "Hi"], "nowhere is not a folder"),
+        (["generate", "BUNDLE"], "there is no prompt"),
+        (["generate", "BUNDLE", "-i", "missing.txt"], "cannot read missing.txt"),
+        (["generate", "BUNDLE", "Hi", "--temperature", "-1"], "temperature is -1.0"),
+        (["generate", "BUNDLE", "Hi", "--device", "tpu"], "there is no device tpu"),
+        (["generate", "BUNDLE", "Hi", "-o", "nowhere/out.jsonl"], "cannot write nowhere/out.jsonl"),
+        (["inspect", "."], "is not a bundle"),
+        (["verify", "."], "is not a bundle"),
+        (["export", "nowhere", "out", "--target", "tensorrt"], "not available yet"),
+        (["export", "nowhere", "out", "--block-size", "33"], "--block-size is 33"),
+    ],
+)
+def test_errors_are_one_line_and_exit_with_1(arguments: list[str], words: str, bundle: Path) -> None:
+    done = fmedge(*(str(bundle) if item == "BUNDLE" else item for item in arguments))
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("fmedge: error: ")
+    assert done.stdout == ""
+
+
+def test_usage_errors_exit_with_2_and_debug_shows_the_traceback(bundle: Path) -> None:
+    assert fmedge("generate").returncode == 2
+    assert fmedge("export", "a", "b", "--verify", "sometimes").returncode == 2
+    assert fmedge("nonsense").returncode == 2
+    done = fmedge("--debug", "inspect", "nowhere")
+    assert "Traceback" in done.stderr
+    assert done.returncode == 1
+
+
+def test_malformed_json_lines_name_file_and_line(bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    for line, words in (
+        ("{", "is not JSON"),
+        ("5", "must be an object"),
+        ("{}", 'needs either "prompt" or "messages"'),
+        ('{"prompt": 5}', "must be a text or a list"),
+        ('{"prompt": "x", "temprature": 1}', "unknown key 'temprature'"),
+        ('{"prompt": "x", "top_p": 7}', "top_p is 7"),
+    ):
+        path.write_text('{"prompt": "fine"}\n' + line + "\n")
+        done = fmedge("generate", bundle, "-i", path)
+        assert done.returncode == 1
+        assert f"{path}:2" in done.stderr
+        assert words in done.stderr
+
+
+def test_inspect_and_verify(bundle: Path) -> None:
+    text = fmedge("inspect", bundle).stdout
+    for words in ("llama, 2 layers", "target", "evidence (graph)", "evidence (full)", "passed", "torch 2.13"):
+        assert words in text
+    assert json.loads(fmedge("inspect", bundle, "--json").stdout)["format"] == 1
+    done = fmedge("verify", bundle)
+    assert "every checksum is right" in done.stdout
+    assert "64 golden tokens reproduced on cpu" in done.stdout
+    assert json.loads(fmedge("verify", bundle, "--json").stdout)["golden_tokens"] == 64
