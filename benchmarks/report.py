@@ -17,6 +17,9 @@ from workload import Measurement
 PUBLIC = "fmedge/"
 """Forms whose ratio to the peers is printed: fmedge through its public path."""
 
+QUIET_CORES = 0.15
+"""Where some processes of a row ran with less background than this, the others are left out of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -63,6 +66,8 @@ class Row:
     peak_mib: Range
     background_cores: Range
     processes: int
+    quiet: bool
+    """Whether all of these processes ran on a quiet machine; if not, no figure here is to be trusted."""
 
 
 def rows_from_samples(samples: Sequence[Sample]) -> list[Row]:
@@ -74,6 +79,7 @@ def rows_from_samples(samples: Sequence[Sample]) -> list[Row]:
 
 
 def _row(model: str, batch: int, form: str, group: Sequence[Sample]) -> Row:
+    group = [sample for sample in group if sample.background_cores < QUIET_CORES] or group
     measured = [sample.measurement for sample in group]
     return Row(
         model,
@@ -86,18 +92,20 @@ def _row(model: str, batch: int, form: str, group: Sequence[Sample]) -> Row:
         peak_mib=Range.of(item.peak_mib for item in measured),
         background_cores=Range.of(sample.background_cores for sample in group),
         processes=len(group),
+        quiet=all(sample.background_cores < QUIET_CORES for sample in group),
     )
 
 
 def print_tables(rows: Sequence[Row]) -> None:
     """What was measured, then fmedge's ratios to each other form (above 1: fmedge is faster)."""
-    print("| model | batch | form | load s | first token ms | prefill tokens/s | decode tokens/s | peak MiB | others |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    figures = "load s | first token ms | prefill tokens/s | decode tokens/s | peak MiB"
+    print(f"| model | batch | form | {figures} | others | n |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         cells = (row.load_s, row.first_token_ms, row.prefill_tokens_per_s, row.decode_tokens_per_s)
         print(
             f"| {row.model} | {row.batch} | {row.form} | {' | '.join(map(str, cells))} | {row.peak_mib.median:.0f} "
-            f"| {row.background_cores.median:.2f} ({row.background_cores.largest:.2f}) |"
+            f"| {row.background_cores.median:.2f}{'' if row.quiet else ' LOUD'} | {row.processes} |"
         )
     ratios = ratios_from_rows(rows)
     if not ratios:

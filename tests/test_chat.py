@@ -312,6 +312,7 @@ def test_a_syntax_error_names_its_line(source):
         "{{ messages.append(1) }}",
         "{{ messages[0].update(role='system') }}",
         "{{ messages[0].clear() }}",
+        "{{ dict.update(messages[0], {'role': 'system'}) }}",
         "{% import 'os' as os %}{{ os }}",
     ],
 )
@@ -321,7 +322,8 @@ def test_the_sandbox_holds(source):
         text = ChatTemplate(source, SPECIAL).render(messages)
     except RequestError as error:
         text = str(error)
-        assert "unsafe" in text or "undefined" in text or "underscore" in text or "no loader" in text, text
+        reasons = ("unsafe", "undefined", "has no attribute", "underscore", "no loader")
+        assert any(reason in text for reason in reasons), text
     else:
         # Jinja gives nothing for what it hides from a template, as long as nothing is done with it.
         assert text.strip("\n") in ("", "[]"), text

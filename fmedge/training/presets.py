@@ -1,6 +1,19 @@
 """Sizes to train: a table of architectures with the batch and the learning rate that suit them.
 
 Widths are multiples of 128, so that int4 blocks of 32, 64 or 128 divide them.
+
+`tiny` is for a few minutes on two cores. Measured on an AMD EPYC with AVX512-BF16 and the built-in
+text, in bits per byte of the held-out text after the same 307 thousand tokens (lower is better):
+
+    batch 8, 4, 2                2.51, 2.42, 2.38; 1 gives 2.38 at a rate of 2e-3
+    rate 6e-3, 3e-3              2.48, 2.42 with a batch of 4
+    rate 3e-3, 1.5e-3            2.38, 2.36 with a batch of 2
+    layers 6, hidden 384         2.45, 2.40 in place of 2.42, for 1.2 and 1.4 times the processor time
+    vocabulary 2048, 4096        2.56, 2.42; the first takes 0.85 times the time
+    vocabulary 4096, 8192        2.36, 2.19 with a batch of 2; the second takes 1.25 times the time
+
+A million tokens (2000 steps) give 1.99 with a vocabulary of 8192, and 2.07 with 4096. `small` and
+`base` follow the usual proportions and were not tuned.
 """
 
 from __future__ import annotations

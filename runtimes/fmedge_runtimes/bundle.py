@@ -29,7 +29,8 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # A figure that is not finite is written as NaN or Infinity, as Python's json does; null could not be read back.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
 
 
 class SourceFacts(_Record):
@@ -182,7 +183,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         raw: Any = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep
         raise BundleFormatError(f"{path} is not JSON ({error}); copy or export the bundle again.") from error
     found = raw.get("format") if isinstance(raw, dict) else None
     if isinstance(found, int) and found > FORMAT:

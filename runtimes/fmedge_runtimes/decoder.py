@@ -65,10 +65,12 @@ class Decoder:
         cache.reserve(1, len(tokens))
         cache.lengths.append(0)
         parts = []
-        for start in range(0, len(tokens), PREFILL_CHUNK):
-            ids = np.asarray(tokens[start : start + PREFILL_CHUNK], np.int64)[None]  # [1, S]
-            parts.append(self._run(cache, 0, ids, np.arange(ids.shape[1], dtype=np.int64)))
-        cache.clear()
+        try:
+            for start in range(0, len(tokens), PREFILL_CHUNK):
+                ids = np.asarray(tokens[start : start + PREFILL_CHUNK], np.int64)[None]  # [1, S]
+                parts.append(self._run(cache, 0, ids, np.arange(ids.shape[1], dtype=np.int64)))
+        finally:
+            cache.clear()
         return np.concatenate(parts)  # [S, V]
 
     def _run(

@@ -61,12 +61,18 @@ def replay(decoder: Decoder, goldens: Sequence[Golden]) -> list[Replay]:
     cache = decoder.new_cache()
     cache.reserve(len(goldens), max(len(golden.prompt) + len(golden.steps) for golden in goldens))
     found = [[int(decoder.prefill(cache, row, golden.prompt).argmax())] for row, golden in enumerate(goldens)]
-    longest = max(len(golden.steps) for golden in goldens)
-    for step in range(1, longest):
-        # A row that is through keeps its last token; what it computes is not looked at.
-        tokens = [golden.steps[min(step, len(golden.steps)) - 1].token for golden in goldens]
-        for row, logits in enumerate(decoder.decode(cache, tokens)):
-            found[row].append(int(logits.argmax()))
+    live = list(range(len(goldens)))
+    while live:
+        for row in range(len(live) - 1, -1, -1):
+            # A row leaves when it is through: its context may be full.
+            if len(found[live[row]]) >= len(goldens[live[row]].steps):
+                cache.drop_row(row)
+                live[row] = live[-1]
+                live.pop()
+        if live:
+            logits = decoder.decode(cache, [goldens[index].steps[len(found[index]) - 1].token for index in live])
+            for row, index in enumerate(live):
+                found[index].append(int(logits[row].argmax()))
     return [_compare(golden, tokens) for golden, tokens in zip(goldens, found, strict=True)]
 
 

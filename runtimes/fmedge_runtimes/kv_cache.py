@@ -5,7 +5,8 @@ The graph updates the buffers in place. Capacity grows when a row needs it and n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -42,56 +43,87 @@ class KVCache:
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for so many rows of at least so many tokens, keeping what is cached.
 
-        Raises CacheMemoryError when memory does not suffice; the cache is then as it was.
+        Raises CacheMemoryError when memory does not suffice; what is cached is then as it was.
         """
         if rows <= self.rows and tokens <= self.capacity:
             return
-        rows = max(rows, self.rows)
+        live = len(self.lengths)
         least = self._rounded(max(tokens, self.capacity))
         generous = self._rounded(int(self.capacity * GROWTH)) if tokens > self.capacity else least
-        if self._missing(rows, max(generous, least)) is None:
-            self._grow(rows, max(generous, least))
-            return
-        missing = self._missing(rows, least)
-        if missing is None:
-            self._grow(rows, least)
-            return
-        need, free = missing
-        raise CacheMemoryError(
-            f"the KV cache for {rows} rows of {least} tokens needs {need >> 20} MiB more and {free >> 20} MiB "
-            "are free; serve fewer rows at once (max_batch), shorten the prompt or lower max_new_tokens."
+        # The last resort gives up what earlier requests left: rows without tokens, and length that no row uses.
+        smallest = self._rounded(max(tokens, self.capacity if live else 0))
+        sizes = (
+            (max(rows, self.rows), max(generous, least)),
+            (max(rows, self.rows), least),
+            (max(rows, live), smallest),
         )
+        *first, last = dict.fromkeys(sizes)
+        for size in first:
+            with suppress(CacheMemoryError):
+                self._resize(*size)
+                return
+        self._resize(*last)
 
     def _rounded(self, tokens: int) -> int:
         return min(self._context, -(-tokens // STEP) * STEP)
 
-    def _missing(self, rows: int, capacity: int) -> tuple[int, int] | None:
-        """Bytes needed and free, when the growth does not fit."""
+    def _check_room(self, rows: int, capacity: int) -> None:
         free = self._session.free_memory()
         if free is None:
-            return None
-        # Layers grow one after the other, so the old and the new form of one of them exist at once.
-        largest = max(facts.kv_heads * facts.head_dim for facts in self._facts)
-        need = self.nbytes(rows, capacity) - self.nbytes(self.rows, self.capacity)
-        need += rows * capacity * largest * self._dtype.itemsize
-        return (need, free) if need + RESERVE > free else None
+            return
+        need = RESERVE + self.nbytes(rows, capacity) - self.nbytes(self.rows, self.capacity)
+        if self.lengths:
+            # Layers are resized one after the other, so the old and the new form of one of them exist at once.
+            largest = max(facts.kv_heads * facts.head_dim for facts in self._facts)
+            need = max(need, RESERVE) + rows * capacity * largest * self._dtype.itemsize
+        if need > free:
+            raise CacheMemoryError(
+                f"the KV cache for {rows} rows of {capacity} tokens needs {need >> 20} MiB more and {free >> 20} MiB "
+                "are free; serve fewer rows at once (max_batch), shorten the prompt or lower max_new_tokens."
+            )
 
-    def _grow(self, rows: int, capacity: int) -> None:
+    def _resize(self, rows: int, capacity: int) -> None:
+        self._check_room(rows, capacity)
+        if not self.lengths:
+            # Nothing to keep: the old buffers go first.
+            self._buffers.clear()
+            self.rows = self.capacity = 0
+        resized: list[str] = []
+        try:
+            for name, shape in self._shapes(rows, capacity):
+                self._replace(name, shape)
+                resized.append(name)
+        except MemoryError as error:
+            self._undo(resized)
+            raise CacheMemoryError(
+                f"the KV cache for {rows} rows of {capacity} tokens ({self.nbytes(rows, capacity) >> 20} MiB) "
+                "does not fit in memory; serve fewer rows at once (max_batch)."
+            ) from error
+        self.rows, self.capacity = rows, capacity
+
+    def _shapes(self, rows: int, capacity: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         for layer, facts in enumerate(self._facts):
             for part in ("key", "value"):
-                name = f"{layer}.{part}"
-                shape = (rows, facts.kv_heads, capacity, facts.head_dim)  # [R, K, C, D]
-                try:
-                    buffer = self._session.allocate(shape, self._dtype)
-                except MemoryError as error:
-                    raise CacheMemoryError(
-                        f"the KV cache for {rows} rows of {capacity} tokens ({self.nbytes(rows, capacity) >> 20} MiB) "
-                        "does not fit in memory; serve fewer rows at once (max_batch)."
-                    ) from error
-                if name in self._buffers and self.lengths:
-                    self._session.copy(self._buffers[name], buffer)
-                self._buffers[name] = buffer
-        self.rows, self.capacity = rows, capacity
+                yield f"{layer}.{part}", (rows, facts.kv_heads, capacity, facts.head_dim)  # [R, K, C, D]
+
+    def _replace(self, name: str, shape: tuple[int, ...]) -> None:
+        buffer = self._session.allocate(shape, self._dtype)
+        if name in self._buffers:
+            self._session.copy(self._buffers[name], buffer)
+        self._buffers[name] = buffer
+
+    def _undo(self, resized: Sequence[str]) -> None:
+        """Bring the buffers that were resized back to the shape of the others."""
+        if not self.rows:
+            self._buffers.clear()
+            return
+        shapes = dict(self._shapes(self.rows, self.capacity))
+        for name in resized:
+            with suppress(MemoryError):
+                self._replace(name, shapes[name])
+        # The graph takes each layer's buffer as long as it is, so those that stay larger do no harm.
+        self.rows = min(buffer.shape[0] for buffer in self._buffers.values())
+        self.capacity = min(buffer.shape[2] for buffer in self._buffers.values())
 
     def view(self, start: int, stop: int) -> tuple[dict[str, Buffer], dict[str, Buffer]]:
         """Inputs and outputs of the graph for the rows start:stop: the same buffers as both."""

@@ -34,7 +34,18 @@ def _machine() -> int | None:
 
 def _container(limit: Path, used: Path) -> int | None:
     try:
-        return max(0, int(limit.read_text("ascii")) - int(used.read_text("ascii")))
+        most, taken = int(limit.read_text("ascii")), int(used.read_text("ascii"))
     except (OSError, ValueError):
         # No cgroup, or no limit ("max").
         return None
+    return max(0, most - max(0, taken - _file_pages(used.with_name("memory.stat"))))
+
+
+def _file_pages(stat: Path) -> int:
+    """Bytes of files that were read and may be forgotten at once: use, to the kernel, but free for us."""
+    try:
+        facts = dict(line.split() for line in stat.read_text("ascii").splitlines())
+        # Version 1 counts the groups below under a name of its own.
+        return int(facts.get("total_inactive_file", facts.get("inactive_file", "0")))
+    except (OSError, ValueError):
+        return 0

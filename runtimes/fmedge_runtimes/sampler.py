@@ -177,7 +177,7 @@ def fault(logits: npt.NDArray[np.floating], row: Row) -> BackendError:
     if nan or infinite:
         return BackendError(
             f"the graph gave no usable logits: {what}, {nan} are NaN and {infinite} are infinite; "
-            "values may have overflowed float16: export with --precision fp32, or try another provider."
+            "values may have overflowed float16: a bundle exported with --target cpu computes in float32."
         )
     if np.isneginf(logits).all():
         return BackendError(f"the graph gave no usable logits: all {what} are -inf; export the bundle again.")

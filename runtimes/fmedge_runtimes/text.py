@@ -12,9 +12,10 @@ seed and position alone, never on its neighbours; docs/determinism.md says what 
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -47,11 +48,17 @@ class _Row:
     index: int
     prompt: Sequence[int]
     sampling: Sampling
-    state: sampler.Row
     text: TextStream | None
     started: float
+    state: sampler.Row | None = None
+    """Made when the row joins the batch: it can be as large as the vocabulary, and thousands of rows may wait."""
     tokens: list[int] = field(default_factory=list)
     first_token: float = 0.0
+
+    @property
+    def cached(self) -> list[int]:
+        """The tokens to prefill: the prompt, and what was generated before the row had to wait again."""
+        return [*self.prompt, *self.tokens]
 
 
 class TextModel:
@@ -80,6 +87,7 @@ class TextModel:
         )
         # The cache of the last call, kept for the next one; concurrent calls make their own.
         self._idle_caches: deque[KVCache] = deque(maxlen=1)
+        self._closed = False
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None
@@ -96,15 +104,22 @@ class TextModel:
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None
-    ) -> Iterator[Delta]:
-        """Like generate, but yields text as it comes; the last delta of each completion carries the completion."""
-        requests = self._requests(prompts, sampling)
+    ) -> Generator[Delta, None, None]:
+        """Like generate, but yields text as it comes; the last delta of each completion carries the completion.
+
+        Close the generator, or read it to its end, to have the memory of its cache used again.
+        """
+        self._check_open()
+        return self._stream(self._requests(prompts, sampling))
+
+    def _stream(self, requests: Sequence[tuple[Prompt, Sampling]]) -> Generator[Delta, None, None]:
         cache = self._take_cache()
         try:
             yield from self._run(requests, cache)
         finally:
             cache.clear()
-            self._idle_caches.append(cache)
+            if not self._closed:
+                self._idle_caches.append(cache)
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """A conversation as token ids, by the model's own template, ready to be completed.
@@ -120,13 +135,20 @@ class TextModel:
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.floating]:
         """The logits [S, V] behind every token of a text. Raises RequestError."""
+        self._check_open()
+        tokens = _ids(tokens)
         self._check_tokens(tokens, room=0)
         return self._decoder.score(self._decoder.new_cache(), tokens)
 
     def close(self) -> None:
         """Give the model's memory back; it cannot be used afterwards."""
+        self._closed = True
         self._idle_caches.clear()
         self._decoder.session.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestError(f"the model of {self.bundle.folder} is closed; load it again.")
 
     def __enter__(self) -> TextModel:
         return self
@@ -138,7 +160,7 @@ class TextModel:
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None
     ) -> list[tuple[Prompt, Sampling]]:
         listed: list[Prompt]
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | np.integer)):
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
             listed = [prompts]  # type: ignore[list-item]  # a single prompt, by the check
         else:
             listed = list(prompts)  # type: ignore[arg-type]
@@ -168,7 +190,7 @@ class TextModel:
         while waiting or live:
             yield from self._admit(waiting, live, cache)
             if live:
-                yield from self._step(live, cache)
+                yield from self._step(waiting, live, cache)
 
     def _rows(self, number: int, prompt: Prompt, sampling: Sampling, started: float) -> list[_Row]:
         if isinstance(prompt, str):
@@ -178,7 +200,11 @@ class TextModel:
                 raise RequestError(f"prompt {number} is empty; give it at least one character.")
             tokens: Sequence[int] = self.tokenizer.encode(prompt)
         else:
-            tokens = [int(token) for token in prompt]
+            tokens = _ids(prompt)
+        if sampling.stop and self.tokenizer is None:
+            raise RequestError(
+                f"{self.bundle.folder} has no tokenizer, so stop strings cannot be found; leave them out."
+            )
         self._check_tokens(tokens, room=1)
         seed = fresh_seed() if sampling.seed is None else sampling.seed
         sampling = replace(sampling, seed=seed)
@@ -188,7 +214,6 @@ class TextModel:
                 index,
                 tokens,
                 sampling,
-                sampler.Row(sampling, vocabulary=self._decoder.facts.vocabulary, seed=seed, index=index, prompt=tokens),
                 TextStream(self.tokenizer, sampling.stop) if self.tokenizer else None,
                 started,
             )
@@ -211,57 +236,71 @@ class TextModel:
     def _admit(self, waiting: deque[_Row], live: list[_Row], cache: KVCache) -> Iterator[Delta]:
         """Prefill waiting rows while there is room for them; completions of one prompt share its prefill."""
         rows = min(self.max_batch, len(live) + len(waiting))
-        last: tuple[_Row, int, npt.NDArray[np.floating]] | None = None
+        last: tuple[list[int], int, npt.NDArray[np.floating]] | None = None
         while waiting and len(live) < rows:
             row = waiting[0]
-            slot = len(live)
+            slot, tokens = len(live), row.cached
             try:
-                if last is not None and last[0].prompt_index == row.prompt_index:
+                cache.reserve(rows, len(tokens) + 1)
+                if last is not None and last[0] == tokens:
                     logits = last[2]
-                    cache.reserve(slot + 1, len(row.prompt) + 1)
-                    cache.lengths.append(len(row.prompt))
+                    cache.lengths.append(len(tokens))
                     cache.copy_row(last[1], slot)
                 else:
-                    cache.reserve(rows, max(len(row.prompt) + 1, cache.capacity))
-                    logits = self._decoder.prefill(cache, slot, row.prompt)
+                    logits = self._decoder.prefill(cache, slot, tokens)
             except CacheMemoryError as error:
+                if rows > slot + 1:
+                    rows = (rows + slot + 1) // 2  # try with fewer
+                    continue
                 if live:
                     return  # rows that finish make room
-                if rows > 1:
-                    rows = 1  # nothing else runs: try this row alone
-                    continue
                 waiting.popleft()
                 yield self._finish(row, "error", error)
+                rows = min(self.max_batch, len(waiting))
                 continue
             waiting.popleft()
             live.append(row)
+            if row.state is None:
+                row.state = self._sampler_row(row)
             yield from self._take(live, cache, logits[None], first=slot)
             # A row that ended with its first token has left no cache to copy.
-            last = (row, slot, logits) if len(live) > slot else None
+            last = (tokens, slot, logits) if len(live) > slot else None
 
-    def _step(self, live: list[_Row], cache: KVCache) -> Iterator[Delta]:
-        """One token for every live row."""
-        try:
-            logits = self._decoder.decode(cache, [row.tokens[-1] for row in live])  # [R, V]
-        except CacheMemoryError as error:
-            # Only the longest row needs the room; the others go on.
-            longest = max(range(len(live)), key=lambda index: cache.lengths[index])
-            yield self._finish(live[longest], "error", error)
-            _drop(live, cache, longest)
+    def _sampler_row(self, row: _Row) -> sampler.Row:
+        return sampler.Row(
+            row.sampling,
+            vocabulary=self._decoder.facts.vocabulary,
+            seed=row.sampling.seed or 0,
+            index=row.index,
+            prompt=row.prompt,
+        )
+
+    def _step(self, waiting: deque[_Row], live: list[_Row], cache: KVCache) -> Iterator[Delta]:
+        """One token for every live row; where memory does not suffice for all, the last requests wait again."""
+        while live:
+            try:
+                logits = self._decoder.decode(cache, [row.tokens[-1] for row in live])  # [R, V]
+            except CacheMemoryError:
+                # A last row waits, too: into an empty cache it may still fit.
+                latest = max(range(len(live)), key=lambda slot: (live[slot].prompt_index, live[slot].index))
+                waiting.appendleft(live[latest])
+                _drop(live, cache, latest)
+                continue
+            yield from self._take(live, cache, logits, first=0)
             return
-        yield from self._take(live, cache, logits, first=0)
 
     def _take(self, live: list[_Row], cache: KVCache, logits: npt.NDArray[np.floating], first: int) -> Iterator[Delta]:
         """Choose a token for the rows from `first` on, emit their text, drop those that finish."""
-        chosen = choose(logits, [row.state for row in live[first:]])
+        states = [row.state for row in live[first:] if row.state is not None]  # a live row has one
+        chosen = choose(logits, states)
         now = time.perf_counter()
         for slot in range(len(live) - 1, first - 1, -1):
-            row, token = live[slot], int(chosen[slot - first])
+            row, state, token = live[slot], states[slot - first], int(chosen[slot - first])
             if token == NO_TOKEN:
-                yield self._finish(row, "error", sampler.fault(logits[slot - first], row.state))
+                yield self._finish(row, "error", sampler.fault(logits[slot - first], state))
                 _drop(live, cache, slot)
                 continue
-            row.state.record(token)
+            state.record(token)
             row.tokens.append(token)
             row.first_token = row.first_token or now
             ended = token in self._eos and not row.sampling.ignore_eos
@@ -288,6 +327,8 @@ class TextModel:
         """The last delta of a row: what text was held back, and the completion."""
         if row.text is not None:
             text += row.text.flush()
+            if row.text.stopped and reason != "error":
+                reason = "stop"  # found in the text that was held back
         now = time.perf_counter()
         first = row.first_token or now
         later = len(row.tokens) - 1
@@ -306,7 +347,7 @@ class TextModel:
             finish_reason=reason,
             seed=row.sampling.seed or 0,
             stats=stats,
-            error=error,
+            error=_light(error) if error is not None else None,
         )
         return Delta(row.prompt_index, row.index, text, completion)
 
@@ -321,5 +362,19 @@ def _drop(live: list[_Row], cache: KVCache, slot: int) -> None:
 def _refused(number: int, sampling: Sampling, started: float, error: FmedgeError) -> Delta:
     seconds = time.perf_counter() - started
     stats = Stats(0, 0, seconds, seconds, 0.0)
-    completion = Completion(number, 0, "", (), "error", sampling.seed or 0, stats, error)
+    completion = Completion(number, 0, "", (), "error", sampling.seed or 0, stats, _light(error))
     return Delta(number, 0, "", completion)
+
+
+def _light(error: FmedgeError) -> FmedgeError:
+    """The error without its traceback, whose frames would keep the cache alive as long as the completion."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def _ids(prompt: Sequence[int]) -> list[int]:
+    """Token ids as plain numbers, whatever integer type they have."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise RequestError(f"a prompt is neither text nor token ids ({error}); give a str or whole numbers.") from error

@@ -1,0 +1,309 @@
+"""The KV cache: it grows when it must, keeps what it holds, and fails without harm. And the memory that is left."""
+
+import numpy as np
+import pytest
+from fake_session import CONTEXT, PARTS, SHAPES, TOKEN_BYTES, FakeSession, row_bytes
+from fmedge_runtimes import memory
+from fmedge_runtimes.bundle import CacheFacts
+from fmedge_runtimes.errors import CacheMemoryError, RequestError
+from fmedge_runtimes.kv_cache import GROWTH, STEP, KVCache
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+FACTS = [CacheFacts(kv_heads=heads, head_dim=size, window=None) for heads, size in SHAPES]
+
+
+def new_cache(session, context=CONTEXT):
+    return KVCache(session, FACTS, "float32", context)
+
+
+def fill(cache, row, tokens):
+    """Put a row of so many tokens into the cache, and return what a reader must find there."""
+    written = {}
+    generator = np.random.default_rng(1000 * row + tokens)
+    for name, buffer in cache.view(row, row + 1)[0].items():
+        heads, _, size = buffer.shape[1:]
+        written[name] = generator.normal(size=(heads, tokens, size)).astype(np.float32)
+        buffer.array[0, :, :tokens] = written[name]
+    cache.lengths[row:] = [tokens]
+    return written
+
+
+def held(cache, row):
+    return {
+        name: buffer.array[0, :, : cache.lengths[row]].copy() for name, buffer in cache.view(row, row + 1)[0].items()
+    }
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)
+
+
+def shapes(cache):
+    return {buffer.shape[::2] for buffer in cache._buffers.values()}
+
+
+def test_bytes_are_those_of_keys_and_values_of_all_layers():
+    session = FakeSession()
+    cache = new_cache(session)
+    assert cache.nbytes(3, 64) == 3 * 64 * TOKEN_BYTES
+    cache.reserve(3, 64)
+    assert session.allocated == cache.nbytes(3, 64)
+    half = KVCache(session, FACTS, "float16", CONTEXT)
+    assert half.nbytes(3, 64) == 3 * 64 * TOKEN_BYTES // 2
+
+
+def test_nothing_is_allocated_before_it_is_needed():
+    session = FakeSession()
+    cache = new_cache(session)
+    assert (session.allocations, cache.rows, cache.capacity) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("tokens", "capacity"), [(1, 64), (64, 64), (65, 128), (190, 192), (193, 200), (200, 200)])
+def test_capacity_is_a_multiple_of_the_step_up_to_the_context(tokens, capacity):
+    cache = new_cache(FakeSession())
+    cache.reserve(2, tokens)
+    assert (cache.rows, cache.capacity) == (2, capacity)
+    assert {buffer.shape for buffer in cache.view(0, 2)[0].values()} == {
+        (2, heads, capacity, size) for heads, size in SHAPES
+    }
+
+
+def test_a_full_cache_grows_by_half():
+    cache = new_cache(FakeSession(), context=100_000)
+    cache.reserve(1, 10 * STEP)
+    cache.reserve(1, 10 * STEP + 1)
+    assert cache.capacity == int(10 * STEP * GROWTH)
+
+
+def test_where_memory_is_short_it_grows_by_what_is_needed():
+    session = FakeSession()
+    cache = new_cache(session, context=100_000)
+    cache.reserve(1, 10 * STEP)
+    fill(cache, 0, 10 * STEP)
+    session.room = row_bytes(14 * STEP)
+    cache.reserve(1, 10 * STEP + 1)
+    assert cache.capacity == 11 * STEP
+    assert session.peak <= session.room
+
+
+def test_memory_that_is_found_missing_late_is_no_other_matter():
+    # A GPU does not say what is free: the larger size is tried, and then the smaller one.
+    session = FakeSession()
+    cache = new_cache(session, context=100_000)
+    cache.reserve(1, 10 * STEP)
+    written = fill(cache, 0, 10 * STEP)
+    session.limit = row_bytes(14 * STEP)
+    cache.reserve(1, 10 * STEP + 1)
+    assert cache.capacity == 11 * STEP
+    assert same(held(cache, 0), written)
+
+
+def test_what_fits_moves_nothing():
+    session = FakeSession()
+    cache = new_cache(session)
+    cache.reserve(4, 128)
+    allocations = session.allocations
+    for rows, tokens in ((4, 128), (1, 1), (4, 65), (1, 128)):
+        cache.reserve(rows, tokens)
+    assert session.allocations == allocations
+
+
+sizes = st.tuples(st.integers(1, 4), st.integers(1, CONTEXT))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(sizes, min_size=1, max_size=6), st.lists(st.integers(1, CONTEXT), min_size=1, max_size=4), st.data())
+def test_growth_keeps_what_is_cached_and_failure_changes_nothing(steps, lengths, data):
+    room = data.draw(st.none() | st.integers(row_bytes(64), row_bytes(8 * CONTEXT)))
+    deny = data.draw(st.sets(st.integers(5, 40), max_size=10))
+    session = FakeSession()
+    cache = new_cache(session)
+    cache.reserve(len(lengths), max(lengths))
+    written = [fill(cache, row, length) for row, length in enumerate(lengths)]
+    session.room, session.deny = None if room is None else max(room, session.allocated), deny
+    session.peak = 0
+    for rows, tokens in steps:
+        before = (cache.rows, cache.capacity)
+        try:
+            cache.reserve(rows, tokens)
+        except CacheMemoryError:
+            assert (cache.rows, cache.capacity) == before or deny
+        else:
+            assert cache.rows >= max(rows, len(lengths))
+            assert cache.capacity >= max(tokens, *lengths)
+            if not deny:
+                assert shapes(cache) == {(cache.rows, cache.capacity)}
+                assert session.allocated == cache.nbytes(cache.rows, cache.capacity)
+        assert all(rows >= cache.rows and capacity >= cache.capacity for rows, capacity in shapes(cache))
+        assert cache.lengths == lengths
+        assert all(same(held(cache, row), content) for row, content in enumerate(written))
+    if session.room is not None:
+        assert session.peak <= session.room
+
+
+@pytest.mark.parametrize("deny", [5, 6, 7, 8])
+def test_an_allocation_that_fails_half_way_is_undone(deny):
+    session = FakeSession()
+    cache = new_cache(session)
+    cache.reserve(2, 64)
+    written = [fill(cache, 0, 10), fill(cache, 1, 64)]
+    session.deny = {deny}
+    with pytest.raises(CacheMemoryError, match=r"for 2 rows of 128 tokens \(0 MiB\) does not fit in memory") as caught:
+        cache.reserve(2, 65)
+    assert isinstance(caught.value, RequestError)
+    assert shapes(cache) == {(2, 64)}
+    assert session.allocated == cache.nbytes(2, 64)
+    assert same(held(cache, 0), written[0])
+    assert same(held(cache, 1), written[1])
+    cache.reserve(2, 65)
+    assert same(held(cache, 1), written[1])
+
+
+@pytest.mark.parametrize("deny", [1, 2, 3, 4])
+def test_a_first_allocation_that_fails_leaves_an_empty_cache(deny):
+    session = FakeSession(deny={deny})
+    cache = new_cache(session)
+    with pytest.raises(CacheMemoryError):
+        cache.reserve(2, 64)
+    assert (cache.rows, cache.capacity, session.allocated) == (0, 0, 0)
+    cache.reserve(2, 64)
+    assert shapes(cache) == {(2, 64)}
+
+
+def test_memory_that_does_not_suffice_is_named_before_it_is_taken():
+    session = FakeSession(room=row_bytes(64))
+    cache = KVCache(session, [CacheFacts(kv_heads=64, head_dim=1024, window=None)], "float32", 1000)
+    with pytest.raises(CacheMemoryError) as caught:
+        cache.reserve(2, 129)
+    # 2 rows, 192 tokens, 2 * 64 * 1024 values of 4 bytes; 64 MiB stay free for the graph.
+    assert "2 rows of 192 tokens needs 256 MiB more and 64 MiB are free" in str(caught.value)
+    assert session.allocations == 0
+
+
+def test_rows_that_are_not_in_use_give_way():
+    session = FakeSession()
+    cache = new_cache(session)
+    cache.reserve(4, 64)
+    written = fill(cache, 0, 64)
+    session.room = row_bytes(5 * 64)
+    cache.reserve(1, 65)
+    assert (cache.rows, cache.capacity) == (1, 128)
+    assert same(held(cache, 0), written)
+
+
+def test_an_empty_cache_gives_up_its_length():
+    session = FakeSession(room=row_bytes(200))
+    cache = new_cache(session)
+    cache.reserve(1, 190)
+    fill(cache, 0, 190)
+    with pytest.raises(CacheMemoryError):
+        cache.reserve(2, 64)
+    cache.clear()
+    cache.reserve(3, 64)
+    assert (cache.rows, cache.capacity) == (3, 64)
+
+
+def test_views_are_inputs_and_outputs_at_once():
+    cache = new_cache(FakeSession())
+    cache.reserve(3, 64)
+    feeds, results = cache.view(1, 3)
+    assert list(feeds) == [f"past_key_values.{name}" for name, _ in PARTS]
+    assert list(results) == [f"present.{name}" for name, _ in PARTS]
+    for name, _ in PARTS:
+        given, bound = feeds[f"past_key_values.{name}"], results[f"present.{name}"]
+        assert given.shape[0] == 2
+        assert given.array.ctypes.data == bound.array.ctypes.data
+        bound.array[0] = 7
+        whole = cache.view(0, 3)[0][f"past_key_values.{name}"].array
+        assert (whole[1] == 7).all()
+        assert (whole[[0, 2]] == 0).all()
+
+
+def test_a_copied_row_is_the_same_and_independent():
+    cache = new_cache(FakeSession())
+    cache.reserve(3, 64)
+    written = fill(cache, 0, 20)
+    cache.lengths.append(20)
+    cache.copy_row(0, 1)
+    for buffer in cache.view(0, 1)[0].values():
+        buffer.array[:] = -1
+    assert same(held(cache, 1), written)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=5), st.data())
+def test_the_last_row_takes_the_place_of_a_dropped_one(lengths, data):
+    cache = new_cache(FakeSession())
+    cache.reserve(len(lengths), 64)
+    rows = [fill(cache, row, length) for row, length in enumerate(lengths)]
+    lengths = list(lengths)
+    while rows:
+        dropped = data.draw(st.integers(0, len(rows) - 1))
+        cache.drop_row(dropped)
+        rows[dropped], lengths[dropped] = rows[-1], lengths[-1]
+        rows.pop()
+        lengths.pop()
+        assert cache.lengths == lengths
+        assert all(same(held(cache, row), content) for row, content in enumerate(rows))
+
+
+def test_a_cleared_cache_keeps_its_memory():
+    session = FakeSession()
+    cache = new_cache(session)
+    cache.reserve(2, 64)
+    fill(cache, 0, 3)
+    cache.clear()
+    assert cache.lengths == []
+    cache.reserve(2, 64)
+    assert session.allocations == len(PARTS)
+
+
+def container(folder, limit, used, inactive=None, names=("memory.max", "memory.current")):
+    folder.mkdir()
+    for name, value in zip(names, (limit, used), strict=True):
+        (folder / name).write_text(f"{value}\n")
+    if inactive is not None:
+        (folder / "memory.stat").write_text(f"anon 5\n{inactive}\nfile 9\n")
+    return tuple(folder / name for name in names)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with 1000 KiB; its containers are put in by the tests."""
+    path = tmp_path / "meminfo"
+    path.write_text("MemTotal: 4000 kB\nMemFree: 10 kB\nMemAvailable:    1000 kB\n", "ascii")
+    monkeypatch.setattr(memory, "MEMINFO", path)
+    monkeypatch.setattr(memory, "CGROUPS", ())
+    return lambda *pairs: monkeypatch.setattr(memory, "CGROUPS", pairs)
+
+
+def test_free_memory_is_the_machines_without_a_container(machine, tmp_path):
+    assert memory.available_bytes() == 1000 * 1024
+    machine((tmp_path / "none", tmp_path / "nothing"), container(tmp_path / "free", "max", 10))
+    assert memory.available_bytes() == 1000 * 1024
+
+
+def test_free_memory_is_the_containers_where_that_is_less(machine, tmp_path):
+    machine(container(tmp_path / "small", 5000, 3000))
+    assert memory.available_bytes() == 2000
+    machine(container(tmp_path / "large", 10**9, 3000))
+    assert memory.available_bytes() == 1000 * 1024
+    machine(container(tmp_path / "over", 5000, 6000))
+    assert memory.available_bytes() == 0
+
+
+@pytest.mark.parametrize("line", ["inactive_file 2500", "total_inactive_file 2500"])
+def test_files_that_were_only_read_do_not_fill_a_container(machine, tmp_path, line):
+    # The kernel gives their pages up at once; reading a bundle's weights must not leave no room for its cache.
+    machine(container(tmp_path / "read", 5000, 4900, line))
+    assert memory.available_bytes() == 5000 - (4900 - 2500)
+
+
+def test_memory_that_cannot_be_told_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(memory, "CGROUPS", ())
+    assert memory.available_bytes() is None
+    (tmp_path / "old").write_text("MemTotal: 4000 kB\n")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "old")
+    assert memory.available_bytes() is None
