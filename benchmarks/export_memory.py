@@ -80,7 +80,8 @@ def main(options: Options) -> int:
     shape = Shape(options.hidden, options.intermediate, options.vocabulary)
     layers = options.layers or shape.layers_in(int(options.gigabytes * 1e9))
     model = options.work / f"model-{options.hidden}-{options.intermediate}-{options.vocabulary}-{layers}"
-    need, free = 2 * shape.nbytes(layers), shutil.disk_usage(existing_parent(options.work)).free
+    copies = 3 if "none" in options.quantize else 2  # fp32 is twice the size of bf16
+    need, free = copies * shape.nbytes(layers), shutil.disk_usage(existing_parent(options.work)).free
     if need > free:
         print(f"{need / 1e9:.1f} GB are needed below {options.work}, {free / 1e9:.1f} are free")
         return 1

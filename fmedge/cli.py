@@ -1,7 +1,7 @@
 """The command line: one module for each command under fmedge.commands, put together here.
 
 Errors that fmedge raises on purpose become one line on stderr and exit code 1; usage errors exit with 2, an interrupt
-with 130. `--debug` shows the traceback.
+with 130 (typer sees to both). `--debug` shows the traceback.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def options(
 
 def main() -> None:
     """Run the command line."""
-    debug = "--debug" in sys.argv
+    debug = "--debug" in sys.argv[1:2]
     try:
         app()
     except FmedgeError as error:
@@ -71,10 +71,3 @@ def main() -> None:
             raise
         typer.secho(f"fmedge: error: {error}", fg=typer.colors.RED if sys.stderr.isatty() else None, err=True)
         sys.exit(1)
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`); there is nobody left to tell.
-        sys.stderr.close()
-        sys.exit(141)
-    except KeyboardInterrupt:
-        typer.echo("fmedge: interrupted", err=True)
-        sys.exit(130)

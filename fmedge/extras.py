@@ -13,4 +13,6 @@ def require_export() -> None:
     """Raise BackendError unless what exporting and training need is installed."""
     missing = [name for name in EXPORT if find_spec(name) is None]
     if missing:
-        raise BackendError(f"{', '.join(missing)} is not installed: pip install 'fmedge[export,cpu]'.")
+        raise BackendError(
+            f"exporting needs {', '.join(missing)}, which this environment lacks: pip install 'fmedge[export,cpu]'."
+        )

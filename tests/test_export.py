@@ -246,7 +246,7 @@ def test_weights_that_do_not_belong_to_the_configuration(tmp_path: Path) -> None
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     folder = add_tokenizer(make_model(tmp_path / "model", vocab_size=270), size=320)
-    with pytest.raises(BundleError, match="belongs to another model"):
+    with pytest.raises(SourceError, match="belongs to another model"):
         export(options(folder, tmp_path))
     assert leftovers(tmp_path) == []
 

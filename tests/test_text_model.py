@@ -7,17 +7,28 @@ import weakref
 
 import numpy as np
 import pytest
-from fake_session import CONTEXT, EOS, LETTERS, VOCABULARY, FakeSession, logits_of, make_bundle, row_bytes
+from fake_session import (
+    CONTEXT,
+    EOS,
+    LETTERS,
+    VOCABULARY,
+    FakeSession,
+    letters_tokenizer,
+    logits_of,
+    make_bundle,
+    row_bytes,
+)
 from fmedge_runtimes import text as text_module
 from fmedge_runtimes.bundle import Golden, GoldenStep, SamplingFacts
 from fmedge_runtimes.decoder import Decoder
-from fmedge_runtimes.errors import BackendError, BundleError, CacheMemoryError, RequestError
+from fmedge_runtimes.errors import BackendError, BundleError, BundleFormatError, CacheMemoryError, RequestError
 from fmedge_runtimes.golden import Replay, continue_greedily, replay
 from fmedge_runtimes.sampler import Row, choose
 from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.text import TextModel
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
@@ -200,6 +211,14 @@ def test_completions_of_a_prompt_share_its_prefill_and_differ(bundle):
     assert [completion.tokens for completion in again] == [completion.tokens for completion in completions]
 
 
+def test_completions_of_one_token_share_their_prefill_too(bundle):
+    session = FakeSession()
+    sampling = Sampling(1, temperature=1.5, n=5, seed=7, ignore_eos=True)
+    completions = TextModel(bundle, session, max_batch=2).generate(["abcd", "q"], sampling)
+    assert session.steps == [(1, 4), (1, 1)]
+    assert [facts(completion) for completion in completions] == expected(["abcd", "q"], [sampling] * 2)
+
+
 def test_without_a_seed_the_completion_says_which_repeats_it(model):
     first, second = model.generate(["ab", "ab"], Sampling(30, temperature=2.0, ignore_eos=True))
     assert first.seed != second.seed
@@ -217,6 +236,19 @@ def test_when_memory_is_short_as_many_rows_run_as_fit(bundle):
     assert session.peak <= row_bytes(3 * 64)
 
 
+def test_a_row_that_has_to_wait_again_goes_first(bundle):
+    session = FakeSession(room=row_bytes(170))
+    model = TextModel(bundle, session, max_batch=2)
+    deltas = list(model.stream(["ab", "cd", "ef"], Sampling(100, temperature=1.0, seed=1, ignore_eos=True)))
+    order = [delta.prompt_index for delta in deltas]
+    # The second gave way when the first grew, and was taken up before the third.
+    ended = next(place for place, delta in enumerate(deltas) if delta.completion)
+    assert order[:2] == [0, 1]
+    assert deltas[ended].prompt_index == 0
+    assert 1 not in order[ended - 20 : ended]
+    assert order[ended + 1] == 1
+
+
 def test_a_row_that_fits_nowhere_fails_alone(bundle):
     session = FakeSession(room=row_bytes(64))
     asked = ["ab", [1] * 100, "cd", "ef"]
@@ -231,6 +263,14 @@ def test_a_row_that_fits_nowhere_fails_alone(bundle):
     assert growing.finish_reason == "error"
     tokens, text, _ = alone("cd", Sampling(63, ignore_eos=True))
     assert (list(growing.tokens), growing.text) == (tokens, text)
+
+
+def test_a_prompt_that_does_not_fit_holds_nobody_up(bundle):
+    session = FakeSession(room=row_bytes(3 * 64))
+    model = TextModel(bundle, session, max_batch=4)
+    completions = model.generate([[1] * 199, "ab", "cd", "ef"], Sampling(9, ignore_eos=True))
+    assert [completion.finish_reason for completion in completions] == ["error", "length", "length", "length"]
+    assert session.steps == [(1, 2)] * 3 + [(3, 1)] * 8
 
 
 def test_allocations_that_fail_without_warning_are_survived(bundle):
@@ -250,8 +290,9 @@ def test_a_large_idle_cache_gives_way(bundle):
     assert session.steps[-1] == (4, 1)
 
 
-def test_an_error_keeps_no_cache_alive(bundle):
-    session = FakeSession(room=row_bytes(64), poison=frozenset({3}))
+@pytest.mark.parametrize("memory", ["room", "limit"])
+def test_an_error_keeps_no_cache_alive(bundle, memory):
+    session = FakeSession(poison=frozenset({3}), **{memory: row_bytes(64)})
     model = TextModel(bundle, session)
     kept = model.generate([[1] * 100, [2, 3], "ab"], Sampling(90, ignore_eos=True))
     assert [completion.finish_reason for completion in kept] == ["error"] * 3
@@ -376,6 +417,7 @@ def test_streams_nest(model):
     outer = Sampling(12, temperature=1.0, seed=1, ignore_eos=True)
     inner = Sampling(12, temperature=1.0, seed=2, ignore_eos=True)
     text = ""
+    model.generate("ab", outer)  # leaves a cache, which one of the streams takes
     for number, delta in enumerate(model.stream("ab", outer)):
         text += delta.text
         (completion,) = model.generate([[number, 3]], inner)
@@ -485,6 +527,12 @@ def test_the_recommended_sampling_is_the_default(tmp_path):
     assert facts(completion) == alone("ab", model.default_sampling, seed=completion.seed)
 
 
+def test_a_recommended_sampling_that_cannot_be_is_the_bundles_fault(tmp_path):
+    bundle = make_bundle(tmp_path / "bundle", sampling=SamplingFacts(top_p=2.0))
+    with pytest.raises(BundleFormatError, match=r"bundle: text.sampling: Sampling.top_p is 2.0"):
+        TextModel(bundle, FakeSession())
+
+
 def test_without_a_tokenizer_prompts_are_ids(tmp_path):
     model = TextModel(make_bundle(tmp_path / "bundle", tokenizer=False), FakeSession())
     ids, text, stop = model.generate([[1, 2], "ab", [1, 2]], [Sampling(5), Sampling(5), Sampling(5, stop=("a",))])
@@ -495,8 +543,8 @@ def test_without_a_tokenizer_prompts_are_ids(tmp_path):
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    with pytest.raises(BundleError, match="the tokenizer has 21 tokens, the model 20"):
-        TextModel(make_bundle(tmp_path / "bundle", vocabulary=20), FakeSession())
+    with pytest.raises(BundleError, match=r"the tokenizer has 2\d tokens, the model 1\d"):
+        TextModel(make_bundle(tmp_path / "bundle", vocabulary=10), FakeSession())
 
 
 def test_a_batch_of_none_is_refused(bundle):
@@ -504,7 +552,13 @@ def test_a_batch_of_none_is_refused(bundle):
         TextModel(bundle, FakeSession(), max_batch=0)
 
 
-def test_a_chat_is_tokenized_without_further_special_tokens(model):
+def test_a_chat_is_tokenized_without_further_special_tokens(tmp_path):
+    bundle = make_bundle(tmp_path / "bundle", chat_template=CHAT)
+    tokenizer = letters_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", EOS)])
+    tokenizer.save(str(bundle.file("tokenizer.json")))
+    model = TextModel(bundle, FakeSession())
+    assert model.tokenizer.encode("ab") == [EOS, 0, 1]
     assert model.chat_prompt([{"role": "user", "content": "ab"}, {"role": "user", "content": "<eos>c"}]) == [
         0,
         1,
@@ -544,6 +598,31 @@ def test_waiting_rows_hold_no_array_as_large_as_the_vocabulary(bundle, monkeypat
     next(stream)
     assert len(rows) <= 2
     assert sum(delta.completion is not None for delta in stream) == 20
+
+
+def test_a_decoder_makes_its_own_room(bundle):
+    decoder = Decoder(FakeSession(), bundle.manifest.text)
+    cache = decoder.new_cache()
+    first, second = tuple([1] * 65), tuple([2] * 128)
+    assert (decoder.prefill(cache, 0, first) == logits_of(first)).all()
+    assert (decoder.prefill(cache, 1, second) == logits_of(second)).all()
+    assert (decoder.decode(cache, [3, 4]) == [logits_of((*first, 3)), logits_of((*second, 4))]).all()
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_a_failing_graph_leaves_the_rows_before_it(bundle):
+    decoder = Decoder(FakeSession(fail_on=3), bundle.manifest.text)
+    cache = decoder.new_cache()
+    decoder.prefill(cache, 0, [1, 2])
+    with pytest.raises(BackendError):
+        decoder.prefill(cache, 1, [3] * 40)
+    assert cache.lengths == [2]
+    assert (decoder.decode(cache, [3]) == logits_of((1, 2, 3))).all()
+    empty = decoder.new_cache()
+    decoder.session.fail_on = decoder.session.runs + 2
+    with pytest.raises(BackendError):
+        decoder.score(empty, [3] * 40)
+    assert empty.lengths == []
 
 
 GOLDEN_PROMPTS = ([1, 2, 3], [4], [5] * 80, [6] * (CONTEXT - 4))

@@ -45,11 +45,14 @@ def checkpoint_files(folder: Path) -> tuple[Path, ...]:
 
     Raises SourceError: no safetensors (pickles are named), a shard of the index is missing.
     """
+    # The order in which transformers looks.
+    if (folder / SINGLE).is_file():
+        return (folder / SINGLE,)
     index = folder / INDEX
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             raise SourceError(f"{index} is not a safetensors index ({error}); copy it again.") from error
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
@@ -58,8 +61,6 @@ def checkpoint_files(folder: Path) -> tuple[Path, ...]:
                 "download or copy the folder again."
             )
         return tuple(folder / shard for shard in shards)
-    if (folder / SINGLE).is_file():
-        return (folder / SINGLE,)
     pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
     if pickles:
         raise SourceError(
@@ -121,8 +122,11 @@ class Checkpoint:
         """
         wanted = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
         found = self._renamed(model, wanted)
+        self._check_buffers(model, wanted)
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         for target, origin in tied.items():
+            if target in found and origin in found and found[target] != found[origin]:
+                self._check_equal(found[target], found[origin])
             if target not in found and origin in found:
                 found[target] = found[origin]
             elif origin not in found and target in found:
@@ -140,6 +144,28 @@ class Checkpoint:
                     f"for {list(shape)}; the weights do not belong to this configuration."
                 )
         return {name: self._weight(found[name]) for name in wanted}
+
+    def _check_equal(self, first: StoredTensor, second: StoredTensor) -> None:
+        """Transformers unties weights that are stored twice with different values; the graph has one for both."""
+        pairs = zip(self._weight(first).blocks(), self._weight(second).blocks(), strict=True)
+        if first.shape != second.shape or not all(np.array_equal(left, right) for left, right in pairs):
+            raise SourceError(
+                f"{self.folder}: config.json ties {first.name} to {second.name}, but the checkpoint holds different "
+                "values for them; set tie_word_embeddings to false in config.json."
+            )
+
+    def _check_buffers(self, model: PreTrainedModel, wanted: dict[str, tuple[int, ...]]) -> None:
+        """The graph holds buffers as the model makes them; a checkpoint that says otherwise is refused."""
+        for name, value in model.state_dict().items():
+            stored = self.stored.get(name)
+            if name in wanted or stored is None or value.is_meta:
+                continue
+            given = torch.from_numpy(self._weight(stored).array())
+            if given.shape != value.shape or not torch.equal(given.to(value.dtype), value):
+                raise SourceError(
+                    f"{self.folder}: {name} is not a parameter but a buffer with a value of its own in the checkpoint, "
+                    f"which fmedge does not read yet for {model.config.model_type}."
+                )
 
     def _renamed(self, model: PreTrainedModel, wanted: dict[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
         transforms = get_model_conversion_mapping(model)

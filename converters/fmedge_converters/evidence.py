@@ -21,7 +21,7 @@ import torch
 from fmedge_runtimes.bundle import CacheFacts, Evidence, Golden, SamplingFacts, TextFacts
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import SourceError
-from fmedge_runtimes.golden import continue_greedily
+from fmedge_runtimes.golden import continue_greedily, replay
 from fmedge_runtimes.memory import available_bytes
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -179,19 +179,27 @@ def _reference_logits(reference: PreTrainedModel, tokens: Sequence[int]) -> npt.
     return array
 
 
-def load_reference(folder: Path, parameters: int) -> PreTrainedModel:
-    """The source in fp32, as transformers loads it. Raises SourceError when memory cannot hold it."""
-    need, free = parameters * 4, available_bytes()
+def require_memory(parameters: int, bits: int) -> None:
+    """Raise SourceError when memory cannot hold the source in fp32 beside the bundle."""
+    need, free = parameters * (4 + max(bits, 8) // 8), available_bytes()
     if free is not None and need > free * 0.9:
         raise SourceError(
-            f"comparing with PyTorch needs {need / 1e9:.1f} GB of memory for the original in fp32 and "
+            f"comparing with PyTorch needs {need / 1e9:.1f} GB of memory for the original in fp32 and the bundle, "
             f"{free / 1e9:.1f} GB are free; use --verify graph, which checks the architecture only."
         )
-    with quiet_libraries():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-        ).eval()
-    return model
+
+
+def load_reference(folder: Path) -> PreTrainedModel:
+    """The source in fp32, as transformers loads it. Raises SourceError."""
+    try:
+        with quiet_libraries():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            )
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"{folder}: transformers cannot load the model: {first}") from error
+    return model.eval()
 
 
 def estimate_seconds(parameters: int) -> float:
@@ -247,10 +255,14 @@ def full_evidence(
     figures |= divergence.figures()
     passed = passed and divergence.mean_kl <= tolerance.mean_kl
     passed = passed and divergence.perplexity <= divergence.source_perplexity * tolerance.perplexity_ratio
+    # In a batch of their own, as they will be replayed: with int8 the rows of a batch influence each other.
+    chosen = prompts[-GOLDENS:]
+    rows = continue_greedily(decoder, chosen, [min(GOLDEN_STEPS, steps)] * len(chosen))
     goldens = tuple(
-        Golden(prompt=tuple(prompt), steps=tuple(row[:GOLDEN_STEPS]), near_tie=tolerance.near_tie)
-        for prompt, row in list(zip(prompts, found, strict=True))[-GOLDENS:]
+        Golden(prompt=tuple(prompt), steps=tuple(row), near_tie=tolerance.near_tie)
+        for prompt, row in zip(chosen, rows, strict=True)
     )
+    passed = passed and all(result.mismatch is None for result in replay(decoder, goldens))
     what = f"the exported weights against PyTorch in fp32: {len(prompts)} prompts, {divergence.tokens} tokens of text"
     return FullEvidence(Evidence(name="full", what=what, passed=passed, figures=figures), goldens)
 

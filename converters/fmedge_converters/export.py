@@ -34,8 +34,9 @@ from fmedge_runtimes.bundle import (
     write_manifest,
 )
 from fmedge_runtimes.decoder import Decoder
-from fmedge_runtimes.errors import BundleError, ExportError, ParityError
+from fmedge_runtimes.errors import ExportError, ParityError, SourceError
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
+from fmedge_runtimes.tokenizer import Tokenizer
 from fmedge_runtimes.version import __version__
 from transformers import GenerationConfig
 
@@ -49,9 +50,11 @@ from fmedge_converters.evidence import (
     full_evidence,
     graph_evidence,
     load_reference,
+    require_memory,
     text_facts,
 )
-from fmedge_converters.export_options import ExportOptions
+from fmedge_converters.export_options import LONGEST_DEFAULT, ExportOptions
+from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.source import Source, open_source
 from fmedge_converters.targets import find_scheme, find_target
 from fmedge_converters.tokenizer_files import TokenizerFacts, write_tokenizer
@@ -71,23 +74,28 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
     source = open_source(options.source, options.revision)
     parameters = _parameters(source)
     context = _context(source, options)
+    block_size = _block_size(scheme, options)
     _check_disk(options.output, parameters, scheme.bits)
+    if options.verify == "full":
+        require_memory(parameters, scheme.bits)
+    evaluation_text = _evaluation_text(options.text)
     evidence: list[Evidence] = []
     if options.verify != "none":
         evidence.append(graph_evidence(source.config, progress))
         _judge(evidence[-1], options)
     with _aside(options) as folder:
-        build = BuildOptions(target, scheme, options.block_size, context)
-        built = build_decoder(source.config, source.folder, folder, build, progress)
         tokenizer = write_tokenizer(source.folder, folder)
-        facts = _text_facts(source, built, tokenizer, context, folder)
+        generation = _generation_config(source, folder)
+        build = BuildOptions(target, scheme, block_size, context)
+        built = build_decoder(source.config, source.folder, folder, build, progress)
+        facts = _text_facts(source, built, tokenizer, generation, context)
         goldens: tuple[Golden, ...] = ()
         if options.verify == "full":
             seconds = estimate_seconds(parameters)
             progress(f"comparing with PyTorch (about {seconds:.0f} s; --verify graph skips it)", 0, 0)
-            reference = load_reference(source.folder, parameters)
+            reference = load_reference(source.folder)
             session = OnnxRuntimeSession(built.written.graph, "cpu", None)
-            prompts, text = _evaluation_tokens(options, folder, facts)
+            prompts, text = _evaluation_tokens(evaluation_text, folder, facts)
             precision = (facts.cache_dtype, scheme.name)
             full = full_evidence(Decoder(session, facts), reference, prompts, text, precision, progress)
             session.close()
@@ -105,7 +113,7 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
             ),
             target=target.name,
             precision=scheme.name,
-            block_size=options.block_size if scheme.blocks else None,
+            block_size=block_size or None,
             graphs={"decoder": _graph_facts(built.model)},
             text=facts,
             evidence=tuple(evidence),
@@ -114,6 +122,8 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
             files=list_files(folder),
             made_by=_made_by(),
         )
+        _flush(folder)
+        # Last, so that a folder with a manifest is whole.
         write_manifest(folder, manifest)
     return open_bundle(options.output, checksums=False)
 
@@ -141,10 +151,17 @@ def _context(source: Source, options: ExportOptions) -> int:
     if options.context is None:
         if longest is None:
             raise ExportError(f"{source.id} does not say how many positions it knows; give --context.")
-        return int(longest)
+        return min(int(longest), LONGEST_DEFAULT)
     if longest is not None and options.context > longest:
         raise ExportError(f"--context {options.context} is more than the {longest} positions that {source.id} knows.")
     return options.context
+
+
+def _block_size(scheme: Scheme, options: ExportOptions) -> int:
+    """The block size that applies, 0 for a scheme without blocks."""
+    if options.block_size is not None and not scheme.block_size:
+        raise ExportError(f"--block-size means nothing to --quantize {scheme.name} for {options.target}; leave it out.")
+    return options.block_size or scheme.block_size
 
 
 def _check_disk(output: Path, parameters: int, bits: int) -> None:
@@ -187,7 +204,7 @@ def _aside(options: ExportOptions) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ExportError(f"no space is left on the disk of {output.parent}; nothing was written.") from error
-        raise
+        raise ExportError(f"writing to {output.parent} failed: {error}; nothing was written.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -198,38 +215,51 @@ def _umask() -> int:
     return mask
 
 
-def _replace(folder: Path, output: Path) -> None:
+def _flush(folder: Path) -> None:
+    """Wait until the disk holds every file."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    if output.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
-        output.rename(old / output.name)
+
+
+def _replace(folder: Path, output: Path) -> None:
+    if not output.exists():
         folder.rename(output)
-        shutil.rmtree(old)
-    else:
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
+    output.rename(old / output.name)
+    try:
         folder.rename(output)
+    except BaseException:
+        (old / output.name).rename(output)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _text_facts(
-    source: Source, built: BuiltDecoder, tokenizer: TokenizerFacts | None, context: int, folder: Path
+    source: Source,
+    built: BuiltDecoder,
+    tokenizer: TokenizerFacts | None,
+    generation: GenerationConfig,
+    context: int,
 ) -> TextFacts:
-    generation = _generation_config(source, folder)
     eos = generation.eos_token_id
     if eos is None:
         eos = text_config(source.config).eos_token_id
     if eos is None and tokenizer is not None:
         eos = tokenizer.eos_token_id
     ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
-    if tokenizer is not None and tokenizer.size > built.vocabulary:
-        raise BundleError(
-            f"{source.id}: its tokenizer has {tokenizer.size} tokens but the model knows {built.vocabulary}; "
+    # Added tokens may lie beyond the model (an image's place in a text model); a prompt with one is refused.
+    if tokenizer is not None and tokenizer.base_size > built.vocabulary:
+        raise SourceError(
+            f"{source.id}: its tokenizer has {tokenizer.base_size} tokens but the model knows {built.vocabulary}; "
             "the tokenizer belongs to another model."
         )
     return text_facts(built, context).model_copy(
         update={
-            "eos_token_ids": tuple(int(token) for token in ids),
+            "eos_token_ids": tuple(int(token) for token in ids if 0 <= int(token) < built.vocabulary),
             "special_tokens": tokenizer.special_tokens if tokenizer else {},
             "tokenizer": tokenizer.tokenizer if tokenizer else None,
             "chat_template": tokenizer.chat_template if tokenizer else None,
@@ -241,8 +271,11 @@ def _text_facts(
 def _generation_config(source: Source, folder: Path) -> GenerationConfig:
     if not (source.folder / GENERATION_CONFIG).is_file():
         return GenerationConfig()
-    with quiet_libraries():
-        generation = GenerationConfig.from_pretrained(source.folder)
+    try:
+        with quiet_libraries():
+            generation = GenerationConfig.from_pretrained(source.folder)
+    except Exception as error:
+        raise SourceError(f"{source.folder / GENERATION_CONFIG}: transformers cannot read it: {error}") from error
     shutil.copyfile(source.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
     return generation
 
@@ -254,27 +287,25 @@ def _sampling(generation: GenerationConfig) -> SamplingFacts:
         return SamplingFacts(repetition_penalty=penalty)
     return SamplingFacts(
         temperature=float(1.0 if generation.temperature is None else generation.temperature),
-        top_k=int(50 if generation.top_k is None else generation.top_k),
+        top_k=max(0, int(50 if generation.top_k is None else generation.top_k)),
         top_p=float(1.0 if generation.top_p is None else generation.top_p),
         min_p=float(generation.min_p or 0.0),
         repetition_penalty=penalty,
     )
 
 
-def _evaluation_tokens(options: ExportOptions, folder: Path, facts: TextFacts) -> tuple[list[list[int]], list[int]]:
+def _evaluation_tokens(evaluation_text: str, folder: Path, facts: TextFacts) -> tuple[list[list[int]], list[int]]:
     """Fixed prompts, and a text, as token ids; random ids for a model without a tokenizer."""
     if facts.tokenizer is None:
         random = np.random.default_rng(0)
         draw = [random.integers(0, facts.vocabulary, length).tolist() for length in (1, 17, 5, 30)]
         return draw, random.integers(0, facts.vocabulary, TEXT_TOKENS).tolist()
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / facts.tokenizer))
+    tokenizer = Tokenizer(folder / facts.tokenizer)
     longest = max(1, facts.context // 2)
-    prompts = [list(tokenizer.encode(prompt).ids)[:longest] for prompt in PROMPTS]
-    text = list(tokenizer.encode(_evaluation_text(options.text)).ids)[:TEXT_TOKENS]
+    prompts = [tokenizer.encode(prompt)[:longest] for prompt in PROMPTS]
+    text = tokenizer.encode(evaluation_text)[:TEXT_TOKENS]
     if len(text) < 2:
-        raise ExportError(f"{options.text} gives {len(text)} tokens; the comparison needs at least 2.")
+        raise ExportError(f"the text of --text gives {len(text)} tokens; the comparison needs at least 2.")
     return [prompt for prompt in prompts if prompt], text
 
 

@@ -10,6 +10,8 @@ from fmedge_runtimes.errors import ExportError
 
 Verify = Literal["full", "graph", "none"]
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+LONGEST_DEFAULT = 32768
+"""Longer contexts are exported when asked for: the tables of the rotary embedding grow with them."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,10 @@ class ExportOptions:
     """Branch, tag or commit of a hub id."""
     target: str = "cpu"
     quantize: str = "none"
-    block_size: int = 32
-    """Weights that share a scale, for schemes with blocks."""
+    block_size: int | None = None
+    """Weights that share a scale, for schemes with blocks; None takes the scheme's default."""
     context: int | None = None
-    """Tokens that a row can hold; None takes the model's maximum."""
+    """Tokens that a row can hold; None takes the model's maximum, at most LONGEST_DEFAULT."""
     verify: Verify = "full"
     text: Path | None = None
     """Text for the comparison of perplexities; None takes Python's own documentation."""
@@ -37,7 +39,9 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.verify not in get_args(Verify):
             raise ExportError(f"--verify is {self.verify!r}; it must be one of {', '.join(get_args(Verify))}.")
-        if self.block_size not in BLOCK_SIZES:
+        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
             raise ExportError(f"--block-size is {self.block_size}; it must be one of {BLOCK_SIZES}.")
-        if self.context is not None and self.context < 1:
-            raise ExportError(f"--context is {self.context}; it must be at least 1.")
+        if self.context is not None and self.context < 2:
+            raise ExportError(f"--context is {self.context}; it must be at least 2.")
+        if self.text is not None and self.verify != "full":
+            raise ExportError(f"--text is for the comparison of --verify full, not for --verify {self.verify}.")

@@ -115,6 +115,6 @@ def integers(value: ir.Value | None) -> list[int] | None:
 
 def dims(value: ir.Value) -> list[int | str] | None:
     """The shape of a value: numbers, and names of dynamic axes; None if it is not known."""
-    if value.shape is None:
+    if value.shape is None or any(isinstance(dim, ir.SymbolicDim) and dim.value is None for dim in value.shape):
         return None
     return [dim if isinstance(dim, int) else str(dim) for dim in value.shape]

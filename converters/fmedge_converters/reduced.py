@@ -17,6 +17,9 @@ from fmedge_converters.decoder import quiet_libraries, text_config
 VOCABULARY = 512
 MLP = 512
 MIN_LAYERS = 2
+WINDOW = 16
+"""Shorter than the prompts of the comparison, so that a wrong window shows."""
+WINDOWS = ("sliding_window", "attention_chunk_size")
 MLP_SIZES = (
     "intermediate_size",
     "moe_intermediate_size",
@@ -37,6 +40,10 @@ def reduced_config(config: PretrainedConfig) -> PretrainedConfig:
         if isinstance(value, list | tuple) and len(value) == layers and not name.startswith("_"):
             setattr(text, name, type(value)(value[:keep]))
     text.num_hidden_layers = keep
+    for name in WINDOWS:
+        size = getattr(text, name, None)
+        if isinstance(size, int) and size > WINDOW:
+            setattr(text, name, WINDOW)
     for name in MLP_SIZES:
         size = getattr(text, name, None)
         if isinstance(size, int) and size > MLP:
@@ -51,9 +58,14 @@ def reduced_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _layers_to_keep(text: PretrainedConfig, layers: int) -> int:
-    """As many layers as it takes to see every kind of them."""
-    kinds = getattr(text, "layer_types", None) or []
-    needed = max((list(kinds).index(kind) + 1 for kind in set(kinds)), default=0)
+    """As many layers as it takes to see every kind of them; lists with an entry for each layer tell kinds apart."""
+    lists = [
+        value
+        for value in vars(text).values()
+        if isinstance(value, list | tuple) and len(value) == layers and all(isinstance(i, str | int) for i in value)
+    ]
+    kinds = list(zip(*lists, strict=True))
+    needed = max((kinds.index(kind) + 1 for kind in set(kinds)), default=0)
     return min(layers, max(MIN_LAYERS, needed))
 
 

@@ -17,14 +17,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 HUB_FILES = (
     "*.json",
-    "*.safetensors",
     "*.model",
     "*.jinja",
     "*.txt",
     "README.md",
     "LICENSE*",
 )
-"""What is fetched from a hub: never pickles, never code."""
+"""What is fetched from a hub besides safetensors: never pickles, never code."""
+IGNORED_WEIGHTS = ["*/*", "consolidated*"]
+"""Safetensors of another layout than transformers'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +66,14 @@ def open_source(source: str, revision: str | None = None) -> Source:
     _refuse_unsupported(folder, raw)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError, AttributeError) as error:
+    except Exception as error:  # configurations raise what they like, validation errors of their own included
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(f"{folder / 'config.json'}: transformers cannot read it: {first_line}") from error
+    if config.get_text_config(decoder=True) is not config:
+        raise SourceError(
+            f"{source} ({config.model_type}) wraps a decoder together with other parts (vision, audio); fmedge exports "
+            "decoders alone: save its language model as a model of its own."
+        )
     return Source(name, commit, folder, config, _licence(folder, raw))
 
 
@@ -82,7 +88,13 @@ def _from_hub(source: str, revision: str | None) -> tuple[Path, str]:
     )
 
     try:
+        # The small files first: most refusals need no weights.
         folder = snapshot_download(source, revision=revision, allow_patterns=list(HUB_FILES))
+        raw = _raw_config(Path(folder))
+        _refuse_unsupported(Path(folder), raw)
+        snapshot_download(
+            source, revision=Path(folder).name, allow_patterns=["*.safetensors"], ignore_patterns=IGNORED_WEIGHTS
+        )
     except HFValidationError as error:
         raise SourceError(f"{source} is neither a folder that exists nor a hub id like owner/name.") from error
     except GatedRepoError as error:
@@ -93,7 +105,9 @@ def _from_hub(source: str, revision: str | None) -> tuple[Path, str]:
         raise SourceError(
             f"{source} is neither a folder that exists nor a model on the hub (a private one needs `hf auth login`)."
         ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:
+        if not isinstance(error, LocalEntryNotFoundError) and error.errno is not None:
+            raise SourceError(f"cannot fetch {source}: {error.strerror}.") from error
         raise SourceError(
             f"{source} is not a folder, and the hub cannot be reached to look for it (it is not in the cache either); "
             "check the path or the network."
@@ -116,6 +130,8 @@ def _raw_config(folder: Path) -> dict[str, Any]:
         raise SourceError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
     try:
         raw = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}.") from error
     except (UnicodeDecodeError, ValueError) as error:
         raise SourceError(f"{path} is not JSON ({error}).") from error
     if not isinstance(raw, dict) or "model_type" not in raw:
@@ -125,7 +141,7 @@ def _raw_config(folder: Path) -> dict[str, Any]:
 
 def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
     kind = raw["model_type"]
-    if "quantization_config" in raw:
+    if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "an unknown method")
         raise SourceError(
             f"{folder} is quantized already ({method}), which fmedge does not read yet; export its original."

@@ -43,7 +43,8 @@ class TokenizerFacts:
     tokenizer: str
     chat_template: str | None
     special_tokens: dict[str, str]
-    size: int
+    base_size: int
+    """Tokens without those that were added to the tokenizer's own."""
     eos_token_id: int | None
 
 
@@ -66,7 +67,11 @@ def write_tokenizer(source: Path, output: Path) -> TokenizerFacts | None:
             "tokenizer.json that the tokenizers library reads."
         )
     target = output / TOKENIZER
-    tokenizer.backend_tokenizer.save(str(target))
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    # Padding and truncation belong to training; the runtime must see prompts as they are.
+    backend.no_padding()
+    backend.no_truncation()
+    backend.save(str(target))
     _compare(source, tokenizer, tokenizers.Tokenizer.from_file(str(target)))
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -74,15 +79,11 @@ def write_tokenizer(source: Path, output: Path) -> TokenizerFacts | None:
     if template:
         (output / CHAT_TEMPLATE).write_text(template, "utf-8")
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    return TokenizerFacts(
-        TOKENIZER, CHAT_TEMPLATE if template else None, special, len(tokenizer), tokenizer.eos_token_id
-    )
+    base = int(tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False))
+    return TokenizerFacts(TOKENIZER, CHAT_TEMPLATE if template else None, special, base, tokenizer.eos_token_id)
 
 
 def _compare(source: Path, reference: Any, plain: tokenizers.Tokenizer) -> None:  # noqa: ANN401 - transformers' own
-    # Padding and truncation belong to training; the runtime must see prompts as they are.
-    plain.no_padding()
-    plain.no_truncation()
     for sample in SAMPLES:
         wanted: Sequence[int] = reference(sample)["input_ids"]
         found: Sequence[int] = plain.encode(sample).ids

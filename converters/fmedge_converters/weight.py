@@ -51,13 +51,18 @@ def weight_from_array(array: Array) -> Weight:
 
 
 def transposed(weight: Weight) -> Weight:
-    """The transpose of a matrix. Reading any of its rows reads the whole matrix."""
+    """The transpose of a matrix. Reading any of its rows reads the whole matrix, block by block."""
     rows, columns = weight.shape
-    return Weight(
-        (columns, rows),
-        weight.dtype,
-        lambda start, stop: np.ascontiguousarray(weight.array().T[start:stop]),
-    )
+
+    def read(start: int, stop: int) -> Array:
+        result = np.empty((stop - start, rows), weight.dtype)  # [stop - start, R]
+        first = 0
+        for block in weight.blocks():
+            result[:, first : first + len(block)] = block[:, start:stop].T
+            first += len(block)
+        return result
+
+    return Weight((columns, rows), weight.dtype, read)
 
 
 def concatenated(weights: Sequence[Weight]) -> Weight:

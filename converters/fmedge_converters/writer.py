@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from fmedge_converters.graph import DecoderGraph
 
@@ -70,5 +71,7 @@ def write_graph(graph: DecoderGraph, folder: Path, stem: str, progress: Callable
             done += length
             progress(done, total)
         size = file.tell()
+    # Traces carry the exporter's file names and line numbers, which are nobody's business on the device.
+    common.ClearMetadataAndDocStringPass()(graph.model)
     graph_path.write_bytes(ir.to_proto(graph.model).SerializeToString())
     return WrittenGraph(graph_path, data_path, size)

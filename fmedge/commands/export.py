@@ -26,10 +26,10 @@ def command(
     target: Annotated[str, typer.Option(help="cpu or cuda.")] = ExportOptions.target,
     quantize: Annotated[str, typer.Option(help="none, int8 or int4.")] = ExportOptions.quantize,
     block_size: Annotated[
-        int, typer.Option(help="Weights that share a scale (16 to 256), for int4 and for int8 on CUDA.")
+        int | None, typer.Option(help="Weights that share a scale (16 to 256), for int4 and for int8 on CUDA.")
     ] = ExportOptions.block_size,
     context: Annotated[
-        int | None, typer.Option(help="Tokens that a row can hold; the model's maximum unless given.")
+        int | None, typer.Option(help="Tokens that a row can hold; unless given the model's maximum, up to 32768.")
     ] = ExportOptions.context,
     verify: Annotated[
         Verify,

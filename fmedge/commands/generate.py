@@ -90,7 +90,7 @@ def command(
     # What can be refused without the model is refused before it is loaded.
     replace(Sampling(), **changes)
     lines = read_prompts(prompts or [], source)
-    with load(bundle, device=device, max_batch=max_batch or MAX_BATCH, threads=threads) as model:
+    with load(bundle, device=device, max_batch=MAX_BATCH if max_batch is None else max_batch, threads=threads) as model:
         base = replace(model.default_sampling, **changes)
         requests = [_prompt(model, line, chat=chat, system=system) for line in lines]
         deltas = model.stream(requests, [replace(base, **line.overrides) for line in lines])

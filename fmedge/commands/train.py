@@ -131,10 +131,6 @@ def _report_from_bar(bar: Callable[[str, int, int], None]) -> Report:
     return report
 
 
-def _json(result: TextTrainingResult) -> str:
-    return json.dumps({**dataclasses.asdict(result), "output": str(result.output)})
-
-
 def _summary(result: TextTrainingResult) -> str:
     return (
         f"{result.output}: {result.parameters / 1e6:.1f} M parameters, vocabulary {result.vocabulary}\n"

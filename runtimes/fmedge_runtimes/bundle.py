@@ -183,6 +183,8 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         raw: Any = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep
         raise BundleFormatError(f"{path} is not JSON ({error}); copy or export the bundle again.") from error
     found = raw.get("format") if isinstance(raw, dict) else None
@@ -243,8 +245,11 @@ def check_files(bundle: Bundle, *, checksums: bool, progress: Callable[[int, int
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}.") from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -28,6 +28,7 @@ class Decoder:
         self.session = session
         self.facts = facts
         self._inputs = {spec.name for spec in session.inputs}
+        self._logits_dtype = next(spec.dtype for spec in session.outputs if spec.name == "logits")
 
     def new_cache(self) -> KVCache:
         """An empty cache for this graph."""
@@ -87,10 +88,10 @@ class Decoder:
             "seqlens_k": past + np.int32(length - 1),  # [R]
             "total_sequence_length": np.array(int(past.max()) + length, np.int32),
         }
-        feeds, results = cache.view(first, stop)
+        feeds, presents = cache.view(first, stop)
+        logits: npt.NDArray[np.floating] = np.empty((len(wanted), self.facts.vocabulary), self._logits_dtype)  # [N, V]
         arrays = {name: array for name, array in step.items() if name in self._inputs}
-        outputs = self.session.run({**arrays, **feeds}, results)
+        self.session.run({**arrays, **feeds}, {"logits": logits, **presents})
         for row in range(first, stop):
             cache.lengths[row] += length
-        logits: npt.NDArray[np.floating] = outputs["logits"]
         return logits

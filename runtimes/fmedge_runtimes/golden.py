@@ -78,7 +78,7 @@ def replay(decoder: Decoder, goldens: Sequence[Golden]) -> list[Replay]:
 
 def _compare(golden: Golden, tokens: Sequence[int]) -> Replay:
     near_ties = 0
-    for index, (step, token) in enumerate(zip(golden.steps, tokens, strict=False)):
+    for index, (step, token) in enumerate(zip(golden.steps, tokens[: len(golden.steps)], strict=True)):
         if step.token == token:
             continue
         if step.margin >= golden.near_tie:

@@ -31,6 +31,8 @@ class KVCache:
         self._dtype: np.dtype[np.generic] = np.dtype(dtype)
         self._context = context
         self._buffers: dict[str, Buffer] = {}
+        # Steps ask for the same rows again and again; a view of them is good until a buffer is replaced.
+        self._views: dict[tuple[int, int], tuple[dict[str, Buffer], dict[str, Buffer]]] = {}
         self.rows = 0
         self.capacity = 0
         self.lengths: list[int] = []
@@ -50,19 +52,14 @@ class KVCache:
         live = len(self.lengths)
         least = self._rounded(max(tokens, self.capacity))
         generous = self._rounded(int(self.capacity * GROWTH)) if tokens > self.capacity else least
+        size = (max(rows, self.rows), max(generous, least))
         # The last resort gives up what earlier requests left: rows without tokens, and length that no row uses.
-        smallest = self._rounded(max(tokens, self.capacity if live else 0))
-        sizes = (
-            (max(rows, self.rows), max(generous, least)),
-            (max(rows, self.rows), least),
-            (max(rows, live), smallest),
-        )
-        *first, last = dict.fromkeys(sizes)
-        for size in first:
+        smaller = (max(rows, live), self._rounded(max(tokens, self.capacity if live else 0)))
+        if size != smaller:
             with suppress(CacheMemoryError):
                 self._resize(*size)
                 return
-        self._resize(*last)
+        self._resize(*smaller)
 
     def _rounded(self, tokens: int) -> int:
         return min(self._context, -(-tokens // STEP) * STEP)
@@ -87,6 +84,7 @@ class KVCache:
         if not self.lengths:
             # Nothing to keep: the old buffers go first.
             self._buffers.clear()
+            self._views.clear()
             self.rows = self.capacity = 0
         resized: list[str] = []
         try:
@@ -111,28 +109,30 @@ class KVCache:
         if name in self._buffers:
             self._session.copy(self._buffers[name], buffer)
         self._buffers[name] = buffer
+        self._views.clear()
 
     def _undo(self, resized: Sequence[str]) -> None:
         """Bring the buffers that were resized back to the shape of the others."""
         if not self.rows:
             self._buffers.clear()
+            self._views.clear()
             return
         shapes = dict(self._shapes(self.rows, self.capacity))
         for name in resized:
             with suppress(MemoryError):
                 self._replace(name, shapes[name])
-        # The graph takes each layer's buffer as long as it is, so those that stay larger do no harm.
+        # The graph takes each layer's buffer as long as it is, so a longer one does no harm.
         self.rows = min(buffer.shape[0] for buffer in self._buffers.values())
-        self.capacity = min(buffer.shape[2] for buffer in self._buffers.values())
 
     def view(self, start: int, stop: int) -> tuple[dict[str, Buffer], dict[str, Buffer]]:
         """Inputs and outputs of the graph for the rows start:stop: the same buffers as both."""
-        feeds, results = {}, {}
-        for name, buffer in self._buffers.items():
-            rows = buffer.rows(start, stop)
-            feeds[f"past_key_values.{name}"] = rows
-            results[f"present.{name}"] = rows
-        return feeds, results
+        if (start, stop) not in self._views:
+            rows = {name: buffer.rows(start, stop) for name, buffer in self._buffers.items()}
+            self._views[start, stop] = (
+                {f"past_key_values.{name}": buffer for name, buffer in rows.items()},
+                {f"present.{name}": buffer for name, buffer in rows.items()},
+            )
+        return self._views[start, stop]
 
     def copy_row(self, source: int, target: int) -> None:
         """Copy a row over another one."""

@@ -30,6 +30,9 @@ NO_TOKEN = -1
 _BLOCKS = 64
 """Into so many interleaved parts logits are cut to find a lower bound of the k-th largest one."""
 
+_SORTED = 256
+"""So many weights at most are sorted to find the border of top_p."""
+
 
 class Row:
     """What the sampling of one sequence needs between steps."""
@@ -153,10 +156,20 @@ def _kth_largest(scores: npt.NDArray[np.float32], k: int) -> np.float32:
 
 def _nucleus(weights: npt.NDArray[np.float64], mass: float) -> npt.NDArray[np.int64]:
     """Where the smallest set of the largest of weights [M] is that holds the mass, or all of them if they do not."""
-    ordered = np.sort(weights)[::-1]  # [M]
+    size, rest = 0, weights
+    while len(rest) > _SORTED:
+        # Halve what the border lies in; sorting all of a flat distribution would cost ten times as much.
+        half = len(rest) // 2
+        rest = np.partition(rest, half)
+        held = rest[half:].sum()
+        if held >= mass:
+            rest = rest[half:]
+        else:
+            size, mass, rest = size + len(rest) - half, mass - held, rest[:half]
+    ordered = np.sort(rest)[::-1]
     # A token is in if those above it do not hold the mass yet.
-    size = 1 + int(np.searchsorted(np.cumsum(ordered[:-1]), mass))
-    least = ordered[size - 1]
+    last = int(np.searchsorted(np.cumsum(ordered[:-1]), mass))
+    size, least = size + last + 1, ordered[last]
     above = np.flatnonzero(weights > least)
     ties = np.flatnonzero(weights == least)
     return np.sort(np.concatenate([above, ties[: size - len(above)]]))

@@ -57,11 +57,11 @@ class Session(Protocol):
         """Bytes that `allocate` can still hand out on the device; None where the backend cannot tell."""
         ...
 
-    def run(self, feeds: Mapping[str, Array | Buffer], results: Mapping[str, Buffer]) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Array | Buffer], results: Mapping[str, Array | Buffer]) -> dict[str, Array]:
         """Run the graph once.
 
-        `feeds` gives every input; `results` binds outputs to buffers. The outputs that are not bound come
-        back as host arrays. Raises BackendError when the graph fails.
+        `feeds` gives every input; `results` binds outputs to buffers, or to host arrays that are filled. The outputs
+        that are not bound come back as host arrays. Raises BackendError when the graph fails.
         """
         ...
 

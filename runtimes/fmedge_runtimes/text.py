@@ -26,7 +26,7 @@ from fmedge_runtimes.bundle import Bundle
 from fmedge_runtimes.chat import ChatTemplate, Message
 from fmedge_runtimes.completion import Completion, Delta, FinishReason, Stats
 from fmedge_runtimes.decoder import Decoder
-from fmedge_runtimes.errors import BundleError, CacheMemoryError, FmedgeError, RequestError
+from fmedge_runtimes.errors import BundleError, BundleFormatError, CacheMemoryError, FmedgeError, RequestError
 from fmedge_runtimes.kv_cache import KVCache
 from fmedge_runtimes.sampler import NO_TOKEN, choose, fresh_seed
 from fmedge_runtimes.sampling import Sampling
@@ -72,12 +72,16 @@ class TextModel:
         self.context = facts.context
         self.max_batch = max_batch
         self.tokenizer = Tokenizer(bundle.file(facts.tokenizer)) if facts.tokenizer else None
-        if self.tokenizer is not None and self.tokenizer.vocab_size > facts.vocabulary:
+        # Added tokens may lie beyond the model; a prompt with one is refused.
+        if self.tokenizer is not None and self.tokenizer.base_size > facts.vocabulary:
             raise BundleError(
-                f"{bundle.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model {facts.vocabulary}; "
+                f"{bundle.folder}: the tokenizer has {self.tokenizer.base_size} tokens, the model {facts.vocabulary}; "
                 "they do not belong together: export the bundle again."
             )
-        self.default_sampling = Sampling(**facts.sampling.model_dump())
+        try:
+            self.default_sampling = Sampling(**facts.sampling.model_dump())
+        except RequestError as error:
+            raise BundleFormatError(f"{bundle.folder}: text.sampling: {error}") from error
         self._decoder = Decoder(session, facts)
         self._eos = frozenset(facts.eos_token_ids)
         self._template = (
@@ -245,7 +249,9 @@ class TextModel:
                 if last is not None and last[0] == tokens:
                     logits = last[2]
                     cache.lengths.append(len(tokens))
-                    cache.copy_row(last[1], slot)
+                    # A row that ended with its first token has left the slot, and its cache in it.
+                    if last[1] != slot:
+                        cache.copy_row(last[1], slot)
                 else:
                     logits = self._decoder.prefill(cache, slot, tokens)
             except CacheMemoryError as error:
@@ -256,15 +262,14 @@ class TextModel:
                     return  # rows that finish make room
                 waiting.popleft()
                 yield self._finish(row, "error", error)
-                rows = min(self.max_batch, len(waiting))
+                rows, last = min(self.max_batch, len(waiting)), None
                 continue
             waiting.popleft()
             live.append(row)
             if row.state is None:
                 row.state = self._sampler_row(row)
             yield from self._take(live, cache, logits[None], first=slot)
-            # A row that ended with its first token has left no cache to copy.
-            last = (tokens, slot, logits) if len(live) > slot else None
+            last = (tokens, slot, logits)
 
     def _sampler_row(self, row: _Row) -> sampler.Row:
         return sampler.Row(

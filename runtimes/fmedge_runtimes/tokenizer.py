@@ -44,6 +44,11 @@ class Tokenizer:
         """All ids of the tokenizer are below this."""
         return self._size
 
+    @property
+    def base_size(self) -> int:
+        """The number of tokens without those that were added to the tokenizer's own vocabulary."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=False))
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text, with the special tokens around it that the tokenizer adds (BOS, ...).
 

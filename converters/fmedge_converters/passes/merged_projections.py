@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
+from fmedge_converters.graph import MICROSOFT, DecoderGraph, constant, replace
 from fmedge_converters.passes.linear import Linear, insert_linear, linears
 from fmedge_converters.weight import Weight, concatenated, weight_from_array
 
@@ -87,6 +87,9 @@ def _bias(graph: DecoderGraph, linear: Linear, weight: Weight) -> Weight:
     if linear.bias is None:
         return weight_from_array(np.zeros(weight.shape[0], weight.dtype))
     found = graph.weight(linear.bias)
+    folded = constant(linear.bias, weight.shape[0]) if found is None else None
+    if folded is not None:
+        return weight_from_array(folded)
     if found is None:
-        raise RuntimeError(f"the bias of {linear.name} is not a parameter")
+        raise RuntimeError(f"the bias of {linear.name} is neither a parameter nor a constant")
     return found

@@ -140,5 +140,5 @@ DYNAMIC_INT8 = Scheme(
     8,
     spell_linear,
     spell_embedding,
-    blocks=False,
+    block_size=0,
 )

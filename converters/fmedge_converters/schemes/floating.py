@@ -36,4 +36,4 @@ def spell_embedding(graph: DecoderGraph, embedding: Embedding, *, tied: bool, bl
     del graph, embedding, tied, block_size
 
 
-FLOATING = Scheme("none", "weights in the target's floating type", 32, spell_linear, spell_embedding, blocks=False)
+FLOATING = Scheme("none", "weights in the target's floating type", 32, spell_linear, spell_embedding, block_size=0)

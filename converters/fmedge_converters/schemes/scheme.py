@@ -43,5 +43,5 @@ class Scheme:
     """Bits of a weight of the layers."""
     linear: SpellLinear
     embedding: SpellEmbedding
-    blocks: bool
-    """Whether --block-size means something to it."""
+    block_size: int
+    """Weights that share a scale unless --block-size says otherwise; 0 for a scheme without blocks."""

@@ -20,6 +20,9 @@ from fmedge_converters.passes.linear import Linear
 from fmedge_converters.schemes.scheme import Embedding, Scheme
 from fmedge_converters.weight import Array, Weight
 
+BLOCK_SIZE = 32
+"""The default, by measurement: docs/quantization.md."""
+
 
 def quantize_blocks(rows: Array, bits: int, block_size: int) -> tuple[Array, Array]:
     """Quantize rows [n, K] to packed bytes [n, blocks, block_size * bits / 8] and float32 scales [n, blocks].
@@ -158,5 +161,5 @@ def weight_only(name: str, summary: str, bits: int, head_bits: int, accuracy_lev
         bits,
         functools.partial(_spell_linear, bits=bits, head_bits=head_bits, accuracy_level=accuracy_level),
         functools.partial(_spell_embedding, head_bits=head_bits),
-        blocks=True,
+        block_size=BLOCK_SIZE,
     )
