@@ -91,9 +91,10 @@ def test_the_end_of_sequence_token_ends_a_row_and_not_its_neighbours(llama: Path
     assert found[0].finish_reason == "eos"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "scheme"), [("cpu", "int8"), ("cpu", "int4"), ("cuda", "none"), ("cuda", "int4")])
 def test_quantized_bundles_pass_their_verification(target: str, scheme: str, llama: Path, tmp_path: Path) -> None:
-    made = export(options(llama, tmp_path, target=target, quantize=scheme, verify="full", block_size=32))
+    made = export(options(llama, tmp_path, target=target, quantize=scheme, verify="full"))
     full = made.manifest.evidence[-1]
     assert full.passed
     assert 0 < float(full.figures["mean_kl"]) < 0.35
@@ -102,6 +103,7 @@ def test_quantized_bundles_pass_their_verification(target: str, scheme: str, lla
     assert result.tokens == 64
 
 
+@pytest.mark.slow
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     sizes = {}
     for tied in (True, False):
@@ -114,6 +116,7 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert sizes[False, "int4"] - sizes[True, "int4"] >= 4096 * 64
 
 
+@pytest.mark.slow
 def test_an_existing_output_is_refused_unless_forced(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "thesis.txt").write_text("years of work")
@@ -144,6 +147,7 @@ def test_a_failed_verification_writes_nothing_unless_forced(
     assert not made.manifest.evidence[0].passed
 
 
+@pytest.mark.slow
 def test_the_comparison_notices_a_wrong_weight(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fmedge_converters import build
 
@@ -211,6 +215,7 @@ def test_architectures_beyond_the_attention_interface_are_refused(model_type: st
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", max_shard_size="100KB")
     shards = sorted(folder.glob("model-*.safetensors"))
@@ -228,6 +233,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_belong_to_the_configuration(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
@@ -251,6 +257,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_values_beyond_fp16_are_refused_for_cuda(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
@@ -301,3 +308,45 @@ def test_a_killed_export_leaves_nothing_that_loads_and_runs_again(llama: Path, t
                     open_bundle(folder)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert open_bundle(tmp_path / "bundle").manifest.source.architecture == "llama"
+
+
+def test_nothing_of_this_machine_is_in_a_bundle(bundle: Path) -> None:
+    here = str(Path(__file__).parent.parent).encode()
+    for path in bundle.iterdir():
+        assert here not in path.read_bytes(), path.name
+
+
+def test_options_that_would_be_ignored_are_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="--block-size means nothing"):
+        export(options(llama, tmp_path, block_size=64))
+    with pytest.raises(ExportError, match="--text is for"):
+        export(options(llama, tmp_path, text=Path("x.txt"), verify="graph"))
+    with pytest.raises(ExportError, match="--context is 1"):
+        export(options(llama, tmp_path, context=1))
+
+
+@pytest.mark.slow
+def test_tied_weights_with_two_values_are_refused(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=r"ties (lm_head|model\.embed_tokens)\.weight"):
+        export(options(folder, tmp_path))
+
+
+def test_the_proof_of_the_architecture_sees_a_wrong_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fmedge_converters import decoder
+    from fmedge_converters.evidence import graph_evidence
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 9999}
+    config = AutoConfig.for_model("mistral", num_hidden_layers=8, intermediate_size=128, sliding_window=4096, **sizes)
+    attend = decoder._attend
+
+    def wrong(*arguments: object, sliding_window: int | None = None, **others: object) -> object:
+        return attend(*arguments, sliding_window=sliding_window and sliding_window + 1, **others)
+
+    monkeypatch.setitem(decoder.AttentionInterface._global_mapping, decoder.INTERFACE, wrong)
+    evidence = graph_evidence(config, lambda *_: None)
+    assert not evidence.passed

@@ -18,14 +18,14 @@ LENGTHS = (1, 40, 7, 3, 23)
 
 REPRESENTATIVES = {
     "llama": {},
-    "qwen2": {},  # biases on q, k and v
     "qwen3": {},  # norms on the heads
     "gemma3_text": {"sliding_window": 16},  # two kinds of layers, two rotary embeddings, scaled and tied embeddings
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},  # learned positions, Conv1D
-    "cohere": {},  # interleaved rotation, parallel blocks
-    "phi": {},  # partial rotation, LayerNorm
 }
 MORE = {
+    "phi": {},  # partial rotation, LayerNorm
+    "cohere": {},  # interleaved rotation, parallel blocks
+    "qwen2": {},  # biases on q, k and v
     "mistral": {"sliding_window": 8},
     "phi3": {},
     "gemma": {},
@@ -94,6 +94,7 @@ def test_rotary_variants(rope: dict[str, object], tmp_path: Path) -> None:
     check(make_model(tmp_path / "model", rope_parameters=parameters), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "changes"),
     [
@@ -108,6 +109,7 @@ def test_checkpoints_as_people_have_them(dtype: torch.dtype, changes: dict[str, 
     check(folder, tmp_path)
 
 
+@pytest.mark.slow
 def test_prompts_longer_than_a_prefill_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fmedge_runtimes.decoder.PREFILL_CHUNK", 16)
     check(make_model(tmp_path / "model", "mistral", sliding_window=8), tmp_path)
