@@ -144,7 +144,8 @@ FUSED = {
 @pytest.mark.parametrize("scheme", FUSED)
 def test_a_llama_layer_is_as_few_nodes_as_it_can_be(scheme: str, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
-    made = export(ExportOptions(str(folder), tmp_path / "bundle", quantize=scheme, verify="none"))
+    block = 32 if scheme == "int4" else None  # divides the sizes of the model: nothing to cut off again
+    made = export(ExportOptions(str(folder), tmp_path / "bundle", quantize=scheme, block_size=block, verify="none"))
     graph = onnx.load(made.file("decoder.onnx"), load_external_data=False).graph
     counts: dict[str, int] = {}
     for node in graph.node:

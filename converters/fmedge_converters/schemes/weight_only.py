@@ -20,7 +20,7 @@ from fmedge_converters.passes.linear import Linear
 from fmedge_converters.schemes.scheme import Embedding, Scheme
 from fmedge_converters.weight import Array, Weight
 
-BLOCK_SIZE = 32
+BLOCK_SIZE = 128
 """The default, by measurement: docs/quantization.md."""
 
 
