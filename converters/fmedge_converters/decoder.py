@@ -142,18 +142,16 @@ def _recording(recorder: _Recorder) -> Iterator[None]:
 def quiet_libraries() -> Iterator[None]:
     """Keep the notices of torch and transformers out of our output; errors still rise."""
     bars = transformers_logging.is_progress_bar_enabled()
+    disabled = logging.root.manager.disable
     transformers_logging.disable_progress_bar()
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "transformers", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
+    # torch logs the traceback of what it raises, too; the error that rises says it in one line.
+    logging.disable(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(disabled)
             if bars:
                 transformers_logging.enable_progress_bar()
 

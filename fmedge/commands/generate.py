@@ -100,6 +100,8 @@ def command(
 
 
 def _prompt(model: TextModel, line: PromptLine, *, chat: bool, system: str | None) -> Prompt:
+    if line.messages is not None and system is not None:
+        raise RequestError('--system is for prompts; put a system message among the "messages" of the file.')
     if line.messages is not None:
         return model.chat_prompt(line.messages)
     if not chat:
