@@ -6,16 +6,19 @@ BIN := $(VENV)/bin
 # taken where one is offered.
 TORCH := torch==2.13.0
 
-.PHONY: quickstart test test-fast test-gpu lint clean
+.PHONY: quickstart test test-fast test-all test-gpu lint clean
 
 quickstart: $(VENV)/.quickstart  ## Train, export and run a small model on this machine.
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev lint  ## Everything that CI runs.
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not slow"
 
 test-fast: $(VENV)/.dev lint  ## The tests that take seconds.
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not medium"
+
+test-all: $(VENV)/.dev lint  ## Also what takes an hour: every architecture that transformers has.
+	$(BIN)/pytest
 
 test-gpu: $(VENV)/.dev  ## The tests that need an NVIDIA GPU and onnxruntime-gpu.
 	$(BIN)/pytest -m gpu --run-gpu

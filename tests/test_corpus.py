@@ -121,7 +121,7 @@ def test_the_fingerprint_tells_texts_and_splits_apart():
     assert one.sha256 == split_documents(["a b c d e f g"] * 30).sha256
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_the_built_in_text_is_pythons_documentation():
     documents = python_documents()
     assert len(documents) == len(set(documents))

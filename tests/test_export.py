@@ -91,7 +91,7 @@ def test_the_end_of_sequence_token_ends_a_row_and_not_its_neighbours(llama: Path
     assert found[0].finish_reason == "eos"
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 @pytest.mark.parametrize(("target", "scheme"), [("cpu", "int8"), ("cpu", "int4"), ("cuda", "none"), ("cuda", "int4")])
 def test_quantized_bundles_pass_their_verification(target: str, scheme: str, llama: Path, tmp_path: Path) -> None:
     made = export(options(llama, tmp_path, target=target, quantize=scheme, verify="full"))
@@ -103,7 +103,7 @@ def test_quantized_bundles_pass_their_verification(target: str, scheme: str, lla
     assert result.tokens == 64
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     sizes = {}
     for tied in (True, False):
@@ -116,7 +116,7 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert sizes[False, "int4"] - sizes[True, "int4"] >= 4096 * 64
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_an_existing_output_is_refused_unless_forced(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "thesis.txt").write_text("years of work")
@@ -147,7 +147,7 @@ def test_a_failed_verification_writes_nothing_unless_forced(
     assert not made.manifest.evidence[0].passed
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_the_comparison_notices_a_wrong_weight(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fmedge_converters import build
 
@@ -215,7 +215,7 @@ def test_architectures_beyond_the_attention_interface_are_refused(model_type: st
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_damaged_checkpoints(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", max_shard_size="100KB")
     shards = sorted(folder.glob("model-*.safetensors"))
@@ -233,7 +233,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_weights_that_do_not_belong_to_the_configuration(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
@@ -257,7 +257,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_values_beyond_fp16_are_refused_for_cuda(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
@@ -289,7 +289,7 @@ def test_a_full_disk_while_writing_leaves_nothing(llama: Path, tmp_path: Path, m
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_a_killed_export_leaves_nothing_that_loads_and_runs_again(llama: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fmedge", "export", str(llama), str(tmp_path / "bundle"), "--verify", "none"]
     random = np.random.default_rng(0)
@@ -325,7 +325,7 @@ def test_options_that_would_be_ignored_are_refused(llama: Path, tmp_path: Path) 
         export(options(llama, tmp_path, context=1))
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_tied_weights_with_two_values_are_refused(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", tie_word_embeddings=True)
     weights = load_file(folder / "model.safetensors")

@@ -72,13 +72,13 @@ def test_greedy_tokens_equal_pytorch(model_type: str, tmp_path: Path) -> None:
     check(make_model(tmp_path / "model", model_type, **REPRESENTATIVES[model_type]), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 @pytest.mark.parametrize("model_type", MORE)
 def test_greedy_tokens_equal_pytorch_more(model_type: str, tmp_path: Path) -> None:
     check(make_model(tmp_path / "model", model_type, **MORE[model_type]), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "rope",
     [
@@ -94,7 +94,7 @@ def test_rotary_variants(rope: dict[str, object], tmp_path: Path) -> None:
     check(make_model(tmp_path / "model", rope_parameters=parameters), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("dtype", "changes"),
     [
@@ -109,7 +109,7 @@ def test_checkpoints_as_people_have_them(dtype: torch.dtype, changes: dict[str, 
     check(folder, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_prompts_longer_than_a_prefill_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fmedge_runtimes.decoder.PREFILL_CHUNK", 16)
     check(make_model(tmp_path / "model", "mistral", sliding_window=8), tmp_path)

@@ -201,7 +201,7 @@ train_text(TextTraining(**{**options, **paths, "data": tuple(options["data"])}))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_a_kill_within_a_checkpoint_costs_that_checkpoint_only(options):
     whole = dataclasses.replace(options, output=options.output.with_name("whole"))
     train_text(whole)
@@ -437,7 +437,7 @@ def test_an_output_needs_a_name_and_a_folder_to_stand_in(options, tmp_path):
 TORCHRUN = "import sys; from fmedge.commands.train import app; app(sys.argv[1:])"
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_torchrun_trains_on_two_processes_and_one_of_them_writes(options, tmp_path):
     (tmp_path / "run.py").write_text(TORCHRUN)
     arguments = {
