@@ -250,7 +250,11 @@ def make_bundle(folder, *, tokenizer=True, chat_template=None, **changes) -> Bun
         "context": CONTEXT,
         "vocabulary": VOCABULARY,
         "cache_dtype": "float32",
-        "caches": tuple(CacheFacts(kv_heads=heads, head_dim=size, window=None) for heads, size in SHAPES),
+        "caches": tuple(
+            CacheFacts(layer=layer, kv_heads=heads, key_dim=size, value_dim=size, window=None, rolling=False)
+            for layer, (heads, size) in enumerate(SHAPES)
+        ),
+        "states": (),
         "eos_token_ids": (EOS,),
         "special_tokens": {"eos_token": "<eos>"},
         "tokenizer": "tokenizer.json" if tokenizer else None,

@@ -19,6 +19,7 @@ from fmedge_runtimes.bundle import (
     Manifest,
     SamplingFacts,
     SourceFacts,
+    StateFacts,
     TensorFacts,
     TextFacts,
     check_files,
@@ -311,7 +312,26 @@ manifests = st.builds(
         vocabulary=positive,
         cache_dtype=st.sampled_from(["float32", "float16"]),
         caches=st.lists(
-            st.builds(CacheFacts, kv_heads=positive, head_dim=positive, window=st.none() | positive), max_size=3
+            st.builds(
+                CacheFacts,
+                layer=st.integers(0, 99),
+                kv_heads=positive,
+                key_dim=positive,
+                value_dim=positive,
+                window=st.none() | positive,
+                rolling=st.booleans(),
+            ),
+            max_size=3,
+        ).map(tuple),
+        states=st.lists(
+            st.builds(
+                StateFacts,
+                name=words,
+                shape=st.lists(positive, max_size=3).map(tuple),
+                dtype=st.sampled_from(["float32", "float16"]),
+                in_place=st.booleans(),
+            ),
+            max_size=3,
         ).map(tuple),
         eos_token_ids=st.lists(st.integers(0, 2**31), max_size=3).map(tuple),
         special_tokens=st.dictionaries(words, words, max_size=3),

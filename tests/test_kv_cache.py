@@ -10,7 +10,10 @@ from fmedge_runtimes.kv_cache import GROWTH, STEP, KVCache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-FACTS = [CacheFacts(kv_heads=heads, head_dim=size, window=None) for heads, size in SHAPES]
+FACTS = [
+    CacheFacts(layer=layer, kv_heads=heads, key_dim=size, value_dim=size, window=None, rolling=False)
+    for layer, (heads, size) in enumerate(SHAPES)
+]
 
 
 def new_cache(session, context=CONTEXT):
@@ -173,7 +176,12 @@ def test_a_first_allocation_that_fails_leaves_an_empty_cache(deny):
 
 def test_memory_that_does_not_suffice_is_named_before_it_is_taken():
     session = FakeSession(room=row_bytes(64))
-    cache = KVCache(session, [CacheFacts(kv_heads=64, head_dim=1024, window=None)], "float32", 1000)
+    cache = KVCache(
+        session,
+        [CacheFacts(layer=0, kv_heads=64, key_dim=1024, value_dim=1024, window=None, rolling=False)],
+        "float32",
+        1000,
+    )
     with pytest.raises(CacheMemoryError) as caught:
         cache.reserve(2, 129)
     # 2 rows, 192 tokens, 2 * 64 * 1024 values of 4 bytes; 64 MiB stay free for the graph.

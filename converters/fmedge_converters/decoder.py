@@ -39,9 +39,13 @@ FIXED_ROPE = ("dynamic", "longrope")
 class LayerCache:
     """What one layer keeps of each token."""
 
+    layer: int
     kv_heads: int
-    head_dim: int
+    key_dim: int
+    value_dim: int
     window: int | None
+    rolling: bool
+    """The buffer holds the window only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,9 @@ def _attend(
     if recorder.dialect is None:
         if layer in recorder.caches:
             raise SourceError(f"layer {layer} attends twice in one pass; fmedge keeps one cache for each layer.")
-        recorder.caches[layer] = LayerCache(int(key.shape[1]), int(size), sliding_window)
+        recorder.caches[layer] = LayerCache(
+            layer, int(key.shape[1]), int(size), int(size), sliding_window, rolling=False
+        )
         return query.transpose(1, 2), None
     past_key, past_value = recorder.past[layer]
     attention = Attention(
@@ -316,7 +322,7 @@ def _export(
         return {index: axes[dim] for index, dim in enumerate(dims) if isinstance(dim, str)}
 
     ids = ("batch", "sequence")
-    shapes = [("batch", cache.kv_heads, "capacity", cache.head_dim) for cache in caches]
+    shapes = [("batch", cache.kv_heads, "capacity", cache.key_dim) for cache in caches]
     arguments = (
         example(torch.int64, *ids),
         example(torch.int64, *ids),

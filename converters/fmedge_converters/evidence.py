@@ -84,8 +84,17 @@ def text_facts(built: BuiltDecoder, context: int) -> TextFacts:
         vocabulary=built.vocabulary,
         cache_dtype=_cache_dtype(built),
         caches=tuple(
-            CacheFacts(kv_heads=cache.kv_heads, head_dim=cache.head_dim, window=cache.window) for cache in built.caches
+            CacheFacts(
+                layer=cache.layer,
+                kv_heads=cache.kv_heads,
+                key_dim=cache.key_dim,
+                value_dim=cache.value_dim,
+                window=cache.window,
+                rolling=cache.rolling,
+            )
+            for cache in built.caches
         ),
+        states=(),
         eos_token_ids=(),
         special_tokens={},
         tokenizer=None,

@@ -37,7 +37,7 @@ def show(bundle: Bundle, *, as_json: bool) -> None:
 def _rows(bundle: Bundle) -> list[tuple[str, str]]:
     manifest, text = bundle.manifest, bundle.manifest.text
     source = manifest.source
-    cache = sum(2 * layer.kv_heads * layer.head_dim for layer in text.caches)
+    cache = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in text.caches)
     cache *= 4 if text.cache_dtype == "float32" else 2
     block = f", blocks of {manifest.block_size}" if manifest.block_size else ""
     rows = [

@@ -59,11 +59,34 @@ class GraphFacts(_Record):
 
 
 class CacheFacts(_Record):
-    """What a layer keeps of each token: keys and values [kv_heads, head_dim]."""
+    """What a layer keeps of each token: a key [kv_heads, key_dim] and a value [kv_heads, value_dim].
 
+    Graph inputs past_key_values.LAYER.key and .value [batch, kv_heads, capacity, ...], outputs present.LAYER.*, bound
+    to the same memory.
+    """
+
+    layer: Count
+    """The layer's number in the model, which its inputs and outputs carry."""
     kv_heads: Positive
-    head_dim: Positive
+    key_dim: Positive
+    value_dim: Positive
     window: Positive | None
+    """Positions that a query sees, itself included; None sees all."""
+    rolling: bool
+    """The buffer holds the window only: any capacity >= window, however long the text grows."""
+
+
+class StateFacts(_Record):
+    """What a recurrent layer keeps of a row, however long: a state [*shape], zeros before the first token.
+
+    Graph input past_states.NAME [batch, *shape], output present_states.NAME.
+    """
+
+    name: str
+    shape: tuple[Positive, ...]
+    dtype: Literal["float32", "float16"]
+    in_place: bool
+    """Whether input and output may be the same memory."""
 
 
 class SamplingFacts(_Record):
@@ -85,6 +108,7 @@ class TextFacts(_Record):
     """Size of the logits."""
     cache_dtype: Literal["float32", "float16"]
     caches: tuple[CacheFacts, ...]
+    states: tuple[StateFacts, ...]
     eos_token_ids: tuple[Count, ...]
     special_tokens: dict[str, str]
     """bos_token, eos_token, ... as the chat template spells them."""

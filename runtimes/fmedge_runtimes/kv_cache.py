@@ -39,7 +39,8 @@ class KVCache:
 
     def nbytes(self, rows: int, capacity: int) -> int:
         """Size of all buffers for so many rows of so many tokens."""
-        per_token = sum(2 * facts.kv_heads * facts.head_dim for facts in self._facts) * self._dtype.itemsize
+        per_token = sum(facts.kv_heads * (facts.key_dim + facts.value_dim) for facts in self._facts)
+        per_token *= self._dtype.itemsize
         return rows * capacity * per_token
 
     def reserve(self, rows: int, tokens: int) -> None:
@@ -71,7 +72,7 @@ class KVCache:
         need = RESERVE + self.nbytes(rows, capacity) - self.nbytes(self.rows, self.capacity)
         if self.lengths:
             # Layers are resized one after the other, so the old and the new form of one of them exist at once.
-            largest = max(facts.kv_heads * facts.head_dim for facts in self._facts)
+            largest = max(facts.kv_heads * max(facts.key_dim, facts.value_dim) for facts in self._facts)
             need = max(need, RESERVE) + rows * capacity * largest * self._dtype.itemsize
         if need > free:
             raise CacheMemoryError(
@@ -100,9 +101,9 @@ class KVCache:
         self.rows, self.capacity = rows, capacity
 
     def _shapes(self, rows: int, capacity: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for layer, facts in enumerate(self._facts):
-            for part in ("key", "value"):
-                yield f"{layer}.{part}", (rows, facts.kv_heads, capacity, facts.head_dim)  # [R, K, C, D]
+        for facts in self._facts:
+            for part, size in (("key", facts.key_dim), ("value", facts.value_dim)):
+                yield f"{facts.layer}.{part}", (rows, facts.kv_heads, capacity, size)  # [R, K, C, D]
 
     def _replace(self, name: str, shape: tuple[int, ...]) -> None:
         buffer = self._session.allocate(shape, self._dtype)
