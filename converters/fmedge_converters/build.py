@@ -13,7 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from fmedge_converters.checkpoint import Checkpoint
-from fmedge_converters.decoder import LayerCache, TracedDecoder, trace_decoder
+from fmedge_converters.decoder import LayerCache, LayerState, TracedDecoder, trace_decoder
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.quantize import quantize
 from fmedge_converters.schemes.scheme import Scheme
@@ -44,6 +44,7 @@ class BuiltDecoder:
     written: WrittenGraph
     model: ir.Model
     caches: tuple[LayerCache, ...]
+    states: tuple[LayerState, ...]
     vocabulary: int
 
 
@@ -73,7 +74,7 @@ def build_decoder(
     size = vocabulary[-1] if vocabulary is not None else None
     if not isinstance(size, int):
         size = traced.module.get_output_embeddings().weight.shape[0]
-    return BuiltDecoder(written, graph.model, traced.caches, int(size))
+    return BuiltDecoder(written, graph.model, traced.caches, traced.states, int(size))
 
 
 def bind(traced: TracedDecoder, weights: dict[str, Weight]) -> DecoderGraph:

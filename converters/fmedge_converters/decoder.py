@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -24,28 +25,18 @@ import torch
 from accelerate import init_empty_weights
 from fmedge_runtimes.errors import SourceError
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from fmedge_converters.dialects.dialect import Attention, Dialect
+from fmedge_converters.attention_interface import IMPLEMENTATION, replaced_attention
+from fmedge_converters.dialects.dialect import Dialect
+from fmedge_converters.recording import PROBE_CAPACITY, LayerCache, LayerState, Recording, recording
+from fmedge_converters.traced_cache import TracedCache
 
-INTERFACE = "fmedge"
+# Sizes of 0 and 1, and equal sizes, would be taken for constants; these are all different.
+SIZES = {"batch": 3, "sequence": 5, "logits": 4}
 FIXED_ROPE = ("dynamic", "longrope")
 """Rotary embeddings that change with the length of the sequence; see _freeze_rope."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCache:
-    """What one layer keeps of each token."""
-
-    layer: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    window: int | None
-    rolling: bool
-    """The buffer holds the window only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,92 +47,9 @@ class TracedDecoder:
     module: PreTrainedModel
     """The transformers model on fake tensors: parameter names and shapes."""
     caches: tuple[LayerCache, ...]
+    states: tuple[LayerState, ...]
     parameters: Mapping[str, str]
     """Name of each initializer that is a parameter, and the parameter's name in the model."""
-
-
-@dataclass(slots=True)
-class _Recorder:
-    """What the attention function sees and leaves behind during one forward pass."""
-
-    caches: dict[int, LayerCache] = field(default_factory=dict)
-    dialect: Dialect | None = None
-    step: dict[str, torch.Tensor] = field(default_factory=dict)
-    past: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    present: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-
-_active: _Recorder | None = None
-
-
-def _attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,  # [B, H, S, D]
-    key: torch.Tensor,  # [B, K, S, D]
-    value: torch.Tensor,  # [B, K, S, D]
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    is_causal: bool | None = None,
-    **_others: Any,  # noqa: ANN401 - transformers hands over what the model got; the parity check judges the result
-) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls; its signature is theirs."""
-    recorder = _active
-    if recorder is None:
-        raise RuntimeError("the fmedge attention is for tracing only")
-    if attention_mask is not None:
-        raise SourceError("the model builds an attention mask of its own, which the exported graph cannot carry.")
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if not causal:
-        raise SourceError("the model attends to later tokens too: it is an encoder, not a decoder.")
-    layer = getattr(module, "layer_idx", None)
-    if not isinstance(layer, int):
-        raise SourceError("the model's attention layers have no layer_idx, so their caches cannot be told apart.")
-    batch, heads, length, size = query.shape
-    if value.shape[-1] != size or key.shape[-1] != size:
-        raise SourceError(
-            f"layer {layer} attends with heads of different sizes (query {size}, value {value.shape[-1]}), "
-            "as in latent attention; the GroupQueryAttention operator needs one size."
-        )
-    if recorder.dialect is None:
-        if layer in recorder.caches:
-            raise SourceError(f"layer {layer} attends twice in one pass; fmedge keeps one cache for each layer.")
-        recorder.caches[layer] = LayerCache(
-            layer, int(key.shape[1]), int(size), int(size), sliding_window, rolling=False
-        )
-        return query.transpose(1, 2), None
-    past_key, past_value = recorder.past[layer]
-    attention = Attention(
-        layer=layer,
-        query=query,
-        key=key,
-        value=value,
-        scale=float(size**-0.5 if scaling is None else scaling),
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-        past_key=past_key,
-        past_value=past_value,
-    )
-    output, *present = recorder.dialect.attend(attention, recorder.step)
-    recorder.present[layer] = (present[0], present[1])
-    return output.reshape(batch, length, heads, size), None  # [B, S, H, D]
-
-
-AttentionInterface.register(INTERFACE, _attend)
-AttentionMaskInterface.register(INTERFACE, lambda *_, **__: None)
-
-
-@contextlib.contextmanager
-def _recording(recorder: _Recorder) -> Iterator[None]:
-    global _active  # noqa: PLW0603 - transformers' interface has no other way to reach the function
-    _active = recorder
-    try:
-        yield
-    finally:
-        _active = None
 
 
 @contextlib.contextmanager
@@ -171,12 +79,12 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         with quiet_libraries(), init_empty_weights(include_buffers=False):
             # A copy, because transformers notes the attention's name in the configuration it is given.
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=dtype, attn_implementation=INTERFACE
+                copy.deepcopy(config), dtype=dtype, attn_implementation=IMPLEMENTATION
             )
+            if model._can_set_experts_implementation():
+                model.set_experts_implementation("batched_mm")
     except Exception as error:  # each architecture has its own ways to refuse
-        raise SourceError(
-            f"transformers cannot build {config.model_type} with the attention interface: {error}"
-        ) from error
+        raise SourceError(f"transformers cannot build {config.model_type}: {error}") from error
     # init_empty_weights makes a new parameter of every assignment, which unties those that were tied.
     model.tie_weights()
     return model.eval()
@@ -222,13 +130,13 @@ def _freeze_rope(model: PreTrainedModel, context: int) -> None:
 
 
 class _Step(torch.nn.Module):
-    """One step of decoding: token ids and caches in, logits of the asked positions and caches out."""
+    """One step of decoding: token ids, caches and states in, logits of the asked positions, caches and states out."""
 
-    def __init__(self, model: PreTrainedModel, dialect: Dialect, layers: int) -> None:
+    def __init__(self, model: PreTrainedModel, dialect: Dialect, layout: Layout) -> None:
         super().__init__()
         self.model = model
         self.dialect = dialect
-        self.layers = layers
+        self.layout = layout
 
     def forward(
         self,
@@ -237,40 +145,94 @@ class _Step(torch.nn.Module):
         logits_indices: torch.Tensor,  # [N], into the flattened [B * S]
         step: dict[str, torch.Tensor],
         past: list[tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        def keep_asked(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            hidden = args[0].reshape(-1, args[0].shape[-1])  # [B * S, E]
-            return (hidden.index_select(0, logits_indices).unsqueeze(0),)  # [1, N, E]
-
-        head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(keep_asked)
-        recorder = _Recorder(dialect=self.dialect, step=step, past=past)
-        try:
-            with _recording(recorder):
-                output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True)
-        finally:
-            hook.remove()
-        return output.logits.squeeze(0), [recorder.present[layer] for layer in range(self.layers)]
-
-
-def _layer_caches(model: PreTrainedModel) -> tuple[LayerCache, ...]:
-    """Run the model once on fake tensors to see what its layers ask of the attention interface."""
-    recorder = _Recorder()
-    ids = torch.zeros((2, 3), dtype=torch.int64)  # [B, S]
-    with _recording(recorder), torch.no_grad():
-        model(input_ids=ids, position_ids=ids, use_cache=False, return_dict=True)
-    layers = text_config(model.config).num_hidden_layers
-    if not recorder.caches:
-        raise SourceError(
-            f"{model.config.model_type} computes attention in its own code instead of transformers' attention "
-            "interface, so fmedge cannot replace it."
+        states: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor]]:
+        layout = self.layout
+        current = Recording(
+            position_ids,
+            dialect=self.dialect,
+            step=step,
+            past={cache.layer: pair for cache, pair in zip(layout.caches, past, strict=True)},
+            past_states={state.name: tensor for state, tensor in zip(layout.states, states, strict=True)},
+            attended={cache.layer: cache for cache in layout.caches if cache.layer not in layout.bypassing},
+            masked=set(layout.masked),
+            bypassing=layout.bypassing,
         )
-    if sorted(recorder.caches) != list(range(layers)):
-        raise SourceError(
-            f"{model.config.model_type}: {len(recorder.caches)} of its {layers} layers use the attention interface; "
-            "the others keep another kind of state, which fmedge does not carry yet."
+        logits = _run(self.model, current, input_ids, logits_indices)
+        return (
+            logits,
+            [current.present[cache.layer] for cache in layout.caches],
+            [current.present_states[state.name] for state in layout.states],
         )
-    return tuple(recorder.caches[layer] for layer in range(layers))
+
+
+def _run(
+    model: PreTrainedModel, current: Recording, input_ids: torch.Tensor, logits_indices: torch.Tensor
+) -> torch.Tensor:
+    """One forward pass with our attention, masks and cache; the logits [N, V] at the asked positions."""
+
+    def keep_asked(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden = args[0].reshape(-1, args[0].shape[-1])  # [B * S, E]
+        return (hidden.index_select(0, logits_indices).unsqueeze(0),)  # [1, N, E]
+
+    cache = TracedCache(current, text_config(model.config).num_hidden_layers)
+    takes = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": True}
+    # Models name their cache in one of two ways, and some compute positions themselves.
+    arguments |= {name: cache for name in ("past_key_values", "cache_params") if name in takes}
+    if "position_ids" in takes or any(item.kind is item.VAR_KEYWORD for item in takes.values()):
+        arguments["position_ids"] = current.positions
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep_asked)
+    try:
+        with recording(current), replaced_attention():
+            logits: torch.Tensor = model(**arguments, return_dict=True).logits
+    finally:
+        hook.remove()
+    return logits.squeeze(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the layers of a model keep, and how they attend."""
+
+    caches: tuple[LayerCache, ...]
+    states: tuple[LayerState, ...]
+    bypassing: frozenset[int]
+    """Layers whose attention is the model's own code."""
+    masked: frozenset[int]
+    """Layers that attend behind a mask of their own."""
+
+
+def _look(model: PreTrainedModel, dialect: Dialect, context: int) -> Layout:
+    """Run the model once on fake tensors to see what its layers keep."""
+    batch, length = SIZES["batch"], SIZES["sequence"]
+    ids = torch.zeros((batch, length), dtype=torch.int64)  # [B, S]
+    positions = torch.arange(length).expand(batch, length)  # [B, S]
+    seen = Recording(positions)
+    with torch.no_grad():
+        _run(model, seen, ids, torch.zeros(SIZES["logits"], dtype=torch.int64))
+    caches = []
+    for layer in sorted(seen.attended.keys() | seen.appended.keys()):
+        cache = seen.attended.get(layer, seen.appended.get(layer))
+        if cache is None:
+            raise RuntimeError("a layer was seen and not noted")
+        if layer in seen.attended and layer not in seen.masked:
+            size = max(cache.key_dim, cache.value_dim)
+            if dialect.one_head_size:
+                cache = replace(cache, key_dim=size, value_dim=size)
+            cache = replace(cache, rolling=cache.window is not None and cache.window < context)
+        else:
+            cache = replace(cache, window=None)
+        caches.append(cache)
+    states = [LayerState(name, tuple(value.shape[1:])) for name, value in seen.present_states.items()]
+    if not caches and not states:
+        raise SourceError(
+            f"{model.config.model_type} neither caches keys and values nor keeps a state as transformers' models do, "
+            "so fmedge cannot carry its past from step to step."
+        )
+    return Layout(
+        tuple(caches), tuple(states), frozenset(seen.appended.keys() - seen.attended.keys()), frozenset(seen.masked)
+    )
 
 
 def trace_decoder(config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype, context: int) -> TracedDecoder:
@@ -289,8 +251,8 @@ def trace_decoder(config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype
     try:
         with quiet_libraries(), FakeTensorMode(allow_non_fake_inputs=True):
             _fake_parameters(model, dtype)
-            caches = _layer_caches(model)
-            program = _export(model, dialect, caches, dtype)
+            layout = _look(model, dialect, context)
+            program = _export(model, dialect, layout, dtype)
     except SourceError as error:
         raise SourceError(f"{config.model_type} cannot be exported: {error}") from error
     except Exception as error:
@@ -300,7 +262,7 @@ def trace_decoder(config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype
         ) from error
     graph = program.model
     parameters = {name: name.removeprefix("model.") for name in graph.graph.initializers if _is_fake(graph, name)}
-    return TracedDecoder(graph, model, caches, parameters)
+    return TracedDecoder(graph, model, layout.caches, layout.states, parameters)
 
 
 def _is_fake(model: ir.Model, name: str) -> bool:
@@ -308,11 +270,10 @@ def _is_fake(model: ir.Model, name: str) -> bool:
     return isinstance(raw, torch.nn.Parameter)
 
 
-def _export(
-    model: PreTrainedModel, dialect: Dialect, caches: tuple[LayerCache, ...], dtype: torch.dtype
-) -> torch.onnx.ONNXProgram:
-    # Sizes of 0 and 1, and equal sizes, would be taken for constants; these are all different.
-    sizes = {"batch": 3, "sequence": 5, "capacity": 32, "logits": 4}
+def _export(model: PreTrainedModel, dialect: Dialect, layout: Layout, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
+    sizes = dict(SIZES)
+    for cache in layout.caches:
+        sizes.setdefault(_capacity(cache), PROBE_CAPACITY + len(sizes))
     axes = {name: torch.export.Dim(name) for name in sizes}
 
     def example(kind: torch.dtype, *dims: str | int) -> torch.Tensor:
@@ -322,26 +283,30 @@ def _export(
         return {index: axes[dim] for index, dim in enumerate(dims) if isinstance(dim, str)}
 
     ids = ("batch", "sequence")
-    shapes = [("batch", cache.kv_heads, "capacity", cache.key_dim) for cache in caches]
+    shapes = [
+        tuple(("batch", cache.kv_heads, _capacity(cache), size) for size in (cache.key_dim, cache.value_dim))
+        for cache in layout.caches
+    ]
     arguments = (
         example(torch.int64, *ids),
         example(torch.int64, *ids),
         example(torch.int64, "logits"),
         {item.name: example(item.dtype, *item.axes) for item in dialect.step_inputs},
-        [(example(dtype, *shape), example(dtype, *shape)) for shape in shapes],
+        [tuple(example(dtype, *shape) for shape in pair) for pair in shapes],
+        [example(dtype, "batch", *state.shape) for state in layout.states],
     )
     dynamic_shapes = (
         dynamic(*ids),
         dynamic(*ids),
         dynamic("logits"),
         {item.name: dynamic(*item.axes) for item in dialect.step_inputs},
-        [(dynamic(*shape), dynamic(*shape)) for shape in shapes],
+        [tuple(dynamic(*shape) for shape in pair) for pair in shapes],
+        [dynamic("batch") for _ in layout.states],
     )
-    layers = range(len(caches))
-    cache_names = [f"{{}}.{layer}.{part}" for layer in layers for part in ("key", "value")]
+    cache_names = [f"{{}}.{cache.layer}.{part}" for cache in layout.caches for part in ("key", "value")]
     with torch.no_grad():
         program = torch.onnx.export(
-            _Step(model, dialect, len(caches)),
+            _Step(model, dialect, layout),
             arguments,
             dynamo=True,
             dynamic_shapes=dynamic_shapes,
@@ -352,11 +317,21 @@ def _export(
                 "logits_indices",
                 *(item.name for item in dialect.step_inputs),
                 *(name.format("past_key_values") for name in cache_names),
+                *(f"past_states.{state.name}" for state in layout.states),
             ],
-            output_names=["logits", *(name.format("present") for name in cache_names)],
+            output_names=[
+                "logits",
+                *(name.format("present") for name in cache_names),
+                *(f"present_states.{state.name}" for state in layout.states),
+            ],
             optimize=False,
             verbose=False,
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     return program
+
+
+def _capacity(cache: LayerCache) -> str:
+    """The name of the axis of a cache's tokens; windows have buffers of their own length."""
+    return f"capacity_{cache.window}" if cache.rolling else "capacity"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from fmedge_runtimes.bundle import CacheFacts, Evidence, Golden, SamplingFacts, TextFacts
+from fmedge_runtimes.bundle import CacheFacts, Evidence, Golden, SamplingFacts, StateFacts, TextFacts
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import SourceError
 from fmedge_runtimes.golden import continue_greedily, replay
@@ -94,7 +94,10 @@ def text_facts(built: BuiltDecoder, context: int) -> TextFacts:
             )
             for cache in built.caches
         ),
-        states=(),
+        states=tuple(
+            StateFacts(name=state.name, shape=state.shape, dtype=_cache_dtype(built), in_place=False)
+            for state in built.states
+        ),
         eos_token_ids=(),
         special_tokens={},
         tokenizer=None,
@@ -104,8 +107,8 @@ def text_facts(built: BuiltDecoder, context: int) -> TextFacts:
 
 
 def _cache_dtype(built: BuiltDecoder) -> Any:  # noqa: ANN401 - pydantic checks the literal
-    names = {str(value.name): value for value in built.model.graph.inputs}
-    dtype = names["past_key_values.0.key"].dtype
+    pasts = (value for value in built.model.graph.inputs if str(value.name).startswith("past_"))
+    dtype = next(pasts).dtype
     return "float32" if dtype is None else str(dtype.numpy())
 
 

@@ -103,7 +103,8 @@ class KVCache:
     def _shapes(self, rows: int, capacity: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         for facts in self._facts:
             for part, size in (("key", facts.key_dim), ("value", facts.value_dim)):
-                yield f"{facts.layer}.{part}", (rows, facts.kv_heads, capacity, size)  # [R, K, C, D]
+                length = facts.window if facts.rolling and facts.window else capacity
+                yield f"{facts.layer}.{part}", (rows, facts.kv_heads, length, size)  # [R, K, C, D]
 
     def _replace(self, name: str, shape: tuple[int, ...]) -> None:
         buffer = self._session.allocate(shape, self._dtype)

@@ -20,10 +20,16 @@ class Attention:
     scale: float
     window: int | None
     """Positions that a query sees, itself included; None sees all."""
+    rolling: bool
+    """The cache holds the window only."""
     softcap: float | None
     sinks: torch.Tensor | None  # [H]
     past_key: torch.Tensor  # [B, K, C, D]
     past_value: torch.Tensor  # [B, K, C, D]
+    cached: bool
+    """The cache holds the new keys and values already: another layer appended them."""
+    mask: torch.Tensor | None  # [B or 1, H or 1, S, C]
+    """Added to the scores, where it is more than causal within the window; None otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +42,17 @@ class StepInput:
 
 
 class AttentionNode(Protocol):
-    """Emits the attention of one layer: the output [B, S, H * D], then the present key and value."""
+    """Emits the attention of one layer: the output [B, S, H, D], then the present key and value."""
 
     def __call__(
         self, attention: Attention, step: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+class AppendNode(Protocol):
+    """Emits a cache [B, K, C, D] with new keys or values [B, K, S, D] written behind each row's tokens."""
+
+    def __call__(self, cache: torch.Tensor, new: torch.Tensor, step: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +63,6 @@ class Dialect:
     opset: int
     step_inputs: tuple[StepInput, ...]
     attend: AttentionNode
+    append: AppendNode
+    one_head_size: bool
+    """The attention operator wants one size for queries, keys and values; smaller heads are filled with zeros."""
