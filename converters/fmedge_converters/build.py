@@ -13,9 +13,10 @@ import torch
 from transformers import PretrainedConfig
 
 from fmedge_converters.checkpoint import Checkpoint
-from fmedge_converters.decoder import LayerCache, LayerState, TracedDecoder, trace_decoder
+from fmedge_converters.decoder import TracedDecoder, trace_decoder
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.quantize import quantize
+from fmedge_converters.recording import LayerCache, LayerState
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.targets import Target
 from fmedge_converters.weight import Weight

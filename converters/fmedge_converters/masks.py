@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from fmedge_runtimes.errors import SourceError
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fmedge_converters.recording import Mask, MaskFunction, active
@@ -36,18 +37,25 @@ def make_mask(mask_function: MaskFunction, dtype: torch.dtype, **_others: Any) -
 
 
 def _meaning(mask_function: MaskFunction) -> tuple[bool, int | None]:
-    """Whether a mask is causal but for a window, and the window, found by asking it about many positions."""
+    """Whether a mask is causal but for a window, and the window, found by asking it about many positions.
+
+    Raises SourceError when it lets a token see later ones.
+    """
     try:
         with unset_fake_temporarily():
             zero = torch.zeros((), dtype=torch.int64)
             queries = torch.tensor(PROBES)[:, None]  # [N, 1]
             keys = torch.arange(max(PROBES) + 2)[None]  # [1, M]
             seen = mask_function(zero, zero, queries, keys).expand(len(PROBES), keys.shape[1])
+            if bool((seen & (keys > queries)).any()):
+                raise SourceError("the model attends to later tokens too: it is an encoder, not a decoder.")
             widest = int(seen[-1].sum())
             window = widest if widest < max(PROBES) + 1 else None
             wanted = keys <= queries
             if window is not None:
                 wanted &= keys > queries - window
             return bool(torch.equal(seen, wanted)), window
+    except SourceError:
+        raise
     except Exception:  # a function that needs more than positions, such as the tokens of the batch
         return False, None

@@ -81,10 +81,15 @@ class Recording:
 
     @property
     def capacity(self) -> int:
-        """Length C of the caches that are not rolling; symbolic while tracing."""
+        """Length C of the caches that are not rolling, symbolic while tracing; the step's own where there are none."""
         if self.probing:
             return PROBE_CAPACITY
-        return next(int_or_symbol(key.shape[2]) for key, _ in self.past.values())
+        whole = (key for layer, (key, _) in self.past.items() if not self._rolling(layer))
+        cache = next(whole, None)
+        return self.positions.shape[1] if cache is None else cache.shape[2]
+
+    def _rolling(self, layer: int) -> bool:
+        return layer in self.attended and self.attended[layer].rolling
 
     def mask_of(self, tensor: torch.Tensor) -> Mask | None:
         """The mask that a tensor is, if a model handed it on as it was made."""
@@ -93,11 +98,6 @@ class Recording:
     def layer_of(self, key: torch.Tensor) -> int | None:
         """The layer that appended these very keys."""
         return next((layer for layer, new, _ in self.new if new is key), None)
-
-
-def int_or_symbol(size: int) -> int:
-    """A size, which torch types as int although it may be symbolic."""
-    return size
 
 
 _active: Recording | None = None

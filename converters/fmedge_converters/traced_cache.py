@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from fmedge_converters.recording import LayerCache, Recording
 
 
-class TracedCache(Cache):
+class TracedCache(Cache):  # type: ignore[misc]  # transformers has no types for mypy here
     """A cache whose content is the inputs and outputs of a graph. The base class is transformers' own, because models
     ask for it by type."""
 

@@ -48,7 +48,7 @@ def write_graph(graph: DecoderGraph, folder: Path, stem: str, progress: Callable
             if tensor is None:
                 raise RuntimeError(f"initializer {value.name} has no value")
             if tensor.nbytes <= INLINE_BYTES:
-                value.const_value = ir.tensor(np.ascontiguousarray(tensor.numpy()), name=value.name)
+                value.const_value = ir.tensor(np.asarray(tensor.numpy(), order="C"), name=value.name)
                 continue
             array = np.ascontiguousarray(tensor.numpy())
             shape, content = array.shape, array.reshape(-1).data.cast("B")
