@@ -31,12 +31,11 @@ from transformers.utils import logging as transformers_logging
 from fmedge_converters.attention_interface import IMPLEMENTATION, replaced_attention
 from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.recording import PROBE_CAPACITY, LayerCache, LayerState, Recording, recording
+from fmedge_converters.rope import freeze_rope
 from fmedge_converters.traced_cache import TracedCache
 
 # Sizes of 0 and 1, and equal sizes, would be taken for constants; these are all different.
 SIZES = {"batch": 3, "sequence": 5, "logits": 4}
-FIXED_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings that change with the length of the sequence; see _freeze_rope."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,29 +103,6 @@ def _fake_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
                 fakes[id(parameter)] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=kind), requires_grad=False)
             module.register_parameter(name, fakes[id(parameter)])
-
-
-def _freeze_rope(model: PreTrainedModel, context: int) -> None:
-    """Keep rotary embeddings that depend on the sequence's length at their short form, which is exact up to the
-    length the model was first trained on; refuse a longer context."""
-    settings = getattr(text_config(model.config), "rope_parameters", None) or {}
-    groups = settings.values() if all(isinstance(item, dict) for item in settings.values()) else (settings,)
-    for group in groups:
-        kind = str(group.get("rope_type", "default"))
-        if not any(name in kind for name in FIXED_ROPE):
-            continue
-        limit = group.get("original_max_position_embeddings") or text_config(model.config).max_position_embeddings
-        if context > limit:
-            raise SourceError(
-                f"the rotary embedding of this model ({kind}) changes beyond {limit} tokens, and a graph has one form; "
-                f"export with --context {limit} or less."
-            )
-    for module in model.modules():
-        found: Any = getattr(module, "rope_type", None)
-        if isinstance(found, dict):
-            module.rope_type = {key: "default" if value in FIXED_ROPE else value for key, value in found.items()}
-        elif isinstance(found, str) and any(name in found for name in FIXED_ROPE):
-            module.rope_type = "default"
 
 
 class _Step(torch.nn.Module):
@@ -247,7 +223,7 @@ def trace_decoder(config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype
     model = empty_model(config, dtype)
     if model.get_output_embeddings() is None:
         raise SourceError(f"{config.model_type} has no language-model head.")
-    _freeze_rope(model, context)
+    freeze_rope(model, context)
     try:
         with quiet_libraries(), FakeTensorMode(allow_non_fake_inputs=True):
             _fake_parameters(model, dtype)
