@@ -163,13 +163,13 @@ def page(outcomes: list[Outcome]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Written by `python tests/architectures.py` from what ran; do not edit. Each model type of transformers' causal",
-        "language models got a tiny random model, saved as on the hub, exported in fp32, and run in a ragged batch",
-        f"(prompts of {', '.join(map(str, LENGTHS))} tokens in three rows, prefill in chunks of {CHUNK}). *Exact*: every",
-        "greedy token is PyTorch's. No code of fmedge knows any of these types.",
+        "Written by `python tests/architectures.py` from what ran; do not edit. Each model type of transformers'",
+        "causal language models got a tiny random model, saved as on the hub, exported in fp32, and run in a ragged",
+        f"batch (prompts of {', '.join(map(str, LENGTHS))} tokens in three rows, prefill in chunks of {CHUNK}).",
+        "*Exact*: every greedy token is PyTorch's. No code of fmedge knows any of these types.",
         "",
         f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, "
-        f"{datetime.date.today().isoformat()}: "  # noqa: DTZ011 - the page's own date
+        f"{datetime.date.today().isoformat()}: "
         + ", ".join(f"{len(counts[kind])} {kind}" for kind in kinds if counts[kind])
         + f", of {len(outcomes)}.",
     ]

@@ -16,6 +16,7 @@ MOST_LAYERS = 8
 SIZES: dict[str, int] = {
     "hidden_size": 64,
     "n_embd": 64,
+    "emb_dim": 64,
     "d_model": 64,
     "dim": 64,
     "embed_dim": 64,
@@ -23,6 +24,7 @@ SIZES: dict[str, int] = {
     "intermediate_size": 96,
     "moe_intermediate_size": 48,
     "n_inner": 96,
+    "expert_ffn_hidden_size": 48,
     "ffn_dim": 96,
     "ffn_hidden_size": 96,
     "feed_forward_proj_dim": 96,
@@ -92,9 +94,23 @@ SIZES: dict[str, int] = {
     "attention_hidden_size": 64,
 }
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
+OPTIONAL = ("head_dim", "num_key_value_heads")
+"""Which configurations may leave out and mean otherwise."""
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 
-CONSTRAINED: dict[str, dict[str, Any]] = {}
+CONSTRAINED: dict[str, dict[str, Any]] = {
+    "mamba2": {"num_heads": 8},
+    "gemma3n_text": {
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention"] * 2 + ["full_attention"] + ["sliding_attention"] * 2 + ["full_attention"],
+        "activation_sparsity_pattern": [0.5] * 6,
+        "laurel_rank": 8,
+        "intermediate_size": [96] * 6,
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "zaya": {"num_experts_per_tok": 1},
+}
 """Sizes that must fit each other."""
 
 
@@ -104,35 +120,39 @@ def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
         default = AutoConfig.for_model(model_type)
         depth = _depth(text_config(default))
         values = _small(default, depth)
-        if (part := _text_part(default)) is not None:
-            values[part] = {**getattr(default, part).to_dict(), **_small(getattr(default, part), depth)}
+        for part in default.sub_configs:
+            if isinstance(inner := getattr(default, part, None), PretrainedConfig):
+                values[part] = {**inner.to_dict(), **_small(inner, depth)}
         return type(default)(**{**values, **CONSTRAINED.get(model_type, {}), **changes})
 
 
-def _text_part(config: PretrainedConfig) -> str | None:
-    text = text_config(config)
-    return next((name for name in config.sub_configs if getattr(config, name, None) is text), None)
-
-
 def _small(config: PretrainedConfig, depth: int) -> dict[str, Any]:
-    values: dict[str, Any] = {name: size for name, size in SIZES.items() if _is_number(config, name)}
-    layers = next((getattr(config, name) for name in DEPTHS if _is_number(config, name)), 0)
-    values |= {name: depth for name in DEPTHS if _is_number(config, name)}
-    values |= {name: token for name, token in TOKENS.items() if getattr(config, name, None) is not None}
-    if _is_number(config, "kv_lora_rank"):  # latent attention has as many key heads as heads
+    given = config.to_dict()
+    layers = _layers(given)
+    values: dict[str, Any] = {
+        name: size
+        for name, size in SIZES.items()
+        if _is_number(given.get(name)) or (name in OPTIONAL and name in given and given[name] is None)
+    }
+    values |= {name: token for name, token in TOKENS.items() if given.get(name) is not None}
+    values |= {name: depth for name in DEPTHS if _is_number(given.get(name))}
+    if _is_number(given.get("kv_lora_rank")):  # latent attention has as many key heads as heads
         values["num_key_value_heads"] = SIZES["num_attention_heads"]
-    for name, value in config.to_dict().items():
-        if isinstance(value, list | tuple) and layers and len(value) == layers:
+    for name, value in given.items():
+        if isinstance(value, list | tuple) and len(value) == layers:
             values[name] = list(value[:depth])
+    if isinstance(overrides := given.get("per_layer_config"), dict):
+        values["per_layer_config"] = {layer: changes for layer, changes in overrides.items() if int(layer) < depth}
     return values
 
 
 def _depth(config: PretrainedConfig) -> int:
     """As many layers as it takes to see every kind of them."""
-    layers = next((getattr(config, name) for name in DEPTHS if _is_number(config, name)), LAYERS)
+    given = config.to_dict()
+    layers = _layers(given)
     kinds = [
         value
-        for value in config.to_dict().values()
+        for value in given.values()
         if isinstance(value, list | tuple) and len(value) == layers and all(isinstance(i, str | int) for i in value)
     ]
     rows = list(zip(*kinds, strict=True))
@@ -140,9 +160,9 @@ def _depth(config: PretrainedConfig) -> int:
     return max(LAYERS, min(needed, MOST_LAYERS))
 
 
-def _is_number(config: PretrainedConfig, name: str) -> bool:
-    descriptor = getattr(type(config), name, None)
-    if isinstance(descriptor, property) and descriptor.fset is None:
-        return False
-    value = getattr(config, name, None)
+def _layers(given: dict[str, Any]) -> int:
+    return next((given[name] for name in DEPTHS if _is_number(given.get(name))), -1)
+
+
+def _is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -229,6 +229,7 @@ def trace_decoder(config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype
             _fake_parameters(model, dtype)
             layout = _look(model, dialect, context)
             program = _export(model, dialect, layout, dtype)
+        _require_dynamic(program.model)
     except SourceError as error:
         raise SourceError(f"{config.model_type} cannot be exported: {error}") from error
     except Exception as error:
@@ -239,6 +240,16 @@ def trace_decoder(config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype
     graph = program.model
     parameters = {name: name.removeprefix("model.") for name in graph.graph.initializers if _is_fake(graph, name)}
     return TracedDecoder(graph, model, layout.caches, layout.states, parameters)
+
+
+def _require_dynamic(model: ir.Model) -> None:
+    """A model whose code counts its tokens in Python has been traced for the example's numbers only."""
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    fixed = [name for name, dim in zip(("rows", "tokens"), ids.shape or (), strict=False) if isinstance(dim, int)]
+    if fixed:
+        raise SourceError(
+            f"its code fixes the number of {' and '.join(fixed)} in a step, so the graph would serve one."
+        )
 
 
 def _is_fake(model: ir.Model, name: str) -> bool:

@@ -52,8 +52,8 @@ def _freeze(module: torch.nn.Module, kind: str, config: PretrainedConfig, layer_
         return  # the module starts in its short form
     if kind == "dynamic":
         raise SourceError(
-            f"the rotary embedding of this model (dynamic) changes with every token beyond {limit}, and a graph has one "
-            f"form; export with --context {limit} or less."
+            f"the rotary embedding of this model (dynamic) changes with every token beyond {limit}, and a graph has "
+            f"one form; export with --context {limit} or less."
         )
     frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=limit + 1, layer_type=layer_type)
     buffer = getattr(module, f"{layer_type}_inv_freq" if layer_type else "inv_freq")

@@ -27,6 +27,14 @@ class TracedCache(Cache):  # type: ignore[misc]  # transformers has no types for
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def layers(self) -> list[object]:
+        raise SourceError("the model keeps its past in cache layers of its own kind, which fmedge does not carry.")
+
+    @layers.setter
+    def layers(self, value: object) -> None:
+        """The base class assigns an empty list, which has no use here."""
+
     # What models ask before they build masks. Every row may be anywhere in its buffer, so the past counts as long as
     # the buffer allows; positions come from position_ids.
 
@@ -85,6 +93,12 @@ class TracedCache(Cache):  # type: ignore[misc]  # transformers has no types for
             recording.present[layer_idx] = key_states, value_states
         recording.new.append((layer_idx, key_states, value_states))
         return key_states, value_states
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        raise SourceError(
+            f"layer {layer_idx} chooses the tokens that it attends to by an index of its own (sparse attention), which "
+            "fmedge does not carry."
+        )
 
     # Recurrent states
 
