@@ -46,7 +46,6 @@ def profile(bundle_folder: Path, batch: int, prompt: int, steps: int, threads: i
         # fmedge offers no profiling; its session is opened and then given a profiled graph in place of its own.
         session = OnnxRuntimeSession(graph, "cpu", threads)
         session._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        session._binding = session._session.io_binding()
         decoder, random = Decoder(session, facts), np.random.default_rng(0)
         cache = decoder.new_cache()
         cache.reserve(batch, prompt + steps + 1)

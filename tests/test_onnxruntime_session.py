@@ -4,8 +4,69 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fmedge_runtimes import onnxruntime_session
+from fmedge_runtimes.errors import BackendError
+from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
+
+
+@pytest.fixture
+def arithmetic(tmp_path: Path) -> Path:
+    """A graph that gives the sum, the product and the difference of two vectors."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    def vectors(names: str) -> list[onnx.ValueInfoProto]:
+        return [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in names.split()]
+
+    operators = {"sum": "Add", "product": "Mul", "difference": "Sub"}
+    nodes = [helper.make_node(operator, ["a", "b"], [name]) for name, operator in operators.items()]
+    graph = helper.make_graph(nodes, "arithmetic", vectors("a b"), vectors(" ".join(operators)))
+    opsets = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "graph.onnx")
+    return tmp_path / "graph.onnx"
+
+
+def vector(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def test_what_is_bound_stays_bound_and_what_is_not_comes_back(arithmetic: Path) -> None:
+    session = OnnxRuntimeSession(arithmetic, "cpu", 1)
+    kept, total = session.allocate((2,), np.dtype("float32")), session.allocate((2,), np.dtype("float32"))
+    kept.array[:] = [3, 5]
+    product, difference = vector(0, 0), vector(0, 0)
+    binding = session.bind({"a": kept}, {"sum": total})
+    for step in range(3):
+        binding.run({"b": vector(1, step)}, {"product": product, "difference": difference})
+        assert (total.array == [4, 5 + step]).all()
+        assert (product == [3, 5 * step]).all()
+        assert (difference == [2, 5 - step]).all()
+        kept.array[0] = 3
+        returned = session.run({"a": kept, "b": vector(2, step)}, {"difference": difference, "sum": total})
+        assert list(returned) == ["product"]
+        assert (returned["product"] == [6, 5 * step]).all()
+        assert (total.array == [5, 5 + step]).all()
+
+
+def test_a_graph_that_fails_and_a_closed_session_say_so(arithmetic: Path) -> None:
+    session = OnnxRuntimeSession(arithmetic, "cpu", 1)
+    with pytest.raises(BackendError, match="ONNX Runtime failed"):
+        session.run({"a": vector(1, 2), "b": vector(1, 2, 3)}, {})
+    session.close()
+    with pytest.raises(BackendError, match="is closed"):
+        session.run({"a": vector(1, 2), "b": vector(1, 2)}, {})
+
+
+def test_a_block_is_copied_as_far_as_asked(arithmetic: Path) -> None:
+    session = OnnxRuntimeSession(arithmetic, "cpu", 1)
+    source, target = session.allocate((2, 3), np.dtype("float32")), session.allocate((3, 2), np.dtype("float32"))
+    source.array[:] = 1
+    session.copy(source, target, (1, 2))
+    assert target.array.tolist() == [[1, 1], [0, 0], [0, 0]]
+    session.copy(source, target)
+    assert target.array.tolist() == [[1, 1], [1, 1], [0, 0]]
 
 
 @pytest.mark.parametrize(

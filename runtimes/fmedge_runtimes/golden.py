@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from fmedge_runtimes.bundle import Golden, GoldenStep
 from fmedge_runtimes.decoder import Decoder
+from fmedge_runtimes.row_cache import RowCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ def continue_greedily(
 ) -> list[list[GoldenStep]]:
     """Continue prompts in one ragged batch, prompt i by lengths[i] tokens; rows leave as they finish."""
     cache = decoder.new_cache()
-    cache.reserve(len(prompts), max(len(prompt) for prompt in prompts) + 1)
+    cache.reserve(len(prompts), max(map(len, prompts)) + 1)
     steps: list[list[GoldenStep]] = [[] for _ in prompts]
     live: list[int] = []
     for index, prompt in enumerate(prompts):
@@ -40,14 +41,22 @@ def continue_greedily(
     while live:
         for row in range(len(live) - 1, -1, -1):
             if len(steps[live[row]]) >= lengths[live[row]]:
-                cache.drop_row(row)
-                live[row] = live[-1]
-                live.pop()
+                _leave(cache, live, row)
         if live:
             logits = decoder.decode(cache, [steps[index][-1].token for index in live])
             for row, index in enumerate(live):
                 steps[index].append(_best(logits[row]))
     return steps
+
+
+def _leave(cache: RowCache, live: list[int], row: int) -> None:
+    """The last row takes the place of one that is through."""
+    last = len(live) - 1
+    if row != last:
+        cache.copy(last, row, int(cache.lengths[last]))
+    cache.cut(last, 0)
+    live[row] = live[last]
+    live.pop()
 
 
 def _best(logits: npt.NDArray[np.floating]) -> GoldenStep:
@@ -66,9 +75,7 @@ def replay(decoder: Decoder, goldens: Sequence[Golden]) -> list[Replay]:
         for row in range(len(live) - 1, -1, -1):
             # A row leaves when it is through: its context may be full.
             if len(found[live[row]]) >= len(goldens[live[row]].steps):
-                cache.drop_row(row)
-                live[row] = live[-1]
-                live.pop()
+                _leave(cache, live, row)
         if live:
             logits = decoder.decode(cache, [goldens[index].steps[len(found[index]) - 1].token for index in live])
             for row, index in enumerate(live):

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import platform
-import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,12 +105,10 @@ class OnnxRuntimeSession:
             raise BackendError(f"ONNX Runtime {onnxruntime.__version__} cannot open {graph}: {error}") from error
         if provider not in self._session.get_providers():
             raise BackendError(f"{provider} could not start; check the NVIDIA driver and the CUDA libraries.")
-        self._lock = threading.Lock()
-        self._binding: Any = self._session.io_binding()
-        self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
-        self._output_order: dict[str, int] = {}
         self.inputs = tuple(_spec(item) for item in self._session.get_inputs())
         self.outputs = tuple(_spec(item) for item in self._session.get_outputs())
+        # The CUDA kernel wants windows of exactly their length (GroupQueryAttention, sliding_window_cache).
+        self.window_slack = device == "cpu"
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Buffer:
         """A zeroed buffer. Raises MemoryError."""
@@ -125,9 +122,9 @@ class OnnxRuntimeSession:
         """What the machine has free; unknown for a GPU, where ONNX Runtime does not tell."""
         return available_bytes() if self._device == "cpu" else None
 
-    def copy(self, source: Buffer, target: Buffer) -> None:
-        """Copy the block that both shapes have in common."""
-        block = tuple(slice(0, min(pair)) for pair in zip(source.shape, target.shape, strict=True))
+    def copy(self, source: Buffer, target: Buffer, shape: tuple[int, ...] | None = None) -> None:
+        """Copy the leading block of that shape, or the one that both buffers have in common."""
+        block = tuple(map(slice, map(min, source.shape, target.shape) if shape is None else shape))
         if isinstance(source, HostBuffer) and isinstance(target, HostBuffer):
             target.array[block] = source.array[block]
             return
@@ -149,46 +146,69 @@ class OnnxRuntimeSession:
         whole.reshape(-1)[start : start + host.size] = host.reshape(-1)
         buffer.owner.update_inplace(whole)
 
+    def bind(self, feeds: Mapping[str, Buffer], results: Mapping[str, Buffer]) -> OnnxRuntimeBinding:
+        """Bind inputs and outputs to buffers that stay where they are."""
+        if self._session is None:
+            raise BackendError("the session is closed; load the model again.")
+        return OnnxRuntimeBinding(self._session, self._device, feeds, results)
+
     def run(self, feeds: Mapping[str, Array | Buffer], results: Mapping[str, Array | Buffer]) -> dict[str, Array]:
         """Run the graph once; see `Session.run`."""
-        with self._lock:
-            for name, value in feeds.items():
-                if isinstance(value, np.ndarray):
-                    self._binding.bind_cpu_input(name, value)
-                else:
-                    self._bind(self._binding.bind_input, name, value)
-            for name, target in results.items():
-                if isinstance(target, np.ndarray):
-                    self._binding.bind_output(name, "cpu", 0, target.dtype.type, target.shape, target.ctypes.data)
-                else:
-                    self._bind(self._binding.bind_output, name, target)
-            returned = [item.name for item in self.outputs if item.name not in results]
-            for name in returned:
-                self._binding.bind_output(name, "cpu")
-            for name in (*results, *returned):
-                self._output_order.setdefault(name, len(self._output_order))
-            try:
-                self._session.run_with_iobinding(self._binding)
-            except Exception as error:
-                raise BackendError(f"ONNX Runtime failed: {error}") from error
-            if not returned:
-                return {}
-            outputs = self._binding.get_outputs()
-            return {name: outputs[self._output_order[name]].numpy() for name in returned}
-
-    def _bind(self, bind: Any, name: str, buffer: Buffer) -> None:  # noqa: ANN401 - a bound method of ONNX Runtime
-        """Bind a buffer unless it is bound already: a decoder has dozens of caches that stay where they are."""
-        if not isinstance(buffer, HostBuffer | CudaBuffer):
-            raise TypeError(f"{name} is bound to a buffer of another backend")
-        place = (buffer.address, buffer.shape)
-        if self._bound.get(name) != place:
-            bind(name, self._device, 0, buffer.dtype.type, buffer.shape, buffer.address)
-            self._bound[name] = place
+        returned = [item.name for item in self.outputs if item.name not in results]
+        binding = self.bind(_buffers(feeds), _buffers(results))
+        outputs = binding.run(_arrays(feeds), _arrays(results), returned)
+        return dict(zip(returned, outputs, strict=True))
 
     def close(self) -> None:
         """Give the session's memory back."""
-        self._binding = self._session = None
-        self._bound.clear()
+        self._session = None
+
+
+class OnnxRuntimeBinding:
+    """A session with its buffers bound; see `session.Binding`. It keeps the buffers alive."""
+
+    def __init__(
+        self,
+        session: Any,  # noqa: ANN401 - ONNX Runtime is imported only where it is used
+        device: str,
+        feeds: Mapping[str, Buffer],
+        results: Mapping[str, Buffer],
+    ) -> None:
+        self._session = session
+        self._binding: Any = session.io_binding()
+        self._buffers = (feeds, results)
+        for bind, named in ((self._binding.bind_input, feeds), (self._binding.bind_output, results)):
+            for name, buffer in named.items():
+                if not isinstance(buffer, HostBuffer | CudaBuffer):
+                    raise TypeError(f"{name} is bound to a buffer of another backend")
+                bind(name, device, 0, buffer.dtype.type, buffer.shape, buffer.address)
+
+    def run(
+        self, feeds: Mapping[str, Array], results: Mapping[str, Array], returned: Sequence[str] = ()
+    ) -> list[Array]:
+        """Run the graph once; see `session.Binding.run`. ONNX Runtime makes the memory of the outputs in `returned`."""
+        for name, array in feeds.items():
+            self._binding.bind_cpu_input(name, array)
+        for name, array in results.items():
+            self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        for name in returned:
+            self._binding.bind_output(name, "cpu")
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed: {error}") from error
+        if not returned:
+            return []
+        # Outputs come in the order in which they were bound first.
+        return [output.numpy() for output in self._binding.get_outputs()[-len(returned) :]]
+
+
+def _buffers(named: Mapping[str, Array | Buffer]) -> dict[str, Buffer]:
+    return {name: value for name, value in named.items() if not isinstance(value, np.ndarray)}
+
+
+def _arrays(named: Mapping[str, Array | Buffer]) -> dict[str, Array]:
+    return {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
 
 
 def _int8_saturates() -> bool:

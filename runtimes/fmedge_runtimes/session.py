@@ -38,6 +38,17 @@ class Buffer(Protocol):
         ...
 
 
+class Binding(Protocol):
+    """A session with its buffers bound, once for many steps: what changes from step to step is given to `run`."""
+
+    def run(self, feeds: Mapping[str, Array], results: Mapping[str, Array]) -> object:
+        """Run the graph once with the inputs that are not bound; the outputs that are not bound fill host arrays.
+
+        Not for several threads at once. Raises BackendError when the graph fails.
+        """
+        ...
+
+
 class Session(Protocol):
     """One graph, opened on one device."""
 
@@ -45,16 +56,25 @@ class Session(Protocol):
     def inputs(self) -> tuple[TensorSpec, ...]: ...
     @property
     def outputs(self) -> tuple[TensorSpec, ...]: ...
+    @property
+    def window_slack(self) -> bool:
+        """Whether the buffer of a rolling cache may be longer than its window."""
+        ...
+
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Buffer:
         """A zeroed buffer on the device. Raises MemoryError when there is no room."""
         ...
 
-    def copy(self, source: Buffer, target: Buffer) -> None:
-        """Copy the leading block that both shapes have in common."""
+    def copy(self, source: Buffer, target: Buffer, shape: tuple[int, ...] | None = None) -> None:
+        """Copy the leading block of that shape, or the one that both buffers have in common."""
         ...
 
     def free_memory(self) -> int | None:
         """Bytes that `allocate` can still hand out on the device; None where the backend cannot tell."""
+        ...
+
+    def bind(self, feeds: Mapping[str, Buffer], results: Mapping[str, Buffer]) -> Binding:
+        """Bind inputs and outputs to buffers that stay where they are."""
         ...
 
     def run(self, feeds: Mapping[str, Array | Buffer], results: Mapping[str, Array | Buffer]) -> dict[str, Array]:

@@ -27,7 +27,7 @@ from fmedge_runtimes.chat import ChatTemplate, Message
 from fmedge_runtimes.completion import Completion, Delta, FinishReason, Stats
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import BundleError, BundleFormatError, CacheMemoryError, FmedgeError, RequestError
-from fmedge_runtimes.kv_cache import KVCache
+from fmedge_runtimes.row_cache import RowCache
 from fmedge_runtimes.sampler import NO_TOKEN, choose, fresh_seed
 from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.session import Session
@@ -90,7 +90,7 @@ class TextModel:
             else None
         )
         # The cache of the last call, kept for the next one; concurrent calls make their own.
-        self._idle_caches: deque[KVCache] = deque(maxlen=1)
+        self._idle_caches: deque[RowCache] = deque(maxlen=1)
         self._closed = False
 
     def generate(
@@ -175,13 +175,13 @@ class TextModel:
             raise RequestError(f"{len(listed)} prompts with {len(each)} Samplings; give one for all, or one for each.")
         return list(zip(listed, each, strict=True))
 
-    def _take_cache(self) -> KVCache:
+    def _take_cache(self) -> RowCache:
         try:
             return self._idle_caches.pop()
         except IndexError:
             return self._decoder.new_cache()
 
-    def _run(self, requests: Sequence[tuple[Prompt, Sampling]], cache: KVCache) -> Iterator[Delta]:
+    def _run(self, requests: Sequence[tuple[Prompt, Sampling]], cache: RowCache) -> Iterator[Delta]:
         """The loop: admit rows while there is room, decode all of them, choose tokens, let go of the finished."""
         started = time.perf_counter()
         waiting: deque[_Row] = deque()
@@ -237,7 +237,7 @@ class TextModel:
         if wrong is not None:
             raise RequestError(f"token id {wrong} is outside the vocabulary of {vocabulary}.")
 
-    def _admit(self, waiting: deque[_Row], live: list[_Row], cache: KVCache) -> Iterator[Delta]:
+    def _admit(self, waiting: deque[_Row], live: list[_Row], cache: RowCache) -> Iterator[Delta]:
         """Prefill waiting rows while there is room for them; completions of one prompt share its prefill."""
         rows = min(self.max_batch, len(live) + len(waiting))
         last: tuple[list[int], int, npt.NDArray[np.floating]] | None = None
@@ -248,10 +248,11 @@ class TextModel:
                 cache.reserve(rows, len(tokens) + 1)
                 if last is not None and last[0] == tokens:
                     logits = last[2]
-                    cache.lengths.append(len(tokens))
                     # A row that ended with its first token has left the slot, and its cache in it.
-                    if last[1] != slot:
-                        cache.copy_row(last[1], slot)
+                    if last[1] == slot:
+                        cache.cut(slot, len(tokens))
+                    else:
+                        cache.copy(last[1], slot, len(tokens))
                 else:
                     logits = self._decoder.prefill(cache, slot, tokens)
             except CacheMemoryError as error:
@@ -280,7 +281,7 @@ class TextModel:
             prompt=row.prompt,
         )
 
-    def _step(self, waiting: deque[_Row], live: list[_Row], cache: KVCache) -> Iterator[Delta]:
+    def _step(self, waiting: deque[_Row], live: list[_Row], cache: RowCache) -> Iterator[Delta]:
         """One token for every live row; where memory does not suffice for all, the last requests wait again."""
         while live:
             try:
@@ -294,7 +295,7 @@ class TextModel:
             yield from self._take(live, cache, logits, first=0)
             return
 
-    def _take(self, live: list[_Row], cache: KVCache, logits: npt.NDArray[np.floating], first: int) -> Iterator[Delta]:
+    def _take(self, live: list[_Row], cache: RowCache, logits: npt.NDArray[np.floating], first: int) -> Iterator[Delta]:
         """Choose a token for the rows from `first` on, emit their text, drop those that finish."""
         states = [row.state for row in live[first:] if row.state is not None]  # a live row has one
         chosen = choose(logits, states)
@@ -357,10 +358,13 @@ class TextModel:
         return Delta(row.prompt_index, row.index, text, completion)
 
 
-def _drop(live: list[_Row], cache: KVCache, slot: int) -> None:
+def _drop(live: list[_Row], cache: RowCache, slot: int) -> None:
     """Let go of a row; the last one takes its place, in the cache and in the list alike."""
-    cache.drop_row(slot)
-    live[slot] = live[-1]
+    last = len(live) - 1
+    if slot != last:
+        cache.copy(last, slot, int(cache.lengths[last]))
+    cache.cut(last, 0)
+    live[slot] = live[last]
     live.pop()
 
 

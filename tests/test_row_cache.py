@@ -1,23 +1,34 @@
-"""The KV cache: it grows when it must, keeps what it holds, and fails without harm. And the memory that is left."""
+"""The rows' cache: it grows when it must, keeps what it holds, and fails without harm. And the memory that is left."""
 
 import numpy as np
 import pytest
-from fake_session import CONTEXT, PARTS, SHAPES, TOKEN_BYTES, FakeSession, row_bytes
+from fake_session import (
+    CONTEXT,
+    HYBRID,
+    PLAIN,
+    TOKEN_BYTES,
+    VOCABULARY,
+    WINDOW,
+    WINDOWED,
+    FakeSession,
+    Layers,
+    cache_facts,
+    logits_of,
+    row_bytes,
+    text_facts,
+)
 from fmedge_runtimes import memory
-from fmedge_runtimes.bundle import CacheFacts
+from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import CacheMemoryError, RequestError
-from fmedge_runtimes.kv_cache import GROWTH, STEP, KVCache
+from fmedge_runtimes.row_cache import GROWTH, STEP, RowCache, parts_of, resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-FACTS = [
-    CacheFacts(layer=layer, kv_heads=heads, key_dim=size, value_dim=size, window=None, rolling=False)
-    for layer, (heads, size) in enumerate(SHAPES)
-]
+ALL = pytest.mark.parametrize("layers", [PLAIN, WINDOWED, HYBRID], ids=["plain", "windowed", "hybrid"])
 
 
-def new_cache(session, context=CONTEXT):
-    return KVCache(session, FACTS, "float32", context)
+def new_cache(session, **changes):
+    return RowCache(session, text_facts(session.layers, **changes))
 
 
 def fill(cache, row, tokens):
@@ -28,22 +39,30 @@ def fill(cache, row, tokens):
         heads, _, size = buffer.shape[1:]
         written[name] = generator.normal(size=(heads, tokens, size)).astype(np.float32)
         buffer.array[0, :, :tokens] = written[name]
-    cache.lengths[row:] = [tokens]
+    cache.lengths[row] = tokens
+    cache.tokens[row, :tokens] = generator.integers(0, VOCABULARY, tokens)
+    written["tokens"] = cache.tokens[row, :tokens].copy()
     return written
 
 
 def held(cache, row):
-    return {
-        name: buffer.array[0, :, : cache.lengths[row]].copy() for name, buffer in cache.view(row, row + 1)[0].items()
-    }
+    length = cache.lengths[row]
+    found = {name: buffer.array[0, :, :length].copy() for name, buffer in cache.view(row, row + 1)[0].items()}
+    return {**found, "tokens": cache.tokens[row, :length].copy()}
 
 
 def same(first, second):
-    return first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def shapes(cache):
     return {buffer.shape[::2] for buffer in cache._buffers.values()}
+
+
+def row_logits(decoder, cache, row, token):
+    """The logits behind a token that is put behind a row: they tell what the row holds."""
+    cache.reserve(row + 1, int(cache.lengths[row]) + 1)
+    return decoder.extend(cache, row, [token])
 
 
 def test_bytes_are_those_of_keys_and_values_of_all_layers():
@@ -52,8 +71,18 @@ def test_bytes_are_those_of_keys_and_values_of_all_layers():
     assert cache.nbytes(3, 64) == 3 * 64 * TOKEN_BYTES
     cache.reserve(3, 64)
     assert session.allocated == cache.nbytes(3, 64)
-    half = KVCache(session, FACTS, "float16", CONTEXT)
-    assert half.nbytes(3, 64) == 3 * 64 * TOKEN_BYTES // 2
+    assert new_cache(session, cache_dtype="float16").nbytes(3, 64) == 3 * 64 * TOKEN_BYTES // 2
+
+
+def test_windows_and_states_take_the_same_whatever_the_length():
+    session = FakeSession(layers=HYBRID)
+    cache = new_cache(session)
+    cache.reserve(3, 64)
+    # One layer grows; a window has 64 positions of slack; the state that is not updated in place is there twice.
+    fixed = 3 * 4 * (2 * (WINDOW + 64) + 3 + 2 * 4)
+    assert session.allocated == cache.nbytes(3, 64) == fixed + 3 * 64 * 12
+    cache.reserve(3, 128)
+    assert session.allocated == cache.nbytes(3, 128) == fixed + 3 * 128 * 12
 
 
 def test_nothing_is_allocated_before_it_is_needed():
@@ -68,7 +97,7 @@ def test_capacity_is_a_multiple_of_the_step_up_to_the_context(tokens, capacity):
     cache.reserve(2, tokens)
     assert (cache.rows, cache.capacity) == (2, capacity)
     assert {buffer.shape for buffer in cache.view(0, 2)[0].values()} == {
-        (2, heads, capacity, size) for heads, size in SHAPES
+        (2, facts.kv_heads, capacity, size) for _, facts, size in PLAIN.parts
     }
 
 
@@ -139,7 +168,8 @@ def test_growth_keeps_what_is_cached_and_failure_changes_nothing(steps, lengths,
                 assert shapes(cache) == {(cache.rows, cache.capacity)}
                 assert session.allocated == cache.nbytes(cache.rows, cache.capacity)
         assert all(rows >= cache.rows and capacity >= cache.capacity for rows, capacity in shapes(cache))
-        assert cache.lengths == lengths
+        assert cache.lengths.tolist() == lengths + [0] * (cache.rows - len(lengths))
+        assert cache.tokens.shape == (cache.rows, cache.capacity)
         assert all(same(held(cache, row), content) for row, content in enumerate(written))
     if session.room is not None and not deny:
         assert session.refused == 0, "what does not fit must not be tried"
@@ -174,19 +204,33 @@ def test_a_first_allocation_that_fails_leaves_an_empty_cache(deny):
     assert shapes(cache) == {(2, 64)}
 
 
+LARGE = Layers((cache_facts(0, 16, 1024, 1024),))
+
+
 def test_memory_that_does_not_suffice_is_named_before_it_is_taken():
-    session = FakeSession(room=row_bytes(64))
-    cache = KVCache(
-        session,
-        [CacheFacts(layer=0, kv_heads=64, key_dim=1024, value_dim=1024, window=None, rolling=False)],
-        "float32",
-        1000,
-    )
+    session = FakeSession(room=row_bytes(64), layers=LARGE)
+    cache = new_cache(session, context=1000)
     with pytest.raises(CacheMemoryError) as caught:
         cache.reserve(2, 129)
-    # 2 rows, 192 tokens, 2 * 64 * 1024 values of 4 bytes; 64 MiB stay free for the graph.
-    assert "2 rows of 192 tokens needs 256 MiB more and 64 MiB are free" in str(caught.value)
+    # 2 rows, 192 tokens, 2 * 16 * 1024 values of 4 bytes; 64 MiB stay free for the graph.
+    assert "2 rows of 192 tokens needs 112 MiB more and 64 MiB are free" in str(caught.value)
     assert session.allocations == 0
+
+
+def test_a_budget_bounds_the_cache_at_every_moment():
+    session = FakeSession(layers=LARGE)
+    cache = RowCache(session, text_facts(LARGE, context=1000), budget=50 << 20)
+    with pytest.raises(CacheMemoryError, match="3 rows of 192 tokens needs 72 MiB and the memory budget leaves 50"):
+        cache.reserve(3, 129)
+    assert session.allocations == 0
+    cache.reserve(2, 129)
+    fill(cache, 0, 129)
+    # 2 rows of 256 tokens would fit, but not beside the old form of one of their two buffers.
+    with pytest.raises(CacheMemoryError, match="budget"):
+        cache.reserve(2, 200)
+    assert session.peak <= 50 << 20
+    cache.reserve(1, 200)
+    assert (cache.rows, cache.capacity) == (1, 256)
 
 
 def test_rows_that_are_not_in_use_give_way():
@@ -197,6 +241,17 @@ def test_rows_that_are_not_in_use_give_way():
     session.room = row_bytes(5 * 64)
     cache.reserve(1, 65)
     assert (cache.rows, cache.capacity) == (1, 128)
+    assert same(held(cache, 0), written)
+
+
+def test_length_that_no_row_uses_gives_way():
+    session = FakeSession()
+    cache = new_cache(session)
+    cache.reserve(1, 190)
+    written = fill(cache, 0, 60)
+    session.room = row_bytes(192 + 128)
+    cache.reserve(2, 64)
+    assert (cache.rows, cache.capacity) == (2, 64)
     assert same(held(cache, 0), written)
 
 
@@ -229,6 +284,7 @@ def test_a_resize_that_cannot_even_be_undone_loses_nothing():
     with pytest.raises(CacheMemoryError):
         cache.reserve(1, 65)
     assert (cache.rows, cache.capacity) == (1, 64)
+    assert (len(cache.lengths), cache.tokens.shape) == (1, (1, 64))
     cache.reserve(4, 65)
     assert shapes(cache) == {(4, 128)}
     assert same(held(cache, 0), written)
@@ -250,9 +306,10 @@ def test_views_are_inputs_and_outputs_at_once():
     cache = new_cache(FakeSession())
     cache.reserve(3, 64)
     feeds, results = cache.view(1, 3)
-    assert list(feeds) == [f"past_key_values.{name}" for name, _ in PARTS]
-    assert list(results) == [f"present.{name}" for name, _ in PARTS]
-    for name, _ in PARTS:
+    names = [name for name, _, _ in PLAIN.parts]
+    assert list(feeds) == [f"past_key_values.{name}" for name in names]
+    assert list(results) == [f"present.{name}" for name in names]
+    for name in names:
         given, bound = feeds[f"past_key_values.{name}"], results[f"present.{name}"]
         assert given.shape[0] == 2
         assert given.array.ctypes.data == bound.array.ctypes.data
@@ -262,32 +319,136 @@ def test_views_are_inputs_and_outputs_at_once():
         assert (whole[[0, 2]] == 0).all()
 
 
-def test_a_copied_row_is_the_same_and_independent():
-    cache = new_cache(FakeSession())
+def test_ranges_of_rows_are_bound_once_and_again_when_the_buffers_change(monkeypatch):
+    session = FakeSession()
+    cache = new_cache(session)
     cache.reserve(3, 64)
-    written = fill(cache, 0, 20)
-    cache.lengths.append(20)
-    cache.copy_row(0, 1)
-    for buffer in cache.view(0, 1)[0].values():
-        buffer.array[:] = -1
-    assert same(held(cache, 1), written)
+    bound = cache.bound(0, 2)
+    assert cache.bound(0, 2) is bound
+    assert cache.bound(0, 3) is not bound
+    cache.reserve(3, 65)
+    assert cache.bound(0, 2) is not bound
+    monkeypatch.setattr("fmedge_runtimes.row_cache.BINDINGS", 2)
+    ranges = [(0, 1), (1, 2), (0, 1), (2, 3), (0, 1)]
+    first, *_, last = [cache.bound(*each) for each in ranges]
+    assert last is first
+    assert len(cache._bound) == 2
 
 
+@ALL
+def test_a_copied_row_is_the_same_and_independent(layers):
+    session = FakeSession(layers=layers)
+    decoder = Decoder(session, text_facts(layers))
+    cache = decoder.new_cache()
+    tokens = [1, 2, 3] * 13
+    decoder.prefill(cache, 0, tokens)
+    cache.reserve(2, 64)
+    cache.copy(0, 1, len(tokens))
+    for row, token in enumerate((4, 5)):
+        assert (row_logits(decoder, cache, row, token) == logits_of((*tokens, token), layers)).all()
+    assert cache.lengths.tolist() == [40, 40]
+    assert cache.tokens[:, :40].tolist() == [[*tokens, 4], [*tokens, 5]]
+
+
+@ALL
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(0, 120), min_size=2, max_size=4), data=st.data())
+def test_rows_change_places(layers, lengths, data):
+    session = FakeSession(layers=layers)
+    decoder = Decoder(session, text_facts(layers))
+    cache = decoder.new_cache()
+    cache.reserve(len(lengths), 130)
+    rows = []
+    for row, length in enumerate(lengths):
+        rows.append([(7 * row + number) % VOCABULARY for number in range(length)])
+        cache.start(row)
+        if length:
+            decoder.prefill(cache, row, rows[row])
+    for _ in range(3):
+        first, second = data.draw(st.tuples(*2 * [st.integers(0, len(rows) - 1)]).filter(lambda pair: len({*pair}) > 1))
+        cache.swap(first, second)
+        rows[first], rows[second] = rows[second], rows[first]
+    assert cache.lengths.tolist() == list(map(len, rows))
+    for row, tokens in enumerate(rows):
+        assert (row_logits(decoder, cache, row, 1) == logits_of((*tokens, 1), layers)).all()
+
+
+def test_an_exchange_without_room_moves_nothing():
+    session = FakeSession()
+    cache = new_cache(session)
+    cache.reserve(2, 64)
+    written = [fill(cache, 0, 10), fill(cache, 1, 64)]
+    session.limit = session.allocated
+    with pytest.raises(CacheMemoryError):
+        cache.swap(0, 1)
+    assert [same(held(cache, row), written[row]) for row in (0, 1)] == [True, True]
+
+
+@ALL
+def test_a_row_starts_without_a_trace_of_the_one_before(layers):
+    session = FakeSession(layers=layers)
+    decoder = Decoder(session, text_facts(layers))
+    cache = decoder.new_cache()
+    for tokens in ((3,) * 70, (1, 2), (5,) * 40):
+        assert (decoder.prefill(cache, 0, tokens) == logits_of(tokens, layers)).all()
+        assert (decoder.decode(cache, [9]) == logits_of((*tokens, 9), layers)).all()
+
+
+@ALL
+@pytest.mark.parametrize("slack", [True, False])
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 64), min_size=1, max_size=5), st.data())
-def test_the_last_row_takes_the_place_of_a_dropped_one(lengths, data):
-    cache = new_cache(FakeSession())
-    cache.reserve(len(lengths), 64)
-    rows = [fill(cache, row, length) for row, length in enumerate(lengths)]
-    lengths = list(lengths)
-    while rows:
-        dropped = data.draw(st.integers(0, len(rows) - 1))
-        cache.drop_row(dropped)
-        rows[dropped], lengths[dropped] = rows[-1], lengths[-1]
-        rows.pop()
-        lengths.pop()
-        assert cache.lengths == lengths
-        assert all(same(held(cache, row), content) for row, content in enumerate(rows))
+@given(length=st.integers(1, 180), kept=st.integers(1, 180))
+def test_a_row_is_cut_only_where_it_is_as_if_it_had_never_been_longer(layers, slack, length, kept):
+    kept = min(kept, length)
+    session = FakeSession(layers=layers, window_slack=slack)
+    decoder = Decoder(session, text_facts(layers))
+    cache = decoder.new_cache()
+    tokens = [number * number % VOCABULARY for number in range(length)]
+    decoder.prefill(cache, 0, tokens)
+    if layers is HYBRID:
+        assert cache.reusable(0, kept) == (kept == length)
+    if layers is PLAIN:
+        assert cache.reusable(0, kept)
+    if layers is WINDOWED and not slack:
+        assert cache.reusable(0, kept) == (kept == length or length <= WINDOW)
+    if not cache.reusable(0, kept):
+        return
+    cache.cut(0, kept)
+    assert (row_logits(decoder, cache, 0, 5) == logits_of((*tokens[:kept], 5), layers)).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(window=st.integers(1, 40), slack=st.integers(0, 40), tokens=st.integers(0, 300))
+def test_resident_positions_are_those_that_one_after_the_other_leaves(window, slack, tokens):
+    length, held = window + slack, 0
+    for _ in range(tokens):
+        held = window if held == length else held + 1
+    assert resident(tokens, length, window) == held
+
+
+def test_rolling_buffers_have_slack_only_where_the_operator_takes_it():
+    facts = text_facts(Layers((cache_facts(0, 1, 2, 2, 4096), cache_facts(1, 1, 2, 2, 16))))
+    assert [part.length for part in parts_of(facts, slack=True)] == [4608, 4608, 80, 80]
+    assert [part.length for part in parts_of(facts, slack=False)] == [4096, 4096, 16, 16]
+
+
+def test_common_beginnings_are_found_in_all_rows():
+    session = FakeSession()
+    decoder = Decoder(session, text_facts())
+    cache = decoder.new_cache()
+    for row, tokens in enumerate([[1, 2, 3], [1, 2, 4, 5], [7]]):
+        decoder.prefill(cache, row, tokens)
+    cache.reserve(4, 64)
+
+    def common(*tokens):
+        return cache.common(np.array(tokens, np.int32)).tolist()
+
+    assert common(1, 2, 3, 9) == [3, 2, 0, 0]
+    assert common(1, 2) == [2, 2, 0, 0]
+    assert common(0, 0) == [0, 0, 0, 0]
+    assert common(*[7] * 150) == [0, 0, 1, 0]
+    cache.cut(0, 1)
+    assert common(1, 2, 3) == [1, 2, 0, 0]
 
 
 def test_a_cleared_cache_keeps_its_memory():
@@ -296,9 +457,9 @@ def test_a_cleared_cache_keeps_its_memory():
     cache.reserve(2, 64)
     fill(cache, 0, 3)
     cache.clear()
-    assert cache.lengths == []
+    assert cache.lengths.tolist() == [0, 0]
     cache.reserve(2, 64)
-    assert session.allocations == len(PARTS)
+    assert session.allocations == len(PLAIN.parts)
 
 
 def container(folder, limit, used, inactive=None, names=("memory.max", "memory.current")):
