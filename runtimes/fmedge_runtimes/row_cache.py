@@ -51,6 +51,11 @@ class Part:
     apart: bool = False
     """The output needs memory of its own, and is copied back after each step."""
 
+    @property
+    def grows(self) -> bool:
+        """Whether it has positions, as many as the capacity."""
+        return None in self.axes and self.length is None
+
     def row(self, positions: int) -> tuple[int, ...]:
         """The shape of one row with so many positions."""
         return tuple(positions if axis is None else axis for axis in self.axes)
@@ -223,9 +228,11 @@ class RowCache:
         for part in resized:
             with suppress(MemoryError):
                 self._replace(part, self.rows, self.capacity)
-        # The graph takes each layer's buffer as long as it is, so a longer one does no harm.
-        self.rows = min(buffer.shape[0] for buffer in self._buffers.values())
-        self.lengths, self.tokens = self.lengths[: self.rows], self.tokens[: self.rows]
+        # The graph takes each layer's buffer as long as it is, so one that stayed larger does no harm.
+        sizes = [(self._buffers[part.source].shape, part) for part in self.parts]
+        self.rows = min(shape[0] for shape, _ in sizes)
+        self.capacity = min([self.capacity, *(shape[2] for shape, part in sizes if part.grows)])
+        self.lengths, self.tokens = self.lengths[: self.rows], self.tokens[: self.rows, : self.capacity]
 
     def _drop(self) -> None:
         self._buffers.clear()
