@@ -1,0 +1,249 @@
+"""The kernels of recurrent layers, traced and run in pieces with their state carried, against transformers' torch forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.kernels import KERNELS, kernel_name, recurrent_kernels
+from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
+from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+from transformers.models.mamba2.modeling_mamba2 import causal_conv1d_fn, mamba2_chunk_scan
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+Array = npt.NDArray[np.float32]
+
+PIECES = (1, 16, 5, 1, 2, 70)
+"""Tokens of each call of the session: longer and shorter than a convolution, and more than a chunk of the torch forms."""
+BATCH = 2
+TOLERANCE = 2e-5
+
+
+@dataclass
+class Carried:
+    """The states of one layer, as a trace's cache would hold them."""
+
+    columns: torch.Tensor | None = None
+    new: torch.Tensor | None = None
+    state: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+
+    def split(self, joined: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self.columns is None or self.new is None:
+            return None
+        assert self.columns.shape[-1] == columns
+        return self.columns, self.new
+
+    def keep(self, joined: torch.Tensor, columns: torch.Tensor) -> None:
+        self.kept = columns
+
+    def recurrent(self, axes: int) -> torch.Tensor | None:
+        assert self.state is None or self.state.dim() == axes
+        return self.state
+
+
+class Layer(torch.nn.Module):
+    """A layer that is one call of a kernel. forward(state, *tokens) gives the output and the next state; the same
+    module computes with transformers' function outside `recurrent_kernels`, and with ours inside."""
+
+    token_axis = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.carried = Carried()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def tokens(self, count: int) -> tuple[torch.Tensor, ...]:
+        raise NotImplementedError
+
+    def first_state(self) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class GatedDelta(Layer):
+    def tokens(self, count: int) -> tuple[torch.Tensor, ...]:
+        heads = (BATCH, count, 2, 16)
+        return (
+            self.normal(*heads),
+            self.normal(*heads),
+            self.normal(BATCH, count, 6, 8),
+            -self.normal(BATCH, count, 6).abs(),
+            self.normal(BATCH, count, 6).sigmoid(),
+        )
+
+    def first_state(self) -> torch.Tensor:
+        return self.normal(BATCH, 6, 16, 8)
+
+    def forward(self, state: torch.Tensor, *tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value, decay, beta = tokens
+        return torch_chunk_gated_delta_rule(
+            query, key, value, g=decay, beta=beta,
+            initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+
+
+class KimiDelta(Layer):
+    def tokens(self, count: int) -> tuple[torch.Tensor, ...]:
+        heads = (BATCH, count, 3, 16)
+        return (
+            self.normal(*heads),
+            self.normal(*heads),
+            self.normal(*heads),
+            -self.normal(*heads).abs(),
+            self.normal(BATCH, count, 3).sigmoid(),
+        )
+
+    def first_state(self) -> torch.Tensor:
+        return self.normal(BATCH, 3, 16, 16)
+
+    def forward(self, state: torch.Tensor, *tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value, decay, beta = tokens
+        return chunk_kimi_delta_attention(
+            query, key, value, g=decay, beta=beta,
+            initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+
+
+class StateSpace(Layer):
+    """Mamba-2. Ours has the axes of the state the other way round."""
+
+    def __init__(self, limit: tuple[float, float] = (0.0, float("inf"))) -> None:
+        super().__init__()
+        self.limit = limit
+        self.rates = torch.nn.Parameter(-self.normal(6).exp())
+        self.skip = torch.nn.Parameter(self.normal(6))
+        self.bias = torch.nn.Parameter(self.normal(6))
+
+    def tokens(self, count: int) -> tuple[torch.Tensor, ...]:
+        groups = (BATCH, count, 2, 16)
+        return self.normal(BATCH, count, 6, 8), self.normal(BATCH, count, 6), self.normal(*groups), self.normal(*groups)
+
+    def first_state(self) -> torch.Tensor:
+        return self.normal(BATCH, 6, 16, 8)
+
+    def forward(self, state: torch.Tensor, *tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, steps, key, query = tokens
+        ours = kernel_name(mamba2_chunk_scan) is None
+        output, last = mamba2_chunk_scan(
+            hidden, steps, self.rates, key, query, chunk_size=32, D=self.skip, z=None, dt_bias=self.bias,
+            initial_states=state if ours else state.transpose(2, 3),
+            dt_softplus=True, dt_limit=self.limit, return_final_states=True,
+        )  # fmt: skip
+        return output, last if ours else last.transpose(2, 3)
+
+
+class SelectiveScan(Layer):
+    """Mamba. transformers' form starts from zeros only."""
+
+    token_axis = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = torch.nn.Parameter(-self.normal(12, 16).exp())
+        self.skip = torch.nn.Parameter(self.normal(12))
+        self.bias = torch.nn.Parameter(self.normal(12))
+
+    def tokens(self, count: int) -> tuple[torch.Tensor, ...]:
+        channels, states = (BATCH, 12, count), (BATCH, 16, count)
+        return tuple(self.normal(*shape) for shape in (channels, channels, states, states, channels))
+
+    def first_state(self) -> torch.Tensor:
+        return torch.zeros(BATCH, 12, 16)
+
+    def forward(self, state: torch.Tensor, *tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, steps, key, query, gate = tokens
+        self.carried.state = state
+        return mamba_selective_scan(
+            hidden, steps, self.rates, key, query, D=self.skip, z=gate,
+            delta_bias=self.bias, delta_softplus=True, return_last_state=True,
+        )  # fmt: skip
+
+
+class Convolution(Layer):
+    token_axis = 2
+
+    def __init__(self, width: int, activation: str | None, bias: bool) -> None:
+        super().__init__()
+        self.activation = activation
+        self.weight = torch.nn.Parameter(self.normal(12, width))
+        self.bias = torch.nn.Parameter(self.normal(12)) if bias else None
+
+    def tokens(self, count: int) -> tuple[torch.Tensor, ...]:
+        return (self.normal(BATCH, 12, count),)
+
+    def first_state(self) -> torch.Tensor:
+        return self.normal(BATCH, 12, self.weight.shape[1] - 1)
+
+    def forward(self, state: torch.Tensor, *tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (new,) = tokens
+        joined = torch.cat([state, new], dim=-1)
+        self.carried = Carried(columns=state, new=new)
+        output = causal_conv1d_fn(joined, self.weight, self.bias, activation=self.activation)
+        kept = self.carried.kept
+        return output[..., -new.shape[-1] :], joined[..., new.shape[-1] :] if kept is None else kept
+
+
+LAYERS = {
+    "gated delta rule": GatedDelta,
+    "kimi delta attention": KimiDelta,
+    "mamba-2": StateSpace,
+    "mamba-2, limited steps": lambda: StateSpace((0.3, 0.9)),
+    "mamba": SelectiveScan,
+    "convolution": lambda: Convolution(4, "silu", bias=True),
+    "convolution, plain": lambda: Convolution(3, None, bias=False),
+}
+
+
+def trace(layer: Layer) -> bytes:
+    """The layer as an ONNX model with dynamic batch and tokens, traced with our kernels."""
+
+    class Relay:
+        """Finds the states that the layer made last."""
+
+        split = staticmethod(lambda joined, columns: layer.carried.split(joined, columns))
+        keep = staticmethod(lambda joined, columns: layer.carried.keep(joined, columns))
+        recurrent = staticmethod(lambda axes: layer.carried.recurrent(axes))
+
+    axes = {"batch": torch.export.Dim("batch"), "tokens": torch.export.Dim("tokens")}
+    examples = [tensor[:1].repeat(3, *[1] * (tensor.dim() - 1)) for tensor in (layer.first_state(), *layer.tokens(5))]
+    sequences = tuple({0: axes["batch"], layer.token_axis: axes["tokens"]} for _ in examples[1:])
+    with recurrent_kernels(layer, Relay), torch.no_grad(), quiet_libraries():
+        program = torch.onnx.export(
+            layer.eval(),
+            tuple(examples),
+            dynamo=True,
+            dynamic_shapes=({0: axes["batch"]}, sequences),
+            output_names=["output", "present"],
+            verbose=False,
+        )
+    assert program is not None
+    program.model.opset_imports["com.microsoft"] = 1
+    return ir.to_proto(program.model).SerializeToString()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_pieces_with_carried_state_equal_the_whole_in_transformers(name: str) -> None:
+    layer = LAYERS[name]()
+    session = onnxruntime.InferenceSession(trace(layer))
+    state, tokens = layer.first_state(), layer.tokens(sum(PIECES))
+    layer.carried = Carried()
+    with torch.no_grad(), quiet_libraries():
+        wanted, last = layer(state, *tokens)
+    inputs = [item.name for item in session.get_inputs()]
+    carried, outputs, start = state.numpy(), [], 0
+    for count in PIECES:
+        piece = [item.narrow(layer.token_axis, start, count).numpy() for item in tokens]
+        output, carried = session.run(["output", "present"], dict(zip(inputs, (carried, *piece), strict=True)))
+        outputs.append(output)
+        start += count
+    np.testing.assert_allclose(np.concatenate(outputs, layer.token_axis), wanted, atol=TOLERANCE, rtol=TOLERANCE)
+    np.testing.assert_allclose(carried, last, atol=TOLERANCE, rtol=TOLERANCE)
