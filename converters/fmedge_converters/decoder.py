@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from fmedge_converters.attention_interface import IMPLEMENTATION, replaced_attention
 from fmedge_converters.dialects.dialect import Dialect
+from fmedge_converters.kernels import recurrent_kernels
 from fmedge_converters.recording import PROBE_CAPACITY, LayerCache, LayerState, Recording, recording
 from fmedge_converters.rope import freeze_rope
 from fmedge_converters.traced_cache import TracedCache
@@ -160,7 +161,7 @@ def _run(
         arguments["position_ids"] = current.positions
     hook = model.get_output_embeddings().register_forward_pre_hook(keep_asked)
     try:
-        with recording(current), replaced_attention():
+        with recording(current), replaced_attention(), recurrent_kernels(model, cache):
             logits: torch.Tensor = model(**arguments, return_dict=True).logits
     finally:
         hook.remove()
@@ -200,7 +201,7 @@ def _look(model: PreTrainedModel, dialect: Dialect, context: int) -> Layout:
         else:
             cache = replace(cache, window=None)
         caches.append(cache)
-    states = [LayerState(name, tuple(value.shape[1:])) for name, value in seen.present_states.items()]
+    states = [LayerState(name, tuple(value.shape[1:]), value.dtype) for name, value in seen.present_states.items()]
     if not caches and not states:
         raise SourceError(
             f"{model.config.model_type} neither caches keys and values nor keeps a state as transformers' models do, "
@@ -280,7 +281,7 @@ def _export(model: PreTrainedModel, dialect: Dialect, layout: Layout, dtype: tor
         example(torch.int64, "logits"),
         {item.name: example(item.dtype, *item.axes) for item in dialect.step_inputs},
         [tuple(example(dtype, *shape) for shape in pair) for pair in shapes],
-        [example(dtype, "batch", *state.shape) for state in layout.states],
+        [example(state.dtype, "batch", *state.shape) for state in layout.states],
     )
     dynamic_shapes = (
         dynamic(*ids),

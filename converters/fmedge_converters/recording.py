@@ -39,6 +39,7 @@ class LayerState:
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)

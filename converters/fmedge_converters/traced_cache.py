@@ -8,6 +8,8 @@ start as zeros and therefore always exist.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from fmedge_runtimes.errors import SourceError
 from transformers.cache_utils import Cache
@@ -23,6 +25,10 @@ class TracedCache(Cache):  # type: ignore[misc]  # transformers has no types for
         super().__init__(layers=[])
         self._recording = recording
         self._count = layers
+        self._joined: list[_Joined] = []
+        self._recurrent: torch.Tensor | None = None
+        """What the running layer took, and how many of the states in it its kernels have got."""
+        self._given = 0
 
     def __len__(self) -> int:
         return self._count
@@ -100,36 +106,68 @@ class TracedCache(Cache):  # type: ignore[misc]  # transformers has no types for
             "fmedge does not carry."
         )
 
-    # Recurrent states
+    # States of convolutions and recurrences
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         return self._recording.past_states.get(_name(layer_idx, "conv", state_idx))
 
     def update_conv_state(
-        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: object
+        self,
+        conv_states: torch.Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **_kwargs: object,
     ) -> torch.Tensor:
-        """The columns before the new ones, then the new ones [B, N, k - 1 + S]; keeps the last k - 1 of them."""
-        kernel = kwargs.get("conv_kernel_size")
+        """The kept columns, then the new ones [B, N, K + S]; keeps the last K of them."""
         name = _name(layer_idx, "conv", state_idx)
-        if not isinstance(kernel, int):
-            raise SourceError(f"layer {layer_idx} does not say how long its convolution is.")
-        keep = max(kernel - 1, 1)
-        recording = self._recording
-        if recording.probing:
-            recording.present_states[name] = conv_states.new_zeros((*conv_states.shape[:-1], keep))
-            return conv_states
-        whole = torch.cat([recording.past_states[name], conv_states], dim=-1)
-        recording.present_states[name] = whole[..., -keep:]
-        return whole
+        width = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
+        kept = self._recording.past_states.get(name)
+        if kept is None:
+            kept = conv_states.new_zeros((*conv_states.shape[:-1], width))
+        joined = torch.cat([kept, conv_states], dim=-1)
+        self._recording.present_states[name] = joined[..., -width:]
+        self._joined.append(_Joined(name, joined, kept, conv_states))
+        return joined
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._recording.past_states.get(_name(layer_idx, "recurrent", state_idx))
+        self._recurrent = self._recording.past_states.get(_name(layer_idx, "recurrent", state_idx))
+        self._given = 0
+        return self._recurrent
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_kwargs: object
     ) -> torch.Tensor:
         self._recording.present_states[_name(layer_idx, "recurrent", state_idx)] = recurrent_states
         return recurrent_states
+
+    # What kernels ask (kernels/states.py)
+
+    def split(self, joined: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        found = next((item for item in self._joined if item.joined is joined), None)
+        if found is None or found.kept.shape[-1] < columns:
+            return None
+        return found.kept[..., found.kept.shape[-1] - columns :], found.new
+
+    def keep(self, joined: torch.Tensor, columns: torch.Tensor) -> None:
+        name = next(item.name for item in self._joined if item.joined is joined)
+        self._recording.present_states[name] = columns
+
+    def recurrent(self, axes: int) -> torch.Tensor | None:
+        if self._recurrent is None or self._recurrent.dim() == axes:
+            return self._recurrent
+        self._given += 1
+        return self._recurrent[:, self._given - 1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """The columns of a convolution as a model got them."""
+
+    name: str
+    joined: torch.Tensor  # [B, N, K + S]
+    kept: torch.Tensor  # [B, N, K]
+    new: torch.Tensor  # [B, N, S]
 
 
 def _name(layer: int, kind: str, index: int) -> str:
