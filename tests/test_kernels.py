@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from fmedge_converters.decoder import quiet_libraries
-from fmedge_converters.kernels import KERNELS, kernel_name, recurrent_kernels
+from fmedge_converters.kernels import kernel_name, recurrent_kernels
 from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import causal_conv1d_fn, mamba2_chunk_scan

@@ -99,6 +99,8 @@ OPTIONAL = ("head_dim", "num_key_value_heads")
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 
 CONSTRAINED: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "mamba2": {"num_heads": 8},
     "gemma3n_text": {
         "num_hidden_layers": 6,

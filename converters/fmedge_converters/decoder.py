@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fmedge_converters.attention_interface import IMPLEMENTATION, replaced_attention
+from fmedge_converters.complex_numbers import ComplexAsPairs
 from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.kernels import recurrent_kernels
 from fmedge_converters.recording import PROBE_CAPACITY, LayerCache, LayerState, Recording, recording
@@ -161,7 +162,7 @@ def _run(
         arguments["position_ids"] = current.positions
     hook = model.get_output_embeddings().register_forward_pre_hook(keep_asked)
     try:
-        with recording(current), replaced_attention(), recurrent_kernels(model, cache):
+        with recording(current), replaced_attention(), recurrent_kernels(model, cache), ComplexAsPairs():
             logits: torch.Tensor = model(**arguments, return_dict=True).logits
     finally:
         hook.remove()
@@ -234,13 +235,18 @@ def trace_decoder(config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype
     except SourceError as error:
         raise SourceError(f"{config.model_type} cannot be exported: {error}") from error
     except Exception as error:
-        first = str(error).strip().splitlines()
-        raise SourceError(
-            f"{config.model_type} cannot be traced: {type(error).__name__}: {first[0] if first else ''}"
-        ) from error
+        raise SourceError(f"{config.model_type} cannot be traced: {_reason(error)}") from error
     graph = program.model
     parameters = {name: name.removeprefix("model.") for name in graph.graph.initializers if _is_fake(graph, name)}
     return TracedDecoder(graph, model, layout.caches, layout.states, parameters)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom; the exporter wraps it in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _require_dynamic(model: ir.Model) -> None:

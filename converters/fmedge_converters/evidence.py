@@ -26,8 +26,9 @@ from fmedge_runtimes.memory import available_bytes
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder
+from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder, numpy_dtype
 from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.recording import LayerState
 from fmedge_converters.reduced import reduced_config, write_random_model
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.targets import TARGETS
@@ -95,7 +96,7 @@ def text_facts(built: BuiltDecoder, context: int) -> TextFacts:
             for cache in built.caches
         ),
         states=tuple(
-            StateFacts(name=state.name, shape=state.shape, dtype=_cache_dtype(built), in_place=False)
+            StateFacts(name=state.name, shape=state.shape, dtype=_state_dtype(state), in_place=False)
             for state in built.states
         ),
         eos_token_ids=(),
@@ -110,6 +111,10 @@ def _cache_dtype(built: BuiltDecoder) -> Any:  # noqa: ANN401 - pydantic checks 
     pasts = (value for value in built.model.graph.inputs if str(value.name).startswith("past_"))
     dtype = next(pasts).dtype
     return "float32" if dtype is None else str(dtype.numpy())
+
+
+def _state_dtype(state: LayerState) -> Any:  # noqa: ANN401 - pydantic checks the literal
+    return str(numpy_dtype(state.dtype))
 
 
 def graph_evidence(config: PretrainedConfig, progress: Progress) -> Evidence:

@@ -149,9 +149,8 @@ def _context(source: Source, options: ExportOptions) -> int:
     text = text_config(source.config)
     longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     if options.context is None:
-        if longest is None:
-            raise ExportError(f"{source.id} does not say how many positions it knows; give --context.")
-        return min(int(longest), LONGEST_DEFAULT)
+        # A model that states no limit has none: its positions are relative, or it has a state instead.
+        return LONGEST_DEFAULT if longest is None else min(int(longest), LONGEST_DEFAULT)
     if longest is not None and options.context > longest:
         raise ExportError(f"--context {options.context} is more than the {longest} positions that {source.id} knows.")
     return options.context

@@ -57,6 +57,10 @@ class TracedCache(Cache):  # type: ignore[misc]  # transformers has no types for
         return [False] * self._count
 
     @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
     def is_initialized(self) -> bool:
         return True
 

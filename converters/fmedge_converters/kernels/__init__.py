@@ -1,7 +1,7 @@
 """What stands in for the kernels of recurrent layers while a model is traced, one file each.
 
 Linear-attention, state-space and convolution layers of transformers call functions that name a kernel of the hub
-("chunk_gated_delta_rule", "selective_scan_fn", ...), whose torch form loops over tokens or chunks and so has one length.
+("chunk_gated_delta_rule", "selective_scan_fn", ...), whose torch form loops over tokens or chunks and has one length.
 Those in KERNELS have the signature of that form and record operators that are right for any length.
 
     with recurrent_kernels(model, states):
@@ -56,7 +56,7 @@ def recurrent_kernels(model: torch.nn.Module, states: States) -> Iterator[None]:
 def kernel_name(value: object) -> str | None:
     """The hub's name of a function that transformers' decorator made replaceable, None for anything else."""
     if isinstance(value, FunctionType):
-        # Without the `kernels` package the decorator keeps the name in the closure of what it returns, and nowhere else.
+        # Without the `kernels` package the decorator keeps the name in the closure of what it returns, only there.
         name = inspect.getclosurevars(value).nonlocals.get("func_name") if hasattr(value, "__wrapped__") else None
     else:
         name = getattr(value, "kernel_layer_name", None) if isinstance(value, torch.nn.Module) else None

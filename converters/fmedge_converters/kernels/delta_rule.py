@@ -21,7 +21,7 @@ def delta_rule(
     value: torch.Tensor,  # [B, S, H, V]
     g: torch.Tensor,  # [B, S, H] or [B, S, H, K]
     beta: torch.Tensor,  # [B, S, H]
-    chunk_size: int = 64,  # noqa: ARG001 - the result does not depend on it
+    chunk_size: int = 64,
     initial_state: torch.Tensor | None = None,  # [B, H, K, V]
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,

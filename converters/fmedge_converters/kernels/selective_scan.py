@@ -18,10 +18,10 @@ def selective_scan(
     states: States,
     hidden_states: torch.Tensor,  # [B, D, S]
     dt: torch.Tensor,  # [B, D, S]
-    A: torch.Tensor,  # noqa: N803 - [D, N]; transformers' name
-    B: torch.Tensor,  # noqa: N803 - [B, N, S]
-    C: torch.Tensor,  # noqa: N803 - [B, N, S]
-    D: torch.Tensor | None = None,  # noqa: N803 - [D]
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
     z: torch.Tensor | None = None,  # [B, D, S]
     delta_bias: torch.Tensor | None = None,  # [D]
     delta_softplus: bool = False,

@@ -15,11 +15,11 @@ def state_space(
     _states: States,
     hidden_states: torch.Tensor,  # [B, S, H, P]
     dt: torch.Tensor,  # [B, S, H]
-    A: torch.Tensor,  # noqa: N803 - [H]; transformers' name
-    B: torch.Tensor,  # noqa: N803 - [B, S, G, N]
-    C: torch.Tensor,  # noqa: N803 - [B, S, G, N]
-    chunk_size: int,  # noqa: ARG001 - the result does not depend on it
-    D: torch.Tensor | None = None,  # noqa: N803 - [H]
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    chunk_size: int,
+    D: torch.Tensor | None = None,
     dt_bias: torch.Tensor | None = None,  # [H]
     initial_states: torch.Tensor | None = None,  # [B, H, N, P]
     dt_softplus: bool = False,
