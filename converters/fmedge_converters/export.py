@@ -41,7 +41,7 @@ from fmedge_runtimes.version import __version__
 from transformers import GenerationConfig
 
 from fmedge_converters.build import STEM, BuildOptions, BuiltDecoder, Progress, build_decoder
-from fmedge_converters.checkpoint import checkpoint_files, stored_tensors
+from fmedge_converters.checkpoint import Checkpoint
 from fmedge_converters.decoder import quiet_libraries, text_config
 from fmedge_converters.evidence import (
     PROMPTS,
@@ -141,8 +141,8 @@ def _check_output(options: ExportOptions) -> None:
 
 
 def _parameters(source: Source) -> int:
-    tensors = stored_tensors(checkpoint_files(source.folder))
-    return sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in tensors.values())
+    with Checkpoint(source.folder, np.dtype(np.float32)) as checkpoint:
+        return checkpoint.parameters
 
 
 def _context(source: Source, options: ExportOptions) -> int:

@@ -15,6 +15,8 @@ from fmedge_runtimes.errors import SourceError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from fmedge_converters.formats import find_format
+
 HUB_FILES = (
     "*.json",
     "*.model",
@@ -141,11 +143,7 @@ def _raw_config(folder: Path) -> dict[str, Any]:
 
 def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
     kind = raw["model_type"]
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "an unknown method")
-        raise SourceError(
-            f"{folder} is quantized already ({method}), which fmedge does not read yet; export its original."
-        )
+    find_format(raw.get("quantization_config") or {})
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if raw.get("auto_map"):
             raise SourceError(
