@@ -1,14 +1,16 @@
 """The weights of a Hugging Face folder by a model's parameters, opened without reading them.
 
-Names are translated by transformers' own conversion mapping, so a checkpoint is understood here exactly when
-`from_pretrained` understands it. What lies in the files is the business of containers and formats: see stored.py.
+What lies in the files is the business of containers and formats (stored.py); names and layouts are translated by
+transformers' own rules (conversion.py).
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,12 @@ import numpy as np
 import torch
 from fmedge_runtimes.errors import SourceError
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from fmedge_converters.containers import open_tensors
+from fmedge_converters.conversion import converted
 from fmedge_converters.formats import find_format
 from fmedge_converters.stored import Storage
-from fmedge_converters.weight import Weight
+from fmedge_converters.weight import Array, Weight, equal
 
 
 class Checkpoint:
@@ -35,7 +36,9 @@ class Checkpoint:
         try:
             tensors = open_tensors(folder, self._stack, allow_pickle=allow_pickle)
             quantization = _quantization(folder)
-            self.tensors = find_format(quantization).decode(Storage(folder, tensors, quantization, dtype))
+            self._format = find_format(quantization)
+            self._storage = Storage(folder, tensors, quantization, dtype)
+            self.tensors = self._format.decode(self._storage)
         except BaseException:
             self._stack.close()
             raise
@@ -58,15 +61,20 @@ class Checkpoint:
     def weights(self, model: PreTrainedModel) -> dict[str, Weight]:
         """The weight of every parameter of `model` (whose own tensors may be fake or on the meta device).
 
-        Raises SourceError: a parameter is missing, a shape differs, a storage type is not supported.
+        Raises SourceError: a parameter is missing, a shape differs, a storage type is not supported. Reading a weight
+        raises it when fp16 cannot hold its values.
         """
         wanted = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
-        found = self._renamed(model, wanted)
-        self._check_buffers(model, wanted)
+        found = converted(self.tensors, model)
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         for target, origin in tied.items():
-            if target in found and origin in found and found[target] is not found[origin]:
-                self._check_equal(target, found[target], origin, found[origin])
+            both = target in found and origin in found and found[target] is not found[origin]
+            if both and not equal(found[target], found[origin]):
+                # Transformers unties weights that are stored twice with different values; the graph has one for both.
+                raise SourceError(
+                    f"{self.folder}: config.json ties {target} to {origin}, but the checkpoint holds different "
+                    "values for them; set tie_word_embeddings to false in config.json."
+                )
             if target not in found and origin in found:
                 found[target] = found[origin]
             elif origin not in found and target in found:
@@ -78,56 +86,53 @@ class Checkpoint:
                 "its weights do not belong to its config.json."
             )
         for name, shape in wanted.items():
-            if found[name].shape != shape:
+            self._check_shape(name, found[name], shape)
+            if found[name].dtype != self.dtype:
                 raise SourceError(
-                    f"{self.folder}: {name} has shape {list(found[name].shape)}, but config.json asks "
-                    f"for {list(shape)}; the weights do not belong to this configuration."
+                    f"{self.folder}: {name} is stored as {found[name].dtype}, which is no floating type, and "
+                    "config.json names no quantization that would explain it; export the model's original checkpoint."
                 )
-        return {name: found[name] for name in wanted}
+        return {name: self._finite(name, found[name]) for name in wanted}
 
-    def _check_equal(self, target: str, first: Weight, origin: str, second: Weight) -> None:
-        """Transformers unties weights that are stored twice with different values; the graph has one for both."""
-        pairs = zip(first.blocks(), second.blocks(), strict=True)
-        if first.shape != second.shape or not all(np.array_equal(left, right) for left, right in pairs):
+    def buffers(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """The persistent buffers of `model` that the checkpoint has values for, in the buffers' own dtypes.
+
+        Raises SourceError when a shape differs.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        buffers = {name: value for name, value in model.state_dict().items() if name not in parameters}
+        # In fp32, which holds what is stored in any type; a buffer need not have the type of the weights.
+        stored = self._format.decode(replace(self._storage, dtype=np.dtype(np.float32))) if buffers else {}
+        found = {name: weight for name, weight in converted(stored, model).items() if name in buffers}
+        for name, weight in found.items():
+            self._check_shape(name, weight, tuple(buffers[name].shape))
+        return {name: torch.from_numpy(weight.array()).to(buffers[name].dtype) for name, weight in found.items()}
+
+    def _check_shape(self, name: str, weight: Weight, shape: tuple[int, ...]) -> None:
+        if weight.shape != shape:
             raise SourceError(
-                f"{self.folder}: config.json ties {target} to {origin}, but the checkpoint holds different "
-                "values for them; set tie_word_embeddings to false in config.json."
+                f"{self.folder}: {name} has shape {list(weight.shape)}, but config.json asks for {list(shape)}; "
+                "the weights do not belong to this configuration."
             )
 
-    def _check_buffers(self, model: PreTrainedModel, wanted: dict[str, tuple[int, ...]]) -> None:
-        """The graph holds buffers as the model makes them; a checkpoint that says otherwise is refused."""
-        for name, value in model.state_dict().items():
-            stored = self.tensors.get(name)
-            if name in wanted or stored is None or value.is_meta:
-                continue
-            given = torch.from_numpy(stored.array())
-            if given.shape != value.shape or not torch.equal(given.to(value.dtype), value):
+    def _finite(self, name: str, weight: Weight) -> Weight:
+        """The weight, which refuses to be read if fp16 does not hold it."""
+        if self.dtype != np.float16:
+            return weight
+
+        def read(start: int, stop: int) -> Array:
+            array = weight.read(start, stop)
+            if not np.isfinite(array).all():
                 raise SourceError(
-                    f"{self.folder}: {name} is not a parameter but a buffer with a value of its own in the checkpoint, "
-                    f"which fmedge does not read yet for {model.config.model_type}."
+                    f"{self.folder}: {name} has values that are not finite, or beyond fp16's range (65504); this model "
+                    "cannot run in fp16: export it for a target that computes in fp32 (cpu)."
                 )
+            return array
 
-    def _renamed(self, model: PreTrainedModel, wanted: dict[str, tuple[int, ...]]) -> dict[str, Weight]:
-        transforms = get_model_conversion_mapping(model)
-        renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
-        converters = [item for item in transforms if isinstance(item, WeightConverter)]
-        found: dict[str, Weight] = {}
-        for name in sorted(self.tensors):
-            if name in wanted:
-                found[name] = self.tensors[name]
-                continue
-            target, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
-            if converted is not None and target in wanted:
-                raise SourceError(
-                    f"{self.folder}: {name} must be merged with other tensors into {target}, which fmedge "
-                    f"does not do yet for {model.config.model_type}; load it with transformers and save it again."
-                )
-            if target in wanted:
-                found[target] = self.tensors[name]
-        return found
+        return replace(weight, read=read)
 
 
-def _quantization(folder: Path) -> dict[str, Any]:
+def _quantization(folder: Path) -> Mapping[str, Any]:
     """`quantization_config` of config.json, empty if it has none."""
     try:
         raw = json.loads((folder / "config.json").read_text("utf-8"))

@@ -1,7 +1,7 @@
 """A tensor of a checkpoint that is read only when, and only as far as, it is needed.
 
-A `Weight` knows its shape and how to read a range of its rows. Concatenation and transposition make new weights
-out of old ones without reading anything, so the memory of an export is bounded by what one writer holds.
+A `Weight` knows its shape and how to read a range of its rows. Joining, cutting, reordering and reshaping make new
+weights out of old ones without reading anything, so the memory of an export is bounded by what one writer holds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Read = Callable[[int, int], Array]
 
 CHUNK_BYTES = 64 << 20
 """What a reader of row blocks holds at once, in bytes of the weight's dtype."""
@@ -30,11 +31,11 @@ class PackedMatrix:
 
     bits: int
     block_size: int
-    codes: Callable[[int, int], Array]
+    codes: Read
     """uint8 [n, blocks, block_size * bits / 8]; the code of the lower index lies in the lower bits of a byte."""
-    scales: Callable[[int, int], Array]
+    scales: Read
     """[n, blocks], in the weight's dtype."""
-    zero_points: Callable[[int, int], Array] | None = None
+    zero_points: Read | None = None
     """uint8 [n, ceil(blocks * bits / 8)], packed along the blocks like the codes; None: 2 ** (bits - 1) everywhere."""
     columns: Array | None = None
     """int64 [K]: the input feature behind each column of the codes, if it is not the identity (act-order). The weight
@@ -43,13 +44,21 @@ class PackedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor to be read: `read(start, stop)` returns the rows start:stop of axis 0, C-contiguous."""
+    """A tensor to be read: `read(start, stop)` returns the rows start:stop of axis 0, C-contiguous.
+
+    A scalar has no axis and counts as one row: `read(0, 1)` returns it.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
-    read: Callable[[int, int], Array]
+    read: Read
     packed: PackedMatrix | None = None
     """The same matrix quantized, when the checkpoint has it so; what `read` returns is its exact dequantization."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows can be read."""
+        return self.shape[0] if self.shape else 1
 
     @property
     def nbytes(self) -> int:
@@ -58,70 +67,188 @@ class Weight:
 
     def array(self) -> Array:
         """The whole tensor."""
-        return self.read(0, self.shape[0])
+        return self.read(0, self.rows)
 
     def blocks(self) -> Iterator[Array]:
         """The tensor in order, as blocks of rows of about CHUNK_BYTES."""
-        row_bytes = max(1, self.nbytes // max(1, self.shape[0]))
+        row_bytes = max(1, self.nbytes // max(1, self.rows))
         step = max(1, CHUNK_BYTES // row_bytes)
-        for start in range(0, self.shape[0], step):
-            yield self.read(start, min(start + step, self.shape[0]))
+        for start in range(0, self.rows, step):
+            yield self.read(start, min(start + step, self.rows))
 
 
 def weight_from_array(array: Array) -> Weight:
     """A weight that is already in memory."""
-    return Weight(array.shape, array.dtype, lambda start, stop: np.ascontiguousarray(array[start:stop]))
+    return Weight(
+        array.shape, array.dtype, lambda start, stop: np.ascontiguousarray(array[start:stop]) if array.ndim else array
+    )
 
 
-def transposed(weight: Weight) -> Weight:
-    """The transpose of a matrix. Reading any of its rows reads the whole matrix, block by block."""
-    rows, columns = weight.shape
+def equal(first: Weight, second: Weight) -> bool:
+    """Whether two weights hold the same numbers. Reads both, block by block."""
+    return first.shape == second.shape and all(
+        np.array_equal(left, right) for left, right in zip(first.blocks(), second.blocks(), strict=True)
+    )
+
+
+def concatenated(weights: Sequence[Weight], axis: int = 0) -> Weight:
+    """The weights joined along an axis: one below the other along axis 0, where all packed alike stay packed.
+
+    Raises ValueError when their other dimensions differ.
+    """
+    first = weights[0]
+    others = {(*weight.shape[:axis], *weight.shape[axis + 1 :]) for weight in weights}
+    if len(others) != 1 or any(weight.dtype != first.dtype for weight in weights):
+        raise ValueError(f"shapes {[list(weight.shape) for weight in weights]} do not join along axis {axis}")
+    size = sum(weight.shape[axis] for weight in weights)
+    shape = (*first.shape[:axis], size, *first.shape[axis + 1 :])
+    if axis == 0:
+        rows = [weight.rows for weight in weights]
+        packed = _joined([weight.packed for weight in weights], rows)
+        return Weight(shape, first.dtype, _below([weight.read for weight in weights], rows), packed)
 
     def read(start: int, stop: int) -> Array:
-        result = np.empty((stop - start, rows), weight.dtype)  # [stop - start, R]
-        first = 0
-        for block in weight.blocks():
-            result[:, first : first + len(block)] = block[:, start:stop].T
-            first += len(block)
-        return result
+        return np.concatenate([weight.read(start, stop) for weight in weights], axis)
 
-    return Weight((columns, rows), weight.dtype, read)
+    return Weight(shape, first.dtype, read)
 
 
-def concatenated(weights: Sequence[Weight]) -> Weight:
-    """The weights one below the other, along axis 0; packed, if all are packed alike."""
-    starts = np.cumsum([0, *(weight.shape[0] for weight in weights)]).tolist()
+def _below(reads: Sequence[Read], rows: Sequence[int]) -> Read:
+    """Read several tensors as one, each below the one before."""
+    starts = np.cumsum([0, *rows]).tolist()
 
-    def join(reads: Sequence[Callable[[int, int], Array]]) -> Callable[[int, int], Array]:
-        def read(start: int, stop: int) -> Array:
-            parts = [
-                part(max(start - first, 0), min(stop, end) - first)
-                for part, first, end in zip(reads, starts[:-1], starts[1:], strict=True)
-                if start < end and stop > first
-            ]
-            return np.concatenate(parts) if len(parts) != 1 else parts[0]
+    def read(start: int, stop: int) -> Array:
+        parts = [
+            part(max(start, first) - first, min(stop, end) - first)
+            for part, first, end in zip(reads, starts[:-1], starts[1:], strict=True)
+            if start < end and stop > first
+        ]
+        return np.concatenate(parts) if len(parts) != 1 else parts[0]
 
-        return read
+    return read
 
-    packed = [weight.packed for weight in weights if weight.packed is not None]
-    joined = None
-    if len(packed) == len(weights) and all(_alike(packed[0], other) for other in packed):
-        zero_points = [item.zero_points for item in packed if item.zero_points is not None]
-        joined = replace(
-            packed[0],
-            codes=join([item.codes for item in packed]),
-            scales=join([item.scales for item in packed]),
-            zero_points=join(zero_points) if zero_points else None,
-        )
-    shape = (starts[-1], *weights[0].shape[1:])
-    return Weight(shape, weights[0].dtype, join([weight.read for weight in weights]), joined)
+
+def _joined(parts: Sequence[PackedMatrix | None], rows: Sequence[int]) -> PackedMatrix | None:
+    """Packed matrices as one, None if they do not agree."""
+    packed = [part for part in parts if part is not None]
+    if len(packed) != len(parts) or not all(_alike(packed[0], other) for other in packed):
+        return None
+    zero_points = [item.zero_points for item in packed if item.zero_points is not None]
+    return replace(
+        packed[0],
+        codes=_below([item.codes for item in packed], rows),
+        scales=_below([item.scales for item in packed], rows),
+        zero_points=_below(zero_points, rows) if zero_points else None,
+    )
 
 
 def _alike(first: PackedMatrix, other: PackedMatrix) -> bool:
     """Whether the rows of two packed matrices can stand in one."""
-    return (
-        (first.bits, first.block_size) == (other.bits, other.block_size)
-        and (first.zero_points is None) == (other.zero_points is None)
-        and (first.columns is None) == (other.columns is None)
-        and (first.columns is None or np.array_equal(first.columns, other.columns))  # type: ignore[arg-type]
+    same_order = first.columns is other.columns or (
+        first.columns is not None and other.columns is not None and np.array_equal(first.columns, other.columns)
     )
+    return (
+        same_order
+        and (first.bits, first.block_size) == (other.bits, other.block_size)
+        and (first.zero_points is None) == (other.zero_points is None)
+    )
+
+
+def permuted(weight: Weight, axes: Sequence[int]) -> Weight:
+    """The weight with its axes in another order, as `numpy.transpose` has it.
+
+    While axis 0 stays in place a row costs a row; otherwise reading any row reads the whole tensor, block by block.
+    """
+    shape = tuple(weight.shape[axis] for axis in axes)
+    first = axes[0] if axes else 0
+
+    def read_rows(start: int, stop: int) -> Array:
+        return np.ascontiguousarray(weight.read(start, stop).transpose(axes))
+
+    def read_across(start: int, stop: int) -> Array:
+        result = np.empty((stop - start, *shape[1:]), weight.dtype)
+        place = list(axes).index(0)
+        asked = (*(slice(None),) * first, slice(start, stop))
+        row = 0
+        for block in weight.blocks():
+            result[(*(slice(None),) * place, slice(row, row + len(block)))] = block[asked].transpose(axes)
+            row += len(block)
+        return result
+
+    return Weight(shape, weight.dtype, read_rows if first == 0 else read_across)
+
+
+def transposed(weight: Weight) -> Weight:
+    """The transpose of a matrix."""
+    return permuted(weight, (1, 0))
+
+
+def reshaped(weight: Weight, shape: Sequence[int]) -> Weight:
+    """The same numbers in the same order under another shape.
+
+    Raises ValueError when the shapes hold different amounts.
+    """
+    shape = tuple(shape)
+    if math.prod(shape) != math.prod(weight.shape):
+        raise ValueError(f"shape {list(weight.shape)} does not hold as much as {list(shape)}")
+    old_row, new_row = math.prod(weight.shape[1:]), math.prod(shape[1:])
+
+    def read(start: int, stop: int) -> Array:
+        wanted = (stop - start, *shape[1:]) if shape else ()
+        first, last = start * new_row, stop * new_row
+        if first == last:
+            return np.empty(wanted, weight.dtype)
+        flat = weight.read(first // old_row, -(-last // old_row)).reshape(-1)
+        offset = first // old_row * old_row
+        return flat[first - offset : last - offset].reshape(wanted)
+
+    return Weight(shape, weight.dtype, read)
+
+
+def selected(weight: Weight, axis: int, indices: Array) -> Weight:
+    """The entries of an axis at `indices`, in their order: a part, a reversal or a permutation. Rows stay packed."""
+    shape = (*weight.shape[:axis], len(indices), *weight.shape[axis + 1 :])
+    if axis == 0:
+        packed = weight.packed
+        if packed is not None:
+            zero_points = None if packed.zero_points is None else _picked(packed.zero_points, indices)
+            codes, scales = _picked(packed.codes, indices), _picked(packed.scales, indices)
+            packed = replace(packed, codes=codes, scales=scales, zero_points=zero_points)
+        return Weight(shape, weight.dtype, _picked(weight.read, indices), packed)
+
+    def read(start: int, stop: int) -> Array:
+        return np.ascontiguousarray(weight.read(start, stop).take(indices, axis))
+
+    return Weight(shape, weight.dtype, read)
+
+
+def _picked(read: Read, indices: Array) -> Read:
+    """Read rows by their place in `indices`. What lies between the lowest and the highest is read as well."""
+
+    def pick(start: int, stop: int) -> Array:
+        asked = indices[start:stop]
+        if not len(asked):
+            return read(0, 0)
+        lowest, highest = int(asked.min()), int(asked.max())
+        rows = read(lowest, highest + 1)
+        contiguous = len(asked) == highest - lowest + 1 and bool((np.diff(asked) == 1).all())
+        return rows if contiguous else rows[asked - lowest]
+
+    return pick
+
+
+def mapped(
+    function: Callable[..., Array], weights: Sequence[Weight], dtype: np.dtype[np.generic] | None = None
+) -> Weight:
+    """A function of the numbers of one or several weights of the same shape, each at its place.
+
+    Raises ValueError when the shapes differ.
+    """
+    first = weights[0]
+    if any(weight.shape != first.shape for weight in weights):
+        raise ValueError(f"shapes {[list(weight.shape) for weight in weights]} differ")
+
+    def read(start: int, stop: int) -> Array:
+        return function(*(weight.read(start, stop) for weight in weights))
+
+    return Weight(first.shape, first.dtype if dtype is None else dtype, read)

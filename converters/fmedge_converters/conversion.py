@@ -1,0 +1,76 @@
+"""From the names and tensors of a checkpoint to those of a model, by transformers' own rules.
+
+`from_pretrained` renames what it reads, and merges or cuts some of it (WeightConverter). The same rules run here on
+lazy tensors, in the same order, so that a checkpoint is understood here exactly when transformers understands it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from fmedge_runtimes.errors import SourceError
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.lazy_tensor import LazyTensor, NotLazyError
+from fmedge_converters.weight import Weight, equal
+
+
+def converted(tensors: Mapping[str, Weight], model: PreTrainedModel) -> dict[str, Weight]:
+    """The weights of a model's parameters and persistent buffers, as far as the checkpoint's tensors make them up.
+
+    Tensors that the model does not know are left out, as transformers leaves them out.
+    Raises SourceError: tensors that cannot be merged, two different tensors for the same parameter.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
+    converters = [item for item in transforms if isinstance(item, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    known = model.state_dict()
+    found: dict[str, Weight] = {}
+    origins: dict[str, str] = {}
+    merges: dict[str, WeightConverter] = {}
+    for name in sorted(tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if target not in known and name in known:
+            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, known)
+        if target not in known:
+            continue
+        if pattern is not None:
+            merge = merges.setdefault(target, copy.deepcopy(by_pattern[pattern]))
+            merge.add_tensor(target, name, pattern, LazyTensor(tensors[name]))
+        elif target not in found:
+            found[target], origins[target] = tensors[name], name
+        elif not equal(found[target], tensors[name]):
+            raise SourceError(
+                f"{origins[target]} and {name} in the checkpoint are both {target} of the model, with different "
+                "values; files of two checkpoints are mixed: download or copy the folder again."
+            )
+    with quiet_libraries():
+        for target, merge in merges.items():
+            made = _merged(target, merge, model)
+            found |= {name: weight for name, weight in made.items() if name in known}
+    return found
+
+
+def _merged(target: str, merge: WeightConverter, model: PreTrainedModel) -> dict[str, Weight]:
+    operations = " and ".join(type(operation).__name__ for operation in merge.operations)
+    count = sum(len(tensors) for tensors in merge.collected_tensors.values())
+    try:
+        result: dict[str, Any] = merge.convert(target, model=model, config=model.config)
+    except NotLazyError as error:
+        raise SourceError(
+            f"{target} is made of {count} tensors by transformers' {operations}, and fmedge has no way to do "
+            f"{error} piece by piece; load the model with transformers and save it in another layout."
+        ) from error
+    except Exception as error:
+        raise SourceError(
+            f"{target} cannot be made of {count} tensors of the checkpoint by {operations}: {error}; "
+            "the weights do not belong to this configuration."
+        ) from error
+    tensors = {name: item[0] if isinstance(item, list) else item for name, item in result.items()}
+    return {name: tensor.weight for name, tensor in tensors.items() if isinstance(tensor, LazyTensor)}
