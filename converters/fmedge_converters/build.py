@@ -62,9 +62,9 @@ def build_decoder(
     Raises SourceError when the model or its checkpoint cannot be exported, OSError when the disk is full.
     """
     target = options.target
-    progress("tracing", 0, 0)
-    traced = trace_decoder(config, target.dialect, target.dtype, options.context)
     with Checkpoint(weights_folder, numpy_dtype(target.dtype)) as checkpoint:
+        progress("tracing", 0, 0)
+        traced = trace_decoder(config, target.dialect, target.dtype, options.context, checkpoint.buffers)
         graph = bind(traced, checkpoint.weights(traced.module))
         progress("rewriting", 0, 0)
         for rewrite in target.passes:

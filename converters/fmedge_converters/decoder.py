@@ -16,7 +16,7 @@ import copy
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -213,8 +213,20 @@ def _look(model: PreTrainedModel, dialect: Dialect, context: int) -> Layout:
     )
 
 
-def trace_decoder(config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype, context: int) -> TracedDecoder:
+Buffers = Callable[[PreTrainedModel], Mapping[str, torch.Tensor]]
+"""The values that a checkpoint has for the buffers of a model, by name."""
+
+
+def trace_decoder(
+    config: PretrainedConfig,
+    dialect: Dialect,
+    dtype: torch.dtype,
+    context: int,
+    stored_buffers: Buffers = lambda _: {},
+) -> TracedDecoder:
     """Trace the decoder of a configuration in a dialect.
+
+    Buffers become constants of the graph; those that `stored_buffers` names take its values first.
 
     Graph inputs: input_ids [B, S], position_ids [B, S], logits_indices [N] (positions, of B * S, whose logits are
     asked), the dialect's own, past_key_values.L.key and .value [B, K, C, D]. Outputs: logits [N, V], present.L.key and
@@ -226,6 +238,8 @@ def trace_decoder(config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype
     if model.get_output_embeddings() is None:
         raise SourceError(f"{config.model_type} has no language-model head.")
     freeze_rope(model, context)
+    for name, value in stored_buffers(model).items():
+        model.get_buffer(name).copy_(value)
     try:
         with quiet_libraries(), FakeTensorMode(allow_non_fake_inputs=True):
             _fake_parameters(model, dtype)
