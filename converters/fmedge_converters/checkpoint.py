@@ -134,8 +134,11 @@ class Checkpoint:
 
 def _quantization(folder: Path) -> Mapping[str, Any]:
     """`quantization_config` of config.json, empty if it has none."""
+    path = folder / "config.json"
     try:
-        raw = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"cannot read {folder / 'config.json'}: {error}.") from error
-    return dict(raw.get("quantization_config") or {})
+        found = json.loads(path.read_text("utf-8")).get("quantization_config") or {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise SourceError(f"cannot read {path}: {error}.") from error
+    if not isinstance(found, dict):
+        raise SourceError(f"{path}: its quantization_config is no table of settings; copy it again.")
+    return found

@@ -8,9 +8,10 @@ from typing import Any
 from fmedge_runtimes.errors import SourceError
 
 from fmedge_converters.formats.plain import PLAIN
+from fmedge_converters.formats.scaled import SCALED
 from fmedge_converters.stored import Format
 
-FORMATS: tuple[Format, ...] = (PLAIN,)
+FORMATS: tuple[Format, ...] = (PLAIN, SCALED)
 
 
 def find_format(quantization: Mapping[str, Any]) -> Format:
@@ -18,11 +19,15 @@ def find_format(quantization: Mapping[str, Any]) -> Format:
 
     Raises SourceError when fmedge does not read it.
     """
-    for row in FORMATS:
-        if row.matches(quantization):
-            return row
-    method = quantization.get("quant_method", "an unknown method")
-    known = ", ".join(row.name for row in FORMATS)
-    raise SourceError(
-        f"the checkpoint is quantized by {method}, which fmedge does not read (it reads: {known}); export its original."
-    )
+    try:
+        found = next((row for row in FORMATS if row.matches(quantization)), None)
+        method = quantization.get("quant_method", "an unknown method")
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise SourceError(f"quantization_config in config.json makes no sense ({error}); copy it again.") from error
+    if found is None:
+        known = ", ".join(row.name for row in FORMATS)
+        raise SourceError(
+            f"the checkpoint is quantized by {method}, which fmedge does not read (it reads: {known}); "
+            "export its original."
+        )
+    return found
