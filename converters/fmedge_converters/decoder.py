@@ -16,7 +16,7 @@ import copy
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from fmedge_converters.kernels import recurrent_kernels
 from fmedge_converters.recording import PROBE_CAPACITY, LayerCache, LayerState, Recording, recording
 from fmedge_converters.rope import freeze_rope
 from fmedge_converters.traced_cache import TracedCache
+from fmedge_converters.translations import TRANSLATIONS
 
 # Sizes of 0 and 1, and equal sizes, would be taken for constants; these are all different.
 SIZES = {"batch": 3, "sequence": 5, "logits": 4}
@@ -260,7 +261,9 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    # A line that ends with a colon announces the next one.
+    count = 2 if lines and lines[0].endswith(":") else 1
+    return f"{type(error).__name__}: {' '.join(lines[:count])}"
 
 
 def _require_dynamic(model: ir.Model) -> None:
@@ -332,12 +335,26 @@ def _export(model: PreTrainedModel, dialect: Dialect, layout: Layout, dtype: tor
                 *(name.format("present") for name in cache_names),
                 *(f"present_states.{state.name}" for state in layout.states),
             ],
+            custom_translation_table=dict(TRANSLATIONS),
             optimize=False,
             verbose=False,
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
+    # torch names no axis at all once a list of inputs is empty.
+    named = (ids, ids, ("logits",), *(item.axes for item in dialect.step_inputs), *(shape for pair in shapes for shape in pair))
+    _name_axes(program, (*named, *(("batch", *state.shape) for state in layout.states)))
     return program
+
+
+def _name_axes(program: torch.onnx.ONNXProgram, inputs: Sequence[Sequence[str | int]]) -> None:
+    """Give the dynamic axes of each input, in their order, these names throughout the graph."""
+    names: dict[str | ir.SymbolicDim, str] = {}
+    for value, dims in zip(program.model.graph.inputs, inputs, strict=True):
+        for symbol, name in zip(value.shape or (), dims, strict=True):
+            if isinstance(name, str):
+                names[str(symbol)] = name
+    program.rename_axes(names)
 
 
 def _capacity(cache: LayerCache) -> str:

@@ -13,7 +13,8 @@ def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int) -> None:
     head = projections[-1] if projections else None
     embeddings = _embeddings(graph)
     tied = {embedding.node: head is not None and head.weight is embedding.weight for embedding in embeddings}
-    for linear in projections:
+    # Last first: what a Linear reads may be the output of another, which is replaced in its turn.
+    for linear in reversed(projections):
         scheme.linear(graph, linear, is_head=linear is head, block_size=block_size)
     for embedding in embeddings:
         scheme.embedding(graph, embedding, tied=tied[embedding.node], block_size=block_size)
