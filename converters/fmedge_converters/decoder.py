@@ -294,7 +294,7 @@ def _export(model: PreTrainedModel, dialect: Dialect, layout: Layout, dtype: tor
         return {index: axes[dim] for index, dim in enumerate(dims) if isinstance(dim, str)}
 
     ids = ("batch", "sequence")
-    shapes = [
+    shapes: list[tuple[tuple[str | int, ...], ...]] = [
         tuple(("batch", cache.kv_heads, _capacity(cache), size) for size in (cache.key_dim, cache.value_dim))
         for cache in layout.caches
     ]
