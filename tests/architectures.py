@@ -122,7 +122,8 @@ def run_all(model_types: list[str], jobs: int) -> list[Outcome]:
             if text and status == 0
             else Outcome(model_type, "refused", f"the process ended with status {status}, or took {SECONDS} s")
         )
-        print(f"{len(outcomes)}/{len(model_types)} {model_type}: {outcomes[model_type].kind}", flush=True)
+        found = outcomes[model_type]
+        print(f"{len(outcomes)}/{len(model_types)} {model_type}: {found.kind} ({found.detail})", flush=True)
 
     for model_type in model_types:
         while len(live) >= jobs:

@@ -22,32 +22,6 @@ REPRESENTATIVES = {
     "gemma3_text": {"sliding_window": 16},  # two kinds of layers, two rotary embeddings, scaled and tied embeddings
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},  # learned positions, Conv1D
 }
-MORE = {
-    "phi": {},  # partial rotation, LayerNorm
-    "cohere": {},  # interleaved rotation, parallel blocks
-    "qwen2": {},  # biases on q, k and v
-    "mistral": {"sliding_window": 8},
-    "phi3": {},
-    "gemma": {},
-    "gemma2": {"sliding_window": 16},
-    "cohere2": {"sliding_window": 16},
-    "smollm3": {},
-    "granite": {},
-    "olmo2": {},
-    "olmo3": {"sliding_window": 16},
-    "starcoder2": {},
-    "stablelm": {},
-    "glm": {},
-    "glm4": {},
-    "helium": {},
-    "nemotron": {},
-    "exaone4": {"sliding_window": 16},
-    "ministral": {"sliding_window": 16},
-    "seed_oss": {},
-    "ernie4_5": {},
-    "hunyuan_v1_dense": {},
-    "arcee": {},
-}
 
 
 def check(folder: Path, tmp_path: Path, eos_from: int = 4) -> None:
@@ -70,12 +44,6 @@ def check(folder: Path, tmp_path: Path, eos_from: int = 4) -> None:
 @pytest.mark.parametrize("model_type", REPRESENTATIVES)
 def test_greedy_tokens_equal_pytorch(model_type: str, tmp_path: Path) -> None:
     check(make_model(tmp_path / "model", model_type, **REPRESENTATIVES[model_type]), tmp_path)
-
-
-@pytest.mark.medium
-@pytest.mark.parametrize("model_type", MORE)
-def test_greedy_tokens_equal_pytorch_more(model_type: str, tmp_path: Path) -> None:
-    check(make_model(tmp_path / "model", model_type, **MORE[model_type]), tmp_path)
 
 
 @pytest.mark.medium

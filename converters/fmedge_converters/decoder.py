@@ -342,8 +342,11 @@ def _export(model: PreTrainedModel, dialect: Dialect, layout: Layout, dtype: tor
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     # torch names no axis at all once a list of inputs is empty.
-    named = (ids, ids, ("logits",), *(item.axes for item in dialect.step_inputs), *(shape for pair in shapes for shape in pair))
-    _name_axes(program, (*named, *(("batch", *state.shape) for state in layout.states)))
+    named: list[Sequence[str | int]] = [ids, ids, ("logits",)]
+    named += [item.axes for item in dialect.step_inputs]
+    named += [shape for pair in shapes for shape in pair]
+    named += [("batch", *state.shape) for state in layout.states]
+    _name_axes(program, named)
     return program
 
 
