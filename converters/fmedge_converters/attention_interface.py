@@ -16,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fmedge_converters.dialects.dialect import Attention
+from fmedge_converters.masked_attention import masked_attention
 from fmedge_converters.masks import make_mask
 from fmedge_converters.recording import LayerCache, Recording, active
 
@@ -53,15 +54,21 @@ def attend(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if attention_mask is None and not causal:
         raise SourceError("the model attends to later tokens too: it is an encoder, not a decoder.")
-    layer = recording.layer_of(key)
-    if layer is None:
-        layer = getattr(module, "layer_idx", None)
+    source = recording.source_of(key)
+    layer = getattr(module, "layer_idx", None) if source is None else source[0]
     if not isinstance(layer, int):
         raise SourceError("the model's attention layers have no layer_idx, so their caches cannot be told apart.")
     if recording.probing:
+        if source is not None and source[1] is not value:
+            recording.bypassing.add(layer)
         _look(recording, layer, key, value, attention_mask, sliding_window)
         batch, heads, length, _ = query.shape
         return query.new_zeros((batch, length, heads, value.shape[-1])), None
+    scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if layer in recording.bypassing:
+        if attention_mask is None:
+            raise SourceError(f"layer {layer} attends to its whole cache without a mask.")
+        return masked_attention(query, key, value, attention_mask, scale, softcap, s_aux), None
     cached = layer in recording.present
     past_key, past_value = recording.present[layer] if cached else recording.past[layer]
     cache = recording.attended[layer]
@@ -70,7 +77,7 @@ def attend(
         query=query,
         key=key,
         value=value,
-        scale=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        scale=scale,
         window=cache.window,
         rolling=cache.rolling,
         softcap=softcap,

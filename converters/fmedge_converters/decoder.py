@@ -135,7 +135,7 @@ class _Step(torch.nn.Module):
             past_states={state.name: tensor for state, tensor in zip(layout.states, states, strict=True)},
             attended={cache.layer: cache for cache in layout.caches if cache.layer not in layout.bypassing},
             masked=set(layout.masked),
-            bypassing=layout.bypassing,
+            bypassing=set(layout.bypassing),
         )
         logits = _run(self.model, current, input_ids, logits_indices)
         return (
@@ -177,7 +177,7 @@ class Layout:
     caches: tuple[LayerCache, ...]
     states: tuple[LayerState, ...]
     bypassing: frozenset[int]
-    """Layers whose attention is the model's own code."""
+    """Layers that need their whole cache in hand."""
     masked: frozenset[int]
     """Layers that attend behind a mask of their own."""
 
@@ -190,12 +190,11 @@ def _look(model: PreTrainedModel, dialect: Dialect, context: int) -> Layout:
     seen = Recording(positions)
     with torch.no_grad():
         _run(model, seen, ids, torch.zeros(SIZES["logits"], dtype=torch.int64))
+    bypassing = seen.bypassing | (seen.appended.keys() - seen.attended.keys())
     caches = []
     for layer in sorted(seen.attended.keys() | seen.appended.keys()):
-        cache = seen.attended.get(layer, seen.appended.get(layer))
-        if cache is None:
-            raise RuntimeError("a layer was seen and not noted")
-        if layer in seen.attended and layer not in seen.masked:
+        cache = seen.appended[layer] if layer in bypassing else seen.attended[layer]
+        if layer not in bypassing | seen.masked:
             size = max(cache.key_dim, cache.value_dim)
             if dialect.one_head_size:
                 cache = replace(cache, key_dim=size, value_dim=size)
@@ -209,9 +208,7 @@ def _look(model: PreTrainedModel, dialect: Dialect, context: int) -> Layout:
             f"{model.config.model_type} neither caches keys and values nor keeps a state as transformers' models do, "
             "so fmedge cannot carry its past from step to step."
         )
-    return Layout(
-        tuple(caches), tuple(states), frozenset(seen.appended.keys() - seen.attended.keys()), frozenset(seen.masked)
-    )
+    return Layout(tuple(caches), tuple(states), frozenset(bypassing), frozenset(seen.masked))
 
 
 Buffers = Callable[[PreTrainedModel], Mapping[str, torch.Tensor]]

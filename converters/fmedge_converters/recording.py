@@ -72,8 +72,9 @@ class Recording:
     masks: list[Mask] = field(default_factory=list)
     new: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """Layer, new keys and new values, in the order in which they were appended."""
-    bypassing: frozenset[int] = frozenset()
-    """Layers whose attention is the model's own code, from the first pass."""
+    bypassing: set[int] = field(default_factory=set)
+    """Layers that need their whole cache in hand: their attention is the model's own code, or attends to something
+    that was made of the cached values."""
 
     @property
     def probing(self) -> bool:
@@ -96,9 +97,9 @@ class Recording:
         """The mask that a tensor is, if a model handed it on as it was made."""
         return next((mask for mask in self.masks if mask.tensor is tensor), None)
 
-    def layer_of(self, key: torch.Tensor) -> int | None:
-        """The layer that appended these very keys."""
-        return next((layer for layer, new, _ in self.new if new is key), None)
+    def source_of(self, key: torch.Tensor) -> tuple[int, torch.Tensor] | None:
+        """The layer that appended these very keys, and the values that it appended with them."""
+        return next(((layer, value) for layer, new, value in self.new if new is key), None)
 
 
 _active: Recording | None = None
