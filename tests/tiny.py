@@ -68,6 +68,7 @@ SIZES: dict[str, int] = {
     "n_routed_experts": 4,
     "moe_num_experts": 4,
     "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
     "moe_topk": 2,
     "moe_k": 2,
     "n_shared_experts": 1,
@@ -94,13 +95,28 @@ SIZES: dict[str, int] = {
     "attention_hidden_size": 64,
 }
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
-OPTIONAL = ("head_dim", "num_key_value_heads")
+OPTIONAL = ("head_dim", "num_key_value_heads", "moe_intermediate_size")
 """Which configurations may leave out and mean otherwise."""
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 CONSTRAINED: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
+    "dots3_note_text": {"head_dim": 32},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_hidden_layers": 3,
+    },
+    "zamba": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4},
     "mamba2": {"num_heads": 8},
     "gemma3n_text": {
         "num_hidden_layers": 6,
