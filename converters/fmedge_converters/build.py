@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from fmedge_converters.checkpoint import Checkpoint
 from fmedge_converters.decoder import TracedDecoder, trace_decoder
 from fmedge_converters.graph import DecoderGraph
+from fmedge_converters.in_place import updates_in_place
 from fmedge_converters.quantize import quantize
 from fmedge_converters.recording import LayerCache, LayerState
 from fmedge_converters.schemes.scheme import Scheme
@@ -75,7 +76,13 @@ def build_decoder(
     size = vocabulary[-1] if vocabulary is not None else None
     if not isinstance(size, int):
         size = traced.module.get_output_embeddings().weight.shape[0]
-    return BuiltDecoder(written, graph.model, traced.caches, traced.states, int(size))
+    values = {str(value.name): value for value in (*graph.graph.inputs, *graph.graph.outputs)}
+    states = []
+    for state in traced.states:
+        past, present = values[f"past_states.{state.name}"], values[f"present_states.{state.name}"]
+        in_place = updates_in_place(graph.graph, past, present, target.read_first)
+        states.append(replace(state, in_place=in_place))
+    return BuiltDecoder(written, graph.model, traced.caches, tuple(states), int(size))
 
 
 def bind(traced: TracedDecoder, weights: dict[str, Weight]) -> DecoderGraph:

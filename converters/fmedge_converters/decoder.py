@@ -202,7 +202,10 @@ def _look(model: PreTrainedModel, dialect: Dialect, context: int) -> Layout:
         else:
             cache = replace(cache, window=None)
         caches.append(cache)
-    states = [LayerState(name, tuple(value.shape[1:]), value.dtype) for name, value in seen.present_states.items()]
+    states = [
+        LayerState(name, tuple(value.shape[1:]), value.dtype, in_place=False)
+        for name, value in seen.present_states.items()
+    ]
     if not caches and not states:
         raise SourceError(
             f"{model.config.model_type} neither caches keys and values nor keeps a state as transformers' models do, "

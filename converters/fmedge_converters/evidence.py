@@ -96,7 +96,7 @@ def text_facts(built: BuiltDecoder, context: int) -> TextFacts:
             for cache in built.caches
         ),
         states=tuple(
-            StateFacts(name=state.name, shape=state.shape, dtype=_state_dtype(state), in_place=False)
+            StateFacts(name=state.name, shape=state.shape, dtype=_state_dtype(state), in_place=state.in_place)
             for state in built.states
         ),
         eos_token_ids=(),

@@ -40,6 +40,8 @@ class LayerState:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    in_place: bool
+    """The graph may write the new state over the old one."""
 
 
 @dataclass(frozen=True, slots=True)

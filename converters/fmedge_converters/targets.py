@@ -29,6 +29,8 @@ class Target:
     dtype: torch.dtype
     """Of activations, of the cache, and of what is not quantized."""
     schemes: Mapping[str, Scheme]
+    read_first: frozenset[str]
+    """Operators that may write a recurrent state over the one they read; tests/test_kernels.py has the proof."""
 
 
 def _by_name(*schemes: Scheme) -> Mapping[str, Scheme]:
@@ -48,6 +50,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 DYNAMIC_INT8,
                 weight_only("int4", "4-bit weights, 8-bit head", bits=4, head_bits=8, accuracy_level=4),
             ),
+            read_first=frozenset(("LinearAttention", "CausalConvWithState")),
         ),
         "cuda": Target(
             name="cuda",
@@ -60,6 +63,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 weight_only("int8", "8-bit weights", bits=8, head_bits=8, accuracy_level=0),
                 weight_only("int4", "4-bit weights, 8-bit head", bits=4, head_bits=8, accuracy_level=0),
             ),
+            read_first=frozenset(),
         ),
     }
 )

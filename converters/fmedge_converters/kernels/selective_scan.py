@@ -48,7 +48,9 @@ def selective_scan(
         state = hidden_states.new_zeros(hidden_states.shape[0], *A.shape, dtype=torch.float32)
     tokens = (dt, dt * hidden_states, B, C)
     # The scan wants a carried tensor to keep its strides.
-    last, output = scan(step, state.contiguous(), tuple(item.float().permute(2, 0, 1) for item in tokens))  # [B, D, N], [S, B, D]
+    last, output = scan(
+        step, state.contiguous(), tuple(item.float().permute(2, 0, 1) for item in tokens)
+    )  # [B, D, N], [S, B, D]
     output = output.permute(1, 2, 0)
     if D is not None:
         output = output + hidden_states * D[:, None]
