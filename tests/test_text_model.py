@@ -18,16 +18,17 @@ from fake_session import (
     make_bundle,
     row_bytes,
 )
-from fmedge_runtimes import text as text_module
+from fmedge_runtimes import generation as generation_module
 from fmedge_runtimes.bundle import Golden, GoldenStep, SamplingFacts
 from fmedge_runtimes.decoder import Decoder
+from fmedge_runtimes.engine import EngineOptions
 from fmedge_runtimes.errors import BackendError, BundleError, BundleFormatError, CacheMemoryError, RequestError
 from fmedge_runtimes.golden import Replay, continue_greedily, replay
-from fmedge_runtimes.sampler import Row, choose
 from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.text import TextModel
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from one_by_one import alone, expected, facts, written
 from tokenizers import processors
 
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -40,47 +41,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture
 def model(bundle):
-    return TextModel(bundle, FakeSession(), max_batch=4)
-
-
-def alone(prompt, sampling, index=0, seed=None):
-    """Tokens, text and finish reason of one completion: one sequence, one token at a time, no cache."""
-    tokens = list(encoded(prompt))
-    state = Row(sampling, vocabulary=VOCABULARY, seed=seed or sampling.seed or 0, index=index, prompt=tokens)
-    made = []
-    while True:
-        (token,) = choose(logits_of((*tokens, *made))[None], [state])
-        state.record(int(token))
-        made.append(int(token))
-        if token == EOS and not sampling.ignore_eos:
-            return made, written(made), "eos"
-        places = [written(made).find(stop) for stop in sampling.stop]
-        if max(places, default=-1) >= 0:
-            return made, written(made)[: min(place for place in places if place >= 0)], "stop"
-        if len(made) == sampling.max_new_tokens:
-            return made, written(made), "length"
-        if len(tokens) + len(made) == CONTEXT:
-            return made, written(made), "context"
-
-
-def encoded(prompt):
-    return [LETTERS.index(letter) for letter in prompt] if isinstance(prompt, str) else prompt
-
-
-def written(tokens):
-    return "".join(LETTERS[token] for token in tokens if token < len(LETTERS))
-
-
-def facts(completion):
-    return list(completion.tokens), completion.text, completion.finish_reason
-
-
-def expected(prompts, samplings):
-    return [
-        alone(prompt, sampling, index)
-        for prompt, sampling in zip(prompts, samplings, strict=True)
-        for index in range(sampling.n)
-    ]
+    return TextModel(bundle, FakeSession(), EngineOptions(max_batch=4))
 
 
 samplings = st.builds(
@@ -116,7 +77,7 @@ def short_chunks(monkeypatch):
 @settings(max_examples=120, deadline=None)
 @given(requests, st.integers(1, 6))
 def test_each_request_gets_what_it_gets_alone(bundle, drawn, max_batch):
-    model = TextModel(bundle, FakeSession(), max_batch=max_batch)
+    model = TextModel(bundle, FakeSession(), EngineOptions(max_batch=max_batch))
     asked, options = zip(*drawn, strict=True)
     completions = model.generate(asked, options)
     assert [facts(completion) for completion in completions] == expected(asked, options)
@@ -131,7 +92,7 @@ def test_each_request_gets_what_it_gets_alone(bundle, drawn, max_batch):
 def test_deltas_make_up_the_text(bundle, drawn, max_batch):
     asked, options = zip(*drawn, strict=True)
     pieces, ended = {}, {}
-    for delta in TextModel(bundle, FakeSession(), max_batch=max_batch).stream(asked, options):
+    for delta in TextModel(bundle, FakeSession(), EngineOptions(max_batch=max_batch)).stream(asked, options):
         place = (delta.prompt_index, delta.index)
         assert place not in ended, "a delta after the completion"
         assert delta.text or delta.completion
@@ -152,7 +113,7 @@ def test_scarce_memory_changes_no_result(bundle, drawn, max_batch, room):
     # Room for one row of the whole context and for its growth, at least: all can be served, not all at once.
     session = FakeSession(room=row_bytes(3 * CONTEXT + room) // 2)
     asked, options = zip(*drawn, strict=True)
-    completions = TextModel(bundle, session, max_batch=max_batch).generate(asked, options)
+    completions = TextModel(bundle, session, EngineOptions(max_batch=max_batch)).generate(asked, options)
     assert [facts(completion) for completion in completions] == expected(asked, options)
 
 
@@ -162,7 +123,7 @@ def test_scarce_memory_changes_no_result(bundle, drawn, max_batch, room):
 def test_memory_that_runs_out_fails_rows_but_never_alters_them(bundle, drawn, max_batch, room, leak):
     session = FakeSession(room=row_bytes(room), leak=leak)
     asked, options = zip(*drawn, strict=True)
-    completions = TextModel(bundle, session, max_batch=max_batch).generate(asked, options)
+    completions = TextModel(bundle, session, EngineOptions(max_batch=max_batch)).generate(asked, options)
     for completion, (tokens, text, reason) in zip(completions, expected(asked, options), strict=True):
         if completion.finish_reason == "error":
             assert isinstance(completion.error, CacheMemoryError)
@@ -175,7 +136,7 @@ def test_memory_that_runs_out_fails_rows_but_never_alters_them(bundle, drawn, ma
 @settings(max_examples=30, deadline=None)
 @given(requests, requests)
 def test_a_cache_that_is_used_again_leaves_no_trace(bundle, first, second):
-    model = TextModel(bundle, FakeSession(), max_batch=3)
+    model = TextModel(bundle, FakeSession(), EngineOptions(max_batch=3))
     for drawn in (first, second):
         asked, options = zip(*drawn, strict=True)
         assert [facts(completion) for completion in model.generate(asked, options)] == expected(asked, options)
@@ -190,7 +151,7 @@ def test_a_prompt_is_prefilled_in_chunks(bundle):
 
 def test_rows_join_as_others_leave(bundle):
     session = FakeSession()
-    model = TextModel(bundle, session, max_batch=2)
+    model = TextModel(bundle, session, EngineOptions(max_batch=2))
     lengths = (3, 9, 4, 2, 1)
     model.generate(["ab", "cd", "ef", "gh", "ij"], [Sampling(length, ignore_eos=True) for length in lengths])
     decoded = [rows for rows, step in session.steps if step == 1]
@@ -201,7 +162,7 @@ def test_rows_join_as_others_leave(bundle):
 
 def test_completions_of_a_prompt_share_its_prefill_and_differ(bundle):
     session = FakeSession()
-    model = TextModel(bundle, session, max_batch=8)
+    model = TextModel(bundle, session, EngineOptions(max_batch=8))
     sampling = Sampling(10, temperature=1.5, n=5, seed=7, ignore_eos=True)
     completions = model.generate("abcd", sampling)
     assert [step for step in session.steps if step[1] > 1] == [(1, 4)]
@@ -214,7 +175,7 @@ def test_completions_of_a_prompt_share_its_prefill_and_differ(bundle):
 def test_completions_of_one_token_share_their_prefill_too(bundle):
     session = FakeSession()
     sampling = Sampling(1, temperature=1.5, n=5, seed=7, ignore_eos=True)
-    completions = TextModel(bundle, session, max_batch=2).generate(["abcd", "q"], sampling)
+    completions = TextModel(bundle, session, EngineOptions(max_batch=2)).generate(["abcd", "q"], sampling)
     assert session.steps == [(1, 4), (1, 1)]
     assert [facts(completion) for completion in completions] == expected(["abcd", "q"], [sampling] * 2)
 
@@ -229,7 +190,7 @@ def test_without_a_seed_the_completion_says_which_repeats_it(model):
 
 def test_when_memory_is_short_as_many_rows_run_as_fit(bundle):
     session = FakeSession(room=row_bytes(3 * 64))
-    model = TextModel(bundle, session, max_batch=8)
+    model = TextModel(bundle, session, EngineOptions(max_batch=8))
     completions = model.generate(["ab", "cd", "ef", "gh", "ij", "kl"], Sampling(20, ignore_eos=True))
     assert [len(completion.tokens) for completion in completions] == [20] * 6
     assert max(rows for rows, _ in session.steps) == 3
@@ -238,22 +199,22 @@ def test_when_memory_is_short_as_many_rows_run_as_fit(bundle):
 
 def test_a_row_that_has_to_wait_again_goes_first(bundle):
     session = FakeSession(room=row_bytes(170))
-    model = TextModel(bundle, session, max_batch=2)
-    deltas = list(model.stream(["ab", "cd", "ef"], Sampling(100, temperature=1.0, seed=1, ignore_eos=True)))
-    order = [delta.prompt_index for delta in deltas]
-    # The second gave way when the first grew, and was taken up before the third.
-    ended = next(place for place, delta in enumerate(deltas) if delta.completion)
-    assert order[:2] == [0, 1]
-    assert deltas[ended].prompt_index == 0
-    assert 1 not in order[ended - 20 : ended]
-    assert order[ended + 1] == 1
+    model = TextModel(bundle, session, EngineOptions(max_batch=2))
+    prompts, sampling = ["ab", "cd", "ef"], Sampling(100, temperature=1.0, seed=1, ignore_eos=True)
+    assert [facts(done) for done in model.generate(prompts, sampling)] == expected(prompts, [sampling] * 3)
+    # The second gave way when the first grew, waited until that was through, and was taken up before the third.
+    prefills = [(place, length) for place, (_, length) in enumerate(session.steps) if length > 1]
+    assert [length for _, length in prefills] == [2, 2, 65, 2]
+    again = prefills[2][0]
+    assert sum(rows == 1 for rows, _ in session.steps[:again]) == 2 + 100 - 63
+    assert session.steps[again + 1 : prefills[3][0]] == [(1, 1)] * 36
 
 
 def test_a_row_that_fits_nowhere_fails_alone(bundle):
     session = FakeSession(room=row_bytes(64))
     asked = ["ab", [1] * 100, "cd", "ef"]
     options = [Sampling(5), Sampling(5), Sampling(100, ignore_eos=True), Sampling(5)]
-    first, long, growing, last = TextModel(bundle, session, max_batch=4).generate(asked, options)
+    first, long, growing, last = TextModel(bundle, session, EngineOptions(max_batch=4)).generate(asked, options)
     assert facts(first) == alone("ab", Sampling(5))
     assert facts(last) == alone("ef", Sampling(5))
     assert (long.tokens, long.finish_reason) == ((), "error")
@@ -267,7 +228,7 @@ def test_a_row_that_fits_nowhere_fails_alone(bundle):
 
 def test_a_prompt_that_does_not_fit_holds_nobody_up(bundle):
     session = FakeSession(room=row_bytes(3 * 64))
-    model = TextModel(bundle, session, max_batch=4)
+    model = TextModel(bundle, session, EngineOptions(max_batch=4))
     completions = model.generate([[1] * 199, "ab", "cd", "ef"], Sampling(9, ignore_eos=True))
     assert [completion.finish_reason for completion in completions] == ["error", "length", "length", "length"]
     assert session.steps == [(1, 2)] * 3 + [(3, 1)] * 8
@@ -275,7 +236,9 @@ def test_a_prompt_that_does_not_fit_holds_nobody_up(bundle):
 
 def test_allocations_that_fail_without_warning_are_survived(bundle):
     session = FakeSession(limit=row_bytes(64) + row_bytes(16))
-    completions = TextModel(bundle, session, max_batch=4).generate(["ab", "cd", "ef"], Sampling(9, ignore_eos=True))
+    completions = TextModel(bundle, session, EngineOptions(max_batch=4)).generate(
+        ["ab", "cd", "ef"], Sampling(9, ignore_eos=True)
+    )
     assert [facts(completion) for completion in completions] == expected(
         ["ab", "cd", "ef"], [Sampling(9, ignore_eos=True)] * 3
     )
@@ -283,7 +246,7 @@ def test_allocations_that_fail_without_warning_are_survived(bundle):
 
 def test_a_large_idle_cache_gives_way(bundle):
     session = FakeSession(room=row_bytes(300))
-    model = TextModel(bundle, session, max_batch=4)
+    model = TextModel(bundle, session, EngineOptions(max_batch=4))
     (completion,) = model.generate([[1] * 190], Sampling(3, ignore_eos=True))
     assert completion.finish_reason == "length"
     model.generate(["ab", "cd", "ef", "gh"], Sampling(3, ignore_eos=True))
@@ -296,9 +259,12 @@ def test_an_error_keeps_no_cache_alive(bundle, memory):
     model = TextModel(bundle, session)
     kept = model.generate([[1] * 100, [2, 3], "ab"], Sampling(90, ignore_eos=True))
     assert [completion.finish_reason for completion in kept] == ["error"] * 3
-    cache = weakref.ref(model._idle_caches[0])
+    engine = weakref.ref(model._engine)
+    thread = model._engine._thread
     del model
-    assert cache() is None
+    thread.join(5)
+    gc.collect()
+    assert engine() is None
     assert session.allocated == 0
 
 
@@ -395,7 +361,7 @@ def test_stats_count_tokens(model):
 
 def test_an_abandoned_stream_leaves_the_model_usable(bundle):
     session = FakeSession()
-    model = TextModel(bundle, session, max_batch=2)
+    model = TextModel(bundle, session, EngineOptions(max_batch=2))
     stream = model.stream(["ab", "cd", "ef"], Sampling(30, ignore_eos=True))
     next(stream)
     stream.close()
@@ -407,7 +373,7 @@ def test_an_abandoned_stream_leaves_the_model_usable(bundle):
 def test_a_failing_graph_leaves_the_model_usable(bundle):
     for run in (1, 2, 5):
         session = FakeSession(fail_on=run)
-        model = TextModel(bundle, session, max_batch=2)
+        model = TextModel(bundle, session, EngineOptions(max_batch=2))
         with pytest.raises(BackendError, match="the graph failed"):
             model.generate(["ab", "cd", "ef"], Sampling(9, ignore_eos=True))
         assert facts(model.generate("qrs", Sampling(30))[0]) == alone("qrs", Sampling(30))
@@ -549,7 +515,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 
 def test_a_batch_of_none_is_refused(bundle):
     with pytest.raises(RequestError, match="max_batch is 0"):
-        TextModel(bundle, FakeSession(), max_batch=0)
+        TextModel(bundle, FakeSession(), EngineOptions(max_batch=0))
 
 
 def test_a_chat_is_tokenized_without_further_special_tokens(tmp_path):
@@ -591,13 +557,22 @@ def test_logits_are_those_behind_every_token(model, length):
 
 
 def test_waiting_rows_hold_no_array_as_large_as_the_vocabulary(bundle, monkeypatch):
-    rows = []
-    made = text_module.sampler.Row
-    monkeypatch.setattr(text_module.sampler, "Row", lambda *args, **named: rows.append(1) or made(*args, **named))
-    stream = TextModel(bundle, FakeSession(), max_batch=2).stream(["ab"] * 20, Sampling(9, ignore_eos=True))
-    next(stream)
-    assert len(rows) <= 2
+    made, alive = generation_module.sampler.Row, weakref.WeakSet()
+    most = []
+
+    class WatchedRow(made):
+        __slots__ = ("__weakref__",)
+
+        def __init__(self, *args, **named):
+            super().__init__(*args, **named)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(generation_module.sampler, "Row", WatchedRow)
+    stream = TextModel(bundle, FakeSession(), EngineOptions(max_batch=2)).stream(["ab"] * 20, Sampling(9))
     assert sum(delta.completion is not None for delta in stream) == 20
+    assert len(most) == 20
+    assert max(most) <= 3, "those of the rows, and of one that has just finished"
 
 
 def test_a_decoder_makes_its_own_room(bundle):

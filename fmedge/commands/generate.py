@@ -65,8 +65,8 @@ def command(
 
     Exits with 1 if a prompt could not be served; the others are completed all the same.
     """
+    from fmedge_runtimes.engine import DEFAULTS
     from fmedge_runtimes.load import load
-    from fmedge_runtimes.text import MAX_BATCH
 
     from fmedge.commands.completions import write_completions
     from fmedge.commands.prompts import read_prompts
@@ -90,7 +90,9 @@ def command(
     # What can be refused without the model is refused before it is loaded.
     replace(Sampling(), **changes)
     lines = read_prompts(prompts or [], source)
-    with load(bundle, device=device, max_batch=MAX_BATCH if max_batch is None else max_batch, threads=threads) as model:
+    with load(
+        bundle, device=device, max_batch=DEFAULTS.max_batch if max_batch is None else max_batch, threads=threads
+    ) as model:
         base = replace(model.default_sampling, **changes)
         requests = [_prompt(model, line, chat=chat, system=system) for line in lines]
         deltas = model.stream(requests, [replace(base, **line.overrides) for line in lines])

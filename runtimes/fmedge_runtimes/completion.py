@@ -7,9 +7,10 @@ from typing import Literal
 
 from fmedge_runtimes.errors import FmedgeError
 
-FinishReason = Literal["eos", "stop", "length", "context", "error"]
+FinishReason = Literal["eos", "stop", "length", "context", "cancelled", "timeout", "error"]
 """eos: an end-of-sequence token. stop: a stop string. length: max_new_tokens reached.
-context: the model's context is full. error: see Completion.error."""
+context: the model's context is full. cancelled: by the caller, or because the model was closed.
+timeout: the request's own. error: see Completion.error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class Stats:
     """From the call of generate to the end of this completion."""
     decode_tokens_per_second: float
     """Tokens after the first one per second, while other rows of the batch were served too."""
+    reused_tokens: int = 0
+    """Tokens of the prompt that were not computed: another row had them in its cache."""
 
 
 @dataclass(frozen=True, slots=True)

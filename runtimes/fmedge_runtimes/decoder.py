@@ -17,6 +17,8 @@ from fmedge_runtimes.bundle import TextFacts
 from fmedge_runtimes.row_cache import RowCache
 from fmedge_runtimes.session import Array, Session
 
+Tokens = Sequence[int] | npt.NDArray[np.integer]
+
 PREFILL_CHUNK = 512
 """Tokens of a prompt that go through the graph at once: enough for full speed, little working memory."""
 
@@ -50,13 +52,13 @@ class Decoder:
             raise
         return logits
 
-    def extend(self, cache: RowCache, row: int, tokens: Sequence[int]) -> npt.NDArray[np.floating]:
+    def extend(self, cache: RowCache, row: int, tokens: Tokens) -> npt.NDArray[np.floating]:
         """Append tokens to one row, which has room for them, and return the logits [V] behind the last one."""
         ids = np.asarray(tokens, np.int64)[None]  # [1, S]
         last: npt.NDArray[np.floating] = self._run(cache, row, ids, np.array([ids.shape[1] - 1], np.int64))[0]
         return last
 
-    def verify(self, cache: RowCache, row: int, tokens: Sequence[int]) -> npt.NDArray[np.floating]:
+    def verify(self, cache: RowCache, row: int, tokens: Tokens) -> npt.NDArray[np.floating]:
         """Append tokens to one row, which has room for them, and return the logits [S, V] behind each of them."""
         ids = np.asarray(tokens, np.int64)[None]  # [1, S]
         return self._run(cache, row, ids, np.arange(ids.shape[1], dtype=np.int64))

@@ -8,7 +8,8 @@ A message says what is wrong, where, and what to do next.
     │   └── BundleDamagedError   a file is missing, or its bytes differ
     ├── BackendError         a backend is missing, or refused the graph
     ├── RequestError         a prompt or an option that cannot be served
-    │   └── CacheMemoryError     the KV cache does not fit in the memory left
+    │   ├── CacheMemoryError     the KV cache does not fit in the memory left
+    │   └── QueueFullError       too many requests wait already
     ├── SourceError          a model to export cannot be read or is not supported
     ├── ExportError          the export failed
     │   └── ParityError          the bundle does not compute what its source computes
@@ -43,6 +44,10 @@ class RequestError(FmedgeError):
 
 class CacheMemoryError(RequestError):
     """The KV cache of a request does not fit in the memory that is left."""
+
+
+class QueueFullError(RequestError):
+    """Too many requests wait already; try again later."""
 
 
 class SourceError(FmedgeError):

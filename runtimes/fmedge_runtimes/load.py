@@ -7,14 +7,17 @@ from pathlib import Path
 
 from fmedge_runtimes.backends import open_session
 from fmedge_runtimes.bundle import open_bundle
-from fmedge_runtimes.text import MAX_BATCH, TextModel
+from fmedge_runtimes.engine import DEFAULTS, EngineOptions
+from fmedge_runtimes.text import TextModel
 
 
 def load(
     path: str | PathLike[str],
     *,
     device: str | None = None,
-    max_batch: int = MAX_BATCH,
+    max_batch: int = DEFAULTS.max_batch,
+    max_waiting: int = DEFAULTS.max_waiting,
+    prefix_reuse: bool = DEFAULTS.prefix_reuse,
     threads: int | None = None,
     checksums: bool = True,
 ) -> TextModel:
@@ -29,4 +32,5 @@ def load(
     bundle = open_bundle(Path(path), checksums=checksums)
     graph = bundle.file(bundle.manifest.graphs["decoder"].file)
     session = open_session(graph, device or bundle.manifest.target, threads)
-    return TextModel(bundle, session, max_batch=max_batch)
+    options = EngineOptions(max_batch=max_batch, max_waiting=max_waiting, prefix_reuse=prefix_reuse)
+    return TextModel(bundle, session, options)

@@ -142,6 +142,14 @@ class RowCache:
         """Size of all buffers for so many rows of so many tokens."""
         return sum(part.nbytes(rows, capacity) for part in self.parts)
 
+    def room(self) -> int | None:
+        """Bytes that the cache could have in all; None where nobody can tell."""
+        free = self._session.free_memory()
+        if free is not None:
+            free = max(0, free - RESERVE) + self.nbytes(self.rows, self.capacity)
+        known = [limit for limit in (self._budget, free) if limit is not None]
+        return min(known, default=None)
+
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for so many rows of at least so many tokens, keeping what is cached.
 

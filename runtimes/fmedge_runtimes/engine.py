@@ -1,0 +1,322 @@
+"""The engine: many requests over one decoder and one cache, in a thread of its own.
+
+Each turn of the thread is one step of the graph: a piece of one prompt, on its own row, or one token for all rows that
+decode. Rows join when their prompt is through and leave when they finish, so requests come and go between steps. A long
+prompt goes in pieces, and the rows of other requests get their token between any two of them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from fmedge_runtimes import decoder as decoders
+from fmedge_runtimes.completion import FinishReason
+from fmedge_runtimes.decoder import Decoder
+from fmedge_runtimes.errors import BackendError, CacheMemoryError, FmedgeError, QueueFullError, RequestError
+from fmedge_runtimes.fair_queue import FairQueue
+from fmedge_runtimes.generation import Generation, light
+from fmedge_runtimes.request import Request
+from fmedge_runtimes.sampler import choose
+from fmedge_runtimes.slots import Slot, Slots
+
+SHARED_CHUNK = 128
+"""Tokens of prompts that go through between two steps of other requests' rows."""
+LEAST_CHUNK = 32
+"""What a shorter piece of a prompt counts for: a step of the graph reads all weights, however few tokens it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How much an engine takes on."""
+
+    max_batch: int = 16
+    """Rows that are decoded together at most."""
+    max_waiting: int = 1024
+    """Completions that may wait while that many rows are taken; who comes later is refused."""
+    cache_bytes: int | None = None
+    """What the cache may take; None: what the machine has free."""
+    prefix_reuse: bool = True
+    """Whether prompts start from what other rows have cached."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_batch", 1), ("max_waiting", 0)):
+            if getattr(self, name) < least:
+                raise RequestError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+
+
+DEFAULTS = EngineOptions()
+
+
+class Engine:
+    """Serves requests with one decoder. `submit`, `cancel` and `close` may be called from any thread."""
+
+    def __init__(self, decoder: Decoder, options: EngineOptions) -> None:
+        self._decoder = decoder
+        self._options = options
+        # Shared between threads, under the lock.
+        self._news = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._arrived: deque[tuple[Request, Sequence[Generation], float | None]] = deque()
+        self._stopped: deque[Request] = deque()
+        self._unfinished = 0
+        self._submitted = 0
+        self._closed = False
+        # The thread's own.
+        self._waiting = FairQueue()
+        self._slots = self._new_slots()
+        self._deadlines: dict[Request, float] = {}
+        self._crowded = False
+        """Memory does not suffice for another row; it is tried again when one leaves."""
+        self._budget = 0
+        """Tokens of prompts that may go through before the rows that decode get their next one."""
+        self._guests_turn = False
+        """The next piece is a short prompt's, if one waits behind a long one."""
+        self._last_prompt: tuple[npt.NDArray[np.int32], npt.NDArray[np.floating]] | None = None
+        """The last prompt [S] that went through and the logits [V] behind it."""
+
+    def _new_slots(self) -> Slots:
+        return Slots(self._decoder.new_cache(self._options.cache_bytes), reuse=self._options.prefix_reuse)
+
+    def submit(self, request: Request, generations: Sequence[Generation], deadline: float | None = None) -> None:
+        """Take on a request; it ends with "timeout" at the deadline (time.perf_counter).
+
+        Raises QueueFullError, and RequestError when the engine is closed.
+        """
+        with self._news:
+            if self._closed:
+                raise RequestError("the model is closed; load it again.")
+            waiting = self._unfinished - self._options.max_batch
+            if waiting >= self._options.max_waiting and generations:
+                raise QueueFullError(
+                    f"{max(waiting, 0)} completions wait for one of {self._options.max_batch} rows already; try again "
+                    "later, or load the model with a larger max_waiting or max_batch."
+                )
+            for generation in generations:
+                generation.order = self._submitted
+                self._submitted += 1
+            self._unfinished += len(generations)
+            request.on_finished = self._count_off
+            self._arrived.append((request, generations, deadline))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="fmedge-engine", daemon=True)
+                self._thread.start()
+            self._news.notify()
+
+    def _count_off(self, completions: int) -> None:
+        with self._news:
+            self._unfinished -= completions
+
+    def cancel(self, request: Request) -> None:
+        """End a request at the next step."""
+        with self._news:
+            self._stopped.append(request)
+            self._news.notify()
+
+    def close(self) -> None:
+        """End all requests and the thread; returns when the step that it is in is over."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _serve(self) -> None:
+        """The thread: one step after the other while there is work."""
+        while self._listen():
+            try:
+                self._step()
+            except Exception as error:  # whatever it is, nobody may wait for ever
+                self._break_down(error)
+        for request in {generation.request for generation in self._all()}:
+            self._end(request, "cancelled")
+        self._slots, self._last_prompt = self._new_slots(), None
+
+    def _listen(self) -> bool:
+        """Take note of what others want, and wait for it if there is nothing to do. False when all is over."""
+        with self._news:
+            while not (self._closed or self._arrived or self._stopped or self._waiting or len(self._slots)):
+                self._news.wait()
+            arrived, self._arrived = self._arrived, deque()
+            stopped, self._stopped = self._stopped, deque()
+        for request, generations, deadline in arrived:
+            self._waiting.add(request, generations)
+            if deadline is not None and generations:
+                self._deadlines[request] = deadline
+        for request in stopped:
+            self._end(request, "cancelled")
+        if self._deadlines:
+            now = time.perf_counter()
+            for request in [request for request, deadline in self._deadlines.items() if deadline <= now]:
+                self._end(request, "timeout")
+        return not self._closed
+
+    def _all(self) -> list[Generation]:
+        """Some generation of every request."""
+        return [*self._waiting, *(slot.served for slot in self._slots)]
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        """End what is unfinished of a request."""
+        for slot in [slot for slot in self._slots if slot.served.request is request]:
+            slot.served.finish(reason)
+            self._leave(slot)
+        for generation in self._waiting.remove(request):
+            generation.finish(reason)
+        self._deadlines.pop(request, None)
+
+    def _fail(self, slots: Sequence[Slot], error: FmedgeError) -> None:
+        """End the requests of the rows of a step that failed; what these rows hold is not to be trusted."""
+        requests = {slot.served.request for slot in slots}
+        for slot in slots:
+            self._leave(slot, keep=False)
+        for request in requests:
+            request.fail(light(error))
+            self._end(request, "error")
+
+    def _break_down(self, error: Exception) -> None:
+        """End everything after an error that should not be, and begin anew."""
+        failure = BackendError(f"the engine failed ({type(error).__name__}: {error}); report this.")
+        failure.__cause__ = error
+        requests = {generation.request for generation in self._all()}
+        self._waiting, self._slots, self._last_prompt = FairQueue(), self._new_slots(), None
+        self._deadlines.clear()
+        self._crowded = False
+        for request in requests:
+            request.fail(failure)
+
+    def _leave(self, slot: Slot, *, keep: bool = True) -> None:
+        request = slot.served.request
+        self._slots.release(slot, keep=keep)
+        self._crowded = False
+        if request.done:
+            self._deadlines.pop(request, None)
+
+    def _step(self) -> None:
+        """One step of the graph: a piece of a prompt, or a token for all rows that decode."""
+        slot = self._next_prompt()
+        if slot is not None:
+            self._prefill(slot)
+        else:
+            self._decode()
+
+    def _next_prompt(self) -> Slot | None:
+        """The row whose prompt goes on; None when the rows that decode come first, or no prompt waits."""
+        slot = self._slots.prefilling
+        if slot is None:
+            slot = self._admit()
+        if slot is None or (self._budget <= 0 and self._keeps_waiting(slot)):
+            return None
+        if self._guests_turn:
+            return self._guest(slot) or slot
+        return slot
+
+    def _keeps_waiting(self, slot: Slot) -> bool:
+        """Whether rows of other requests decode. Those of the same one do not mind: their caller wants all of it."""
+        return any(other.decodes and other.served.request is not slot.served.request for other in self._slots)
+
+    def _admit(self) -> Slot | None:
+        """Give rows to those that wait, until one has a prompt to prefill."""
+        while self._waiting and len(self._slots) < self._options.max_batch and not self._crowded:
+            slot = self._place(next(iter(self._waiting)))
+            if slot is not None:
+                return slot
+        return None
+
+    def _guest(self, host: Slot) -> Slot | None:
+        """Another request's short prompt, that goes through between two pieces of a long one."""
+        if len(self._slots) >= self._options.max_batch or self._crowded:
+            return None
+        for generation in islice(self._waiting, self._options.max_batch):
+            prompt = np.array(generation.cached[: SHARED_CHUNK + 1], np.int32)  # [S]
+            both = min(len(prompt), len(host.prompt))
+            alike = np.count_nonzero(np.cumsum(prompt[:both] != host.prompt[:both]) == 0)
+            # One that begins like the long prompt waits: it has less to do when that is through.
+            other = generation.request is not host.served.request
+            if other and len(prompt) <= SHARED_CHUNK and 2 * alike < len(prompt):
+                return self._place(generation)
+        return None
+
+    def _place(self, generation: Generation) -> Slot | None:
+        """Give a row to one that waits. None if it has nothing to prefill, or there is no memory for it.
+
+        Without memory it waits on while others have rows; else it can never be served.
+        """
+        prompt = np.array(generation.cached, np.int32)  # [S]
+        most, busy = self._options.max_batch, len(self._slots)
+        try:
+            wished = min(most, busy + len(self._waiting))
+            self._slots.reserve(busy + 1, len(prompt) + 1, wished=wished, most=most)
+        except CacheMemoryError as error:
+            self._crowded = busy > 0  # rows that leave make room
+            if not self._crowded:
+                self._waiting.take(generation)
+                generation.finish("error", error)
+            return None
+        self._waiting.take(generation)
+        logits = None
+        if self._last_prompt is not None and np.array_equal(self._last_prompt[0], prompt):
+            logits = self._last_prompt[1]
+        slot = self._slots.place(generation, prompt, whole=logits is not None)
+        cached = self._slots.cached(slot)
+        if not generation.tokens:
+            generation.reused = cached
+        if logits is not None and cached == len(prompt):
+            slot.decodes = True
+            self._take([slot], logits[None])
+            return None
+        return slot
+
+    def _prefill(self, slot: Slot) -> None:
+        """Put a piece of a prompt through the graph, and choose the first token behind the last piece."""
+        done = self._slots.cached(slot)
+        most = max(self._budget, LEAST_CHUNK) if self._keeps_waiting(slot) else decoders.PREFILL_CHUNK
+        piece = slot.prompt[done : done + min(most, decoders.PREFILL_CHUNK)]
+        self._budget -= max(len(piece), LEAST_CHUNK)
+        try:
+            logits = self._decoder.extend(self._slots.cache, slot.row, piece)  # [V]
+        except FmedgeError as error:
+            self._fail([slot], error)
+            return
+        slot.decodes = done + len(piece) == len(slot.prompt)
+        self._guests_turn = not slot.decodes
+        if slot.decodes:
+            self._last_prompt = (slot.prompt, logits)
+            self._take([slot], logits[None])
+
+    def _decode(self) -> None:
+        """One token for every row that decodes; where memory does not suffice for all, the latest waits again."""
+        slots = self._slots.compact()
+        self._budget = SHARED_CHUNK
+        if not slots:
+            return
+        try:
+            self._slots.reserve(len(slots), 1 + max(map(self._slots.cached, slots)))
+        except CacheMemoryError:
+            # A last row waits, too: into an empty cache it may still fit.
+            latest = max(self._slots, key=lambda slot: slot.served.order)
+            self._waiting.put_back(latest.served)
+            self._slots.release(latest)
+            self._crowded = len(self._slots) > 0
+            return
+        try:
+            logits = self._decoder.decode(self._slots.cache, [slot.served.tokens[-1] for slot in slots])  # [R, V]
+        except FmedgeError as error:
+            self._fail(slots, error)
+            return
+        self._take(slots, logits)
+
+    def _take(self, slots: Sequence[Slot], logits: npt.NDArray[np.floating]) -> None:
+        """Choose a token for each row from logits [R, V]; those that finish leave."""
+        generations = [slot.served for slot in slots]
+        chosen = choose(logits, [generation.sampler_row for generation in generations])
+        now = time.perf_counter()
+        for slot, generation, token, row in zip(slots, generations, chosen.tolist(), logits, strict=True):
+            if generation.take(token, row, now):
+                self._leave(slot)
