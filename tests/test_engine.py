@@ -97,9 +97,7 @@ events = st.lists(
     st.one_of(
         st.tuples(st.just("submit"), st.lists(st.tuples(prompts, samplings), min_size=1, max_size=3)),
         # The next turn of a chat: a prompt with its completion, and something new.
-        st.tuples(
-            st.just("continue"), st.tuples(st.integers(0, 9), st.lists(st.integers(0, 9), max_size=9), samplings)
-        ),
+        st.tuples(st.just("continue"), st.integers(0, 9), st.lists(st.integers(0, 9), max_size=9), samplings),
         st.tuples(st.just("step"), st.integers(1, 80)),
         st.tuples(st.just("cancel"), st.integers(0, 9)),
     ),
