@@ -75,7 +75,7 @@ class Engine:
         self._deadlines: dict[Request, float] = {}
         self._crowded = False
         """Memory does not suffice for another row; it is tried again when one leaves."""
-        self._budget = 0
+        self._budget = SHARED_CHUNK
         """Tokens of prompts that may go through before the rows that decode get their next one."""
         self._guests_turn = False
         """The next piece is a short prompt's, if one waits behind a long one."""
@@ -276,9 +276,10 @@ class Engine:
     def _prefill(self, slot: Slot) -> None:
         """Put a piece of a prompt through the graph, and choose the first token behind the last piece."""
         done = self._slots.cached(slot)
-        most = max(self._budget, LEAST_CHUNK) if self._keeps_waiting(slot) else decoders.PREFILL_CHUNK
-        piece = slot.prompt[done : done + min(most, decoders.PREFILL_CHUNK)]
-        self._budget -= max(len(piece), LEAST_CHUNK)
+        piece = slot.prompt[done : done + decoders.PREFILL_CHUNK]
+        if self._keeps_waiting(slot):
+            piece = piece[: max(self._budget, LEAST_CHUNK)]
+            self._budget -= max(len(piece), LEAST_CHUNK)
         try:
             logits = self._decoder.extend(self._slots.cache, slot.row, piece)  # [V]
         except FmedgeError as error:
