@@ -1,4 +1,4 @@
-"""The rows' cache: it grows when it must, keeps what it holds, and fails without harm. And the memory that is left."""
+"""The rows' cache: it grows when it must, keeps what it holds, and fails without harm."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,6 @@ from fake_session import (
     row_bytes,
     text_facts,
 )
-from fmedge_runtimes import memory
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import CacheMemoryError, RequestError
 from fmedge_runtimes.row_cache import GROWTH, STEP, RowCache, parts_of, resident
@@ -460,53 +459,3 @@ def test_a_cleared_cache_keeps_its_memory():
     assert cache.lengths.tolist() == [0, 0]
     cache.reserve(2, 64)
     assert session.allocations == len(PLAIN.parts)
-
-
-def container(folder, limit, used, inactive=None, names=("memory.max", "memory.current")):
-    folder.mkdir()
-    for name, value in zip(names, (limit, used), strict=True):
-        (folder / name).write_text(f"{value}\n")
-    if inactive is not None:
-        (folder / "memory.stat").write_text(f"anon 5\n{inactive}\nfile 9\n")
-    return tuple(folder / name for name in names)
-
-
-@pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """A machine with 1000 KiB; its containers are put in by the tests."""
-    path = tmp_path / "meminfo"
-    path.write_text("MemTotal: 4000 kB\nMemFree: 10 kB\nMemAvailable:    1000 kB\n", "ascii")
-    monkeypatch.setattr(memory, "MEMINFO", path)
-    monkeypatch.setattr(memory, "CGROUPS", ())
-    return lambda *pairs: monkeypatch.setattr(memory, "CGROUPS", pairs)
-
-
-def test_free_memory_is_the_machines_without_a_container(machine, tmp_path):
-    assert memory.available_bytes() == 1000 * 1024
-    machine((tmp_path / "none", tmp_path / "nothing"), container(tmp_path / "free", "max", 10))
-    assert memory.available_bytes() == 1000 * 1024
-
-
-def test_free_memory_is_the_containers_where_that_is_less(machine, tmp_path):
-    machine(container(tmp_path / "small", 5000, 3000))
-    assert memory.available_bytes() == 2000
-    machine(container(tmp_path / "large", 10**9, 3000))
-    assert memory.available_bytes() == 1000 * 1024
-    machine(container(tmp_path / "over", 5000, 6000))
-    assert memory.available_bytes() == 0
-
-
-@pytest.mark.parametrize("line", ["inactive_file 2500", "total_inactive_file 2500"])
-def test_files_that_were_only_read_do_not_fill_a_container(machine, tmp_path, line):
-    # The kernel gives their pages up at once; reading a bundle's weights must not leave no room for its cache.
-    machine(container(tmp_path / "read", 5000, 4900, line))
-    assert memory.available_bytes() == 5000 - (4900 - 2500)
-
-
-def test_memory_that_cannot_be_told_is_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
-    monkeypatch.setattr(memory, "CGROUPS", ())
-    assert memory.available_bytes() is None
-    (tmp_path / "old").write_text("MemTotal: 4000 kB\n")
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "old")
-    assert memory.available_bytes() is None
