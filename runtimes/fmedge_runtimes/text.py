@@ -22,9 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fmedge_runtimes import sampler
+from fmedge_runtimes.best_of import BestOf
 from fmedge_runtimes.bundle import Bundle
 from fmedge_runtimes.chat import ChatTemplate, Message
-from fmedge_runtimes.completion import Completion, Delta, FinishReason, Stats
+from fmedge_runtimes.completion import Completion, Delta, FinishReason, Stats, TokenLogprob
+from fmedge_runtimes.constraint import Constraint, Constraints
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import BundleError, BundleFormatError, CacheMemoryError, FmedgeError, RequestError
 from fmedge_runtimes.row_cache import RowCache
@@ -50,6 +52,9 @@ class _Row:
     sampling: Sampling
     text: TextStream | None
     started: float
+    rivals: BestOf | None
+    """The completions that this one competes with; shared by the rows of a request that has best_of."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     state: sampler.Row | None = None
     """Made when the row joins the batch: it can be as large as the vocabulary, and thousands of rows may wait."""
     tokens: list[int] = field(default_factory=list)
@@ -84,6 +89,7 @@ class TextModel:
             raise BundleFormatError(f"{bundle.folder}: text.sampling: {error}") from error
         self._decoder = Decoder(session, facts)
         self._eos = frozenset(facts.eos_token_ids)
+        self._constraints = Constraints(self.tokenizer, facts.vocabulary) if self.tokenizer else None
         self._template = (
             ChatTemplate(bundle.file(facts.chat_template).read_text("utf-8"), facts.special_tokens)
             if facts.chat_template
@@ -210,19 +216,30 @@ class TextModel:
                 f"{self.bundle.folder} has no tokenizer, so stop strings cannot be found; leave them out."
             )
         self._check_tokens(tokens, room=1)
+        sampling.check_vocabulary(self._decoder.facts.vocabulary)
+        self._constraint(sampling)
         seed = fresh_seed() if sampling.seed is None else sampling.seed
         sampling = replace(sampling, seed=seed)
+        rivals = None if sampling.best_of is None else BestOf(sampling)
         return [
             _Row(
                 number,
                 index,
                 tokens,
                 sampling,
-                TextStream(self.tokenizer, sampling.stop) if self.tokenizer else None,
+                TextStream(self.tokenizer, sampling.stop, continues=True) if self.tokenizer else None,
                 started,
+                rivals,
             )
-            for index in range(sampling.n)
+            for index in range(sampling.rows)
         ]
+
+    def _constraint(self, sampling: Sampling) -> Constraint | None:
+        if sampling.constraint is None:
+            return None
+        if self._constraints is None:
+            raise RequestError(f"{self.bundle.folder} has no tokenizer, so its text cannot be constrained.")
+        return self._constraints.compile(sampling)
 
     def _check_tokens(self, tokens: Sequence[int], room: int) -> None:
         vocabulary = self._decoder.facts.vocabulary
@@ -262,7 +279,7 @@ class TextModel:
                 if live:
                     return  # rows that finish make room
                 waiting.popleft()
-                yield self._finish(row, "error", error)
+                yield from self._finish(row, "error", error)
                 rows, last = min(self.max_batch, len(waiting)), None
                 continue
             waiting.popleft()
@@ -279,6 +296,8 @@ class TextModel:
             seed=row.sampling.seed or 0,
             index=row.index,
             prompt=row.prompt,
+            eos=self._eos,
+            constraint=self._constraint(row.sampling),
         )
 
     def _step(self, waiting: deque[_Row], live: list[_Row], cache: RowCache) -> Iterator[Delta]:
@@ -303,25 +322,25 @@ class TextModel:
         for slot in range(len(live) - 1, first - 1, -1):
             row, state, token = live[slot], states[slot - first], int(chosen[slot - first])
             if token == NO_TOKEN:
-                yield self._finish(row, "error", sampler.fault(logits[slot - first], state))
+                yield from self._finish(row, "error", sampler.fault(logits[slot - first], state))
                 _drop(live, cache, slot)
                 continue
+            if row.sampling.logprobs is not None or row.rivals is not None:
+                row.logprobs.append(sampler.logprob_of(logits[slot - first], token, row.sampling.logprobs or 0))
+            ended = state.ends(token)
             state.record(token)
             row.tokens.append(token)
             row.first_token = row.first_token or now
-            ended = token in self._eos and not row.sampling.ignore_eos
-            text = row.text.push(token) if row.text is not None and not ended else ""
-            reason = self._finish_reason(row, ended)
+            text = row.text.push(token) if row.text is not None and ended is None else ""
+            reason = ended or self._finish_reason(row, state)
             if reason is not None:
-                yield self._finish(row, reason, None, text)
+                yield from self._finish(row, reason, None, text)
                 _drop(live, cache, slot)
-            elif text:
+            elif text and row.rivals is None:
                 yield Delta(row.prompt_index, row.index, text)
 
-    def _finish_reason(self, row: _Row, ended: bool) -> FinishReason | None:
-        if ended:
-            return "eos"
-        if row.text is not None and row.text.stopped:
+    def _finish_reason(self, row: _Row, state: sampler.Row) -> FinishReason | None:
+        if state.complete or (row.text is not None and row.text.stopped):
             return "stop"
         if len(row.tokens) >= row.sampling.max_new_tokens:
             return "length"
@@ -329,8 +348,8 @@ class TextModel:
             return "context"
         return None
 
-    def _finish(self, row: _Row, reason: FinishReason, error: FmedgeError | None, text: str = "") -> Delta:
-        """The last delta of a row: what text was held back, and the completion."""
+    def _finish(self, row: _Row, reason: FinishReason, error: FmedgeError | None, text: str = "") -> Iterator[Delta]:
+        """The last delta of a row: what text was held back, and the completion. With best_of, once all are in."""
         if row.text is not None:
             text += row.text.flush()
             if row.text.stopped and reason != "error":
@@ -354,8 +373,14 @@ class TextModel:
             seed=row.sampling.seed or 0,
             stats=stats,
             error=_light(error) if error is not None else None,
+            logprobs=None if row.sampling.logprobs is None else tuple(row.logprobs),
+            cumulative_logprob=sum(one.logprob for one in row.logprobs) if row.logprobs else None,
         )
-        return Delta(row.prompt_index, row.index, text, completion)
+        if row.rivals is None:
+            yield Delta(row.prompt_index, row.index, text, completion)
+        else:
+            for best in row.rivals.add(completion):
+                yield Delta(best.prompt_index, best.index, best.text, best)
 
 
 def _drop(live: list[_Row], cache: RowCache, slot: int) -> None:
