@@ -1,4 +1,4 @@
-"""Constraints: what may come next is what the text can go on with, for every kind of tokenizer; errors stay with their request."""
+"""Constraints: what may come next is what the text can go on with, for every kind of tokenizer."""
 
 import json
 import re
@@ -244,7 +244,10 @@ def test_ends_come_only_where_the_text_may_end(opened):
     logits = np.zeros((9, tokenizer.vocab_size + PADDING), np.float32)
     a = tokenizer.encode("a", special=False)[0]
     logits[:, a], logits[:, eos], logits[:, stop] = 1, 3, 2
-    made = lambda **changes: generate(opened["byte-level"], Sampling(regex="[ab]{2,4}", **changes), logits, eos=[eos])
+
+    def made(**changes):
+        return generate(opened["byte-level"], Sampling(regex="[ab]{2,4}", **changes), logits, eos=[eos])
+
     assert made() == ([stop, stop, eos], "bb", "eos")
     # A stop token is no text, although the expression would take it as such.
     assert made(stop_token_ids=[stop]) == ([a, a, eos], "aa", "eos")

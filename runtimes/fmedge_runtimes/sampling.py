@@ -182,7 +182,8 @@ def _normal(name: str, value: Any) -> Any:  # noqa: ANN401 - as it came from Pyt
             pairs = value.items() if isinstance(value, Mapping) else value
             # int, because JSON has no keys but strings.
             return tuple(sorted((int(token), float(bias)) for token, bias in pairs))
-        return tuple(operator.index(token) for token in value)
+        # True is no token id, although it has an index.
+        return tuple(token if isinstance(token, bool) else operator.index(token) for token in value)
     except (TypeError, ValueError):
         return value
 
