@@ -74,6 +74,7 @@ PERSON = {
 }
 
 
+@pytest.mark.medium
 def test_constraints_from_files_arguments_and_lines(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "person.json").write_text(json.dumps(PERSON))
     (tmp_path / "g.lark").write_text('start: "x" DIGIT+\nDIGIT: /[0-9]/')
@@ -99,6 +100,7 @@ def test_constraints_from_files_arguments_and_lines(bundle: Path, tmp_path: Path
     assert "unclosed group" in records[3]["error"]
 
 
+@pytest.mark.medium
 def test_tokens_and_logprobs(bundle: Path) -> None:
     call = ["generate", bundle, "The list", "--json", "--max-new-tokens", 4, "--ignore-eos"]
     plain = json.loads(fmedge(*call).stdout)
@@ -116,6 +118,7 @@ def test_tokens_and_logprobs(bundle: Path) -> None:
     assert stopped["finish_reason"] == "stop"
 
 
+@pytest.mark.medium
 def test_the_best_of_several(bundle: Path) -> None:
     call = ["generate", bundle, "Once", "--temperature", 1, "--seed", 3, "--json", "--max-new-tokens", 12]
     (best,) = fmedge(*call, "--best-of", 4, "--typical-p", 0.9).stdout.splitlines()

@@ -90,7 +90,8 @@ def _columns(scores: npt.NDArray[np.float32], width: int, k: int) -> npt.NDArray
     """
     cut = _BLOCKS * width
     maxima = scores[:cut].reshape(_BLOCKS, width).max(axis=0)  # [V / 64]
-    least = np.partition(maxima, width - k)[width - k]
+    # A constraint may leave fewer than k columns that are not -inf.
+    least = max(np.partition(maxima, width - k)[width - k], _LOWEST)
     columns = np.flatnonzero(maxima >= least)  # [C]
     ids = np.arange(0, cut, width)[:, None] + columns  # [64, C]
     ids = np.concatenate([ids.ravel(), np.arange(cut, len(scores))])
@@ -131,7 +132,7 @@ def _coarse(scores: npt.NDArray[np.float32], sampling: Sampling) -> tuple[npt.ND
     if sampling.min_p > 0.0:
         reach = (math.log(sampling.min_p) - _SLACK) * _divisor(sampling)
         return np.flatnonzero(scores - scores.max() >= reach), 0.0
-    return np.arange(len(scores)), 0.0
+    return np.flatnonzero(scores >= _LOWEST), 0.0
 
 
 def _nucleus(scores: npt.NDArray[np.float32], weights: npt.NDArray[np.floating], mass: float) -> npt.NDArray[np.bool_]:
