@@ -17,6 +17,7 @@ from fmedge_runtimes.tokenizer import TextStream, Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import byte_level, gemma_decoder, sentencepiece, word_level
+from test_tokenizer_families import FAMILIES
 from tokenizers import decoders
 
 PADDING = 5
@@ -318,6 +319,43 @@ def test_a_byte_that_no_token_spells_is_an_error_not_another_text(opened):
     logits = np.zeros((1, len(constraint.limits())), np.float32)
     assert choose(logits, [state]).tolist() == [NO_TOKEN]
     assert "the tokenizer has no token for what has to come next" in str(fault(logits[0], state))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    found = {}
+    for name in ("llama 2", "mistral", "unigram with bytes", "gpt-2", "bert", "metaspace"):
+        {**FAMILIES, **MAKERS}[name]().save(str(folder / f"{name}.json"))
+        tokenizer = Tokenizer(folder / f"{name}.json")
+        found[name] = tokenizer, constraint_module._Vocabulary(tokenizer, tokenizer.vocab_size)
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(["llama 2", "mistral", "unigram with bytes", "gpt-2", "bert", "metaspace"]), st.data())
+def test_prescribed_bytes_become_exactly_these_bytes(made, name, data):
+    tokenizer, vocabulary = made[name]
+    text = data.draw(
+        st.lists(st.sampled_from(["the", " ", "t", "€", "</s>", "<tool>", "{", "\n", "\U0001f600"])).map("".join)
+    )
+    wanted = ("x" + text).encode()[: data.draw(st.integers(1, 40))]
+    tokens = vocabulary(wanted)
+    assert b"".join(vocabulary.tokens[token] for token in tokens) == wanted
+    assert not set(tokens) & set(vocabulary.special_token_ids)
+    if name in ("gpt-2", "llama 2", "mistral") and "</s>" not in text and "<tool>" not in text:
+        # As the tokenizer itself goes on from a line break; byte by byte only where a character is cut.
+        try:
+            own = tokenizer.encode("\n" + wanted.decode(), special=False)
+        except UnicodeDecodeError:
+            return
+        assert own[-len(tokens) :] == tokens or tokenizer.encode(wanted.decode(), special=False) == tokens
+    # Bytes that no token has stand behind the vocabulary, and are taken only where the tokens cannot spell the whole.
+    texts = {text for text in tokenizer.text_bytes(tokenizer.vocab_size) if text}
+    spelt = [True]
+    for end in range(1, len(wanted) + 1):
+        spelt.append(any(spelt[start] and wanted[start:end] in texts for start in range(end)))
+    assert (max(tokens) < tokenizer.vocab_size) == spelt[-1]
 
 
 def test_prescribed_text_is_spelt_as_the_tokenizer_would(opened):

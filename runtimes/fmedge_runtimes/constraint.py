@@ -156,8 +156,8 @@ class Constraints:
         try:
             if kind == "json_schema":
                 schema = json.loads(source)
-                chosen = isinstance(schema, dict) and "x-guidance" in schema
-                grammar = LLMatcher.grammar_from_json_schema(source, defaults=None if chosen else _WHITESPACE)
+                plain = isinstance(schema, dict) and "x-guidance" not in schema
+                grammar = LLMatcher.grammar_from_json_schema(source, defaults=_WHITESPACE if plain else None)
             else:
                 grammar = grammar_from(kind, source)
         except ValueError as error:
