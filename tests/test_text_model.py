@@ -688,6 +688,7 @@ def test_options_out_of_range_are_refused(wrong):
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9, above max_new_tokens, which is 8"),
         ({"forced_tokens": [1, 2], "max_new_tokens": 1}, "forced_tokens has 2 ids, more than max_new_tokens"),
         ({"forced_tokens": [1, 2], "banned_tokens": [2]}, "forced_tokens and banned_tokens both have token id 2"),
+        ({"forced_tokens": [1], "stop_token_ids": [1], "regex": "a"}, "forced_tokens has token id 1, which ends the"),
         ({"length_penalty": 0.0}, "length_penalty is 0.0, which only best_of uses"),
         ({"n": 3, "best_of": 2, "temperature": 1.0}, "n is 3, above best_of, which is 2"),
         ({"best_of": 2}, "best_of is 2 and temperature 0"),

@@ -126,8 +126,7 @@ class Constraints:
             raise RequestError(f"Sampling.{sampling.constraint[0]}: {constraint.error}")
         if constraint.complete:
             raise RequestError(f"Sampling.{sampling.constraint[0]} allows no text but the empty one.")
-        ended = set(sampling.forced_tokens) & set(sampling.stop_token_ids)
-        if fitting < len(sampling.forced_tokens) or ended:
+        if fitting < len(sampling.forced_tokens):
             raise RequestError(
                 f"Sampling.forced_tokens do not fit {sampling.constraint[0]}: token {fitting} of them, "
                 f"id {sampling.forced_tokens[fitting]}, cannot come there."

@@ -137,6 +137,12 @@ class Sampling:
                 f"Sampling.forced_tokens has {len(self.forced_tokens)} ids, more than max_new_tokens, which is "
                 f"{self.max_new_tokens}."
             )
+        both = set(self.forced_tokens) & set(self.stop_token_ids)
+        if constraints and both:
+            raise RequestError(
+                f"Sampling.forced_tokens has token id {min(both)}, which ends the text before it can follow "
+                f"{constraints[0]}: it is one of stop_token_ids."
+            )
         both = set(self.forced_tokens) & set(self.banned_tokens)
         if both:
             raise RequestError(f"Sampling.forced_tokens and banned_tokens both have token id {min(both)}.")
