@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from fake_session import (
     CONTEXT,
     EOS,
@@ -36,7 +37,7 @@ from fmedge_runtimes.text import TextModel
 from fmedge_runtimes.tokenizer import Tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import decoders, models, processors
 
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
@@ -775,6 +776,20 @@ def test_a_chat_is_tokenized_without_further_special_tokens(tmp_path):
         EOS,
         2,
     ]
+
+
+def test_a_completion_keeps_the_space_that_sets_it_apart_from_its_prompt(tmp_path):
+    # As SentencePiece: a word begins with a mark, and the decoder takes the first space of a text away.
+    bundle = make_bundle(tmp_path / "bundle")
+    words = {f"\u2581{letter}": number for number, letter in enumerate(LETTERS)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token="\u2581a"))
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.save(str(bundle.file("tokenizer.json")))
+    model = TextModel(bundle, FakeSession())
+    sampling = Sampling(3, forced_tokens=[2, 3, 4], regex=" c( d e)?")
+    (completion,) = model.generate([[0, 1]], sampling)
+    assert model.tokenizer.decode([0, 1]) + completion.text == model.tokenizer.decode([0, 1, 2, 3, 4]) == "a b c d e"
+    assert completion.finish_reason == "stop"
 
 
 def test_a_faulty_template_stops_chats_alone(tmp_path):
