@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fmedge_runtimes.completion import Completion, Delta, FinishReason, Stats
+from fmedge_runtimes.completion import Completion, Delta, FinishReason, Stats, TokenLogprob
 from fmedge_runtimes.errors import (
     BackendError,
     BundleDamagedError,
@@ -64,6 +64,7 @@ __all__ = [
     "SourceError",
     "Stats",
     "TextModel",
+    "TokenLogprob",
     "TrainingError",
     "__version__",
     "export",

@@ -1,20 +1,38 @@
 """What a request gets from the fake decoder when it is alone: one sequence, one token at a time, no cache."""
 
-from fake_session import CONTEXT, EOS, LETTERS, PLAIN, VOCABULARY, logits_of
-from fmedge_runtimes.sampler import Row, choose
+import functools
+import itertools
+import re
+import tempfile
+from pathlib import Path
+
+from fake_session import CONTEXT, EOS, LETTERS, PLAIN, VOCABULARY, letters_tokenizer, logits_of
+from fmedge_runtimes.constraint import Constraints
+from fmedge_runtimes.sampler import NO_TOKEN, Row, choose
+from fmedge_runtimes.tokenizer import Tokenizer
 
 
 def alone(prompt, sampling, index=0, seed=None, layers=PLAIN):
     """Tokens, text and finish reason of one completion."""
     tokens = list(encoded(prompt))
-    state = Row(sampling, vocabulary=VOCABULARY, seed=seed or sampling.seed or 0, index=index, prompt=tokens)
+    constraint = constraints().compile(sampling) if sampling.constraint is not None else None
+    seed = seed or sampling.seed or 0
+    state = Row(
+        sampling, vocabulary=VOCABULARY, seed=seed, index=index, prompt=tokens, eos=[EOS], constraint=constraint
+    )
     made = []
     while True:
         (token,) = choose(logits_of((*tokens, *made), layers)[None], [state])
+        if token == NO_TOKEN:
+            return made, written(made), "error"
         state.record(int(token))
         made.append(int(token))
         if token == EOS and not sampling.ignore_eos:
             return made, written(made), "eos"
+        if token in sampling.stop_token_ids:
+            return made, written(made[:-1]), "stop"
+        if sampling.regex and re.fullmatch(sampling.regex, written(made)) and not can_go_on(sampling.regex, made):
+            return made, written(made), "stop"
         places = [written(made).find(stop) for stop in sampling.stop]
         if max(places, default=-1) >= 0:
             return made, written(made)[: min(place for place in places if place >= 0)], "stop"
@@ -22,6 +40,17 @@ def alone(prompt, sampling, index=0, seed=None, layers=PLAIN):
             return made, written(made), "length"
         if len(tokens) + len(made) == CONTEXT:
             return made, written(made), "context"
+
+
+@functools.cache
+def constraints():
+    with tempfile.TemporaryDirectory() as folder:
+        letters_tokenizer().save(f"{folder}/tokenizer.json")
+        return Constraints(Tokenizer(Path(folder) / "tokenizer.json"), VOCABULARY)
+
+
+def can_go_on(regex, made):
+    return any(re.fullmatch(regex, written(made) + "".join(more)) for more in itertools.product(LETTERS, repeat=1))
 
 
 def encoded(prompt):

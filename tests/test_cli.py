@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 
@@ -64,6 +66,69 @@ def test_chat(bundle: Path) -> None:
     assert fmedge("generate", bundle, "Hi", "--system", "Be brief.").returncode == 2
 
 
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Ada", "Bob"]}, "age": {"type": "integer", "minimum": 0, "maximum": 130}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.medium
+def test_constraints_from_files_arguments_and_lines(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "person.json").write_text(json.dumps(PERSON))
+    (tmp_path / "g.lark").write_text('start: "x" DIGIT+\nDIGIT: /[0-9]/')
+    (tmp_path / "prompts.jsonl").write_text(
+        f'{{"prompt": "a", "json_schema": {json.dumps(PERSON)}}}\n'
+        '{"prompt": "b", "regex": "[0-9]{4}"}\n{"prompt": "c"}\n{"prompt": "d", "regex": "(a"}\n'
+    )
+    tight = ["--temperature", 1, "--seed", 1, "--max-new-tokens", 200]
+    for schema in (tmp_path / "person.json", json.dumps(PERSON)):
+        done = fmedge("generate", bundle, "A person:", "--json-schema", schema, *tight)
+        assert (done.returncode, done.stderr) == (0, "")
+        jsonschema.validate(json.loads(done.stdout), PERSON)
+    done = fmedge("generate", bundle, "A", "--grammar", tmp_path / "g.lark", "--max-new-tokens", 5)
+    assert re.fullmatch("x[0-9]*\n", done.stdout)
+    assert "cut off after 5 tokens (length), so the text may be incomplete (grammar)" in done.stderr
+    done = fmedge("generate", bundle, "-i", tmp_path / "prompts.jsonl", "--json", *tight)
+    assert done.returncode == 1
+    records = {item["prompt_index"]: item for item in map(json.loads, done.stdout.splitlines())}
+    jsonschema.validate(json.loads(records[0]["text"]), PERSON)
+    assert re.fullmatch("[0-9]{4}", records[1]["text"])
+    (free,) = fmedge("generate", bundle, "c", "--json", *tight).stdout.splitlines()
+    assert records[2]["tokens"] == json.loads(free)["tokens"]
+    assert "unclosed group" in records[3]["error"]
+
+
+@pytest.mark.medium
+def test_tokens_and_logprobs(bundle: Path) -> None:
+    call = ["generate", bundle, "The list", "--json", "--max-new-tokens", 4, "--ignore-eos"]
+    plain = json.loads(fmedge(*call).stdout)
+    assert plain["logprobs"] is None
+    first, second, third, _ = plain["tokens"]
+    changed = json.loads(
+        fmedge(*call, "--logprobs", 2, "--ban", first, "--force", 7, "--force", 8, "--logit-bias", "9=1000").stdout
+    )
+    assert changed["tokens"] == [7, 8, 9, 9]
+    assert [len(one["top"]) for one in changed["logprobs"]] == [2] * 4
+    assert changed["logprobs"][0]["top"][0][0] == first
+    assert changed["cumulative_logprob"] == pytest.approx(sum(one["logprob"] for one in changed["logprobs"]))
+    stopped = json.loads(fmedge(*call, "--stop-token", second, "--stop-token", third).stdout)
+    assert stopped["tokens"] == plain["tokens"][: 1 if first in (second, third) else 2]
+    assert stopped["finish_reason"] == "stop"
+
+
+@pytest.mark.medium
+def test_the_best_of_several(bundle: Path) -> None:
+    call = ["generate", bundle, "Once", "--temperature", 1, "--seed", 3, "--json", "--max-new-tokens", 12]
+    (best,) = fmedge(*call, "--best-of", 4, "--typical-p", 0.9).stdout.splitlines()
+    everyone = [
+        json.loads(line) for line in fmedge(*call, "--n", 4, "--logprobs", 0, "--typical-p", 0.9).stdout.splitlines()
+    ]
+    scores = {tuple(one["tokens"]): one["cumulative_logprob"] / len(one["tokens"]) for one in everyone}
+    assert tuple(json.loads(best)["tokens"]) == max(scores, key=scores.get)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -71,6 +136,11 @@ def test_chat(bundle: Path) -> None:
         (["generate", "BUNDLE"], "there is no prompt"),
         (["generate", "BUNDLE", "-i", "missing.txt"], "cannot read missing.txt"),
         (["generate", "BUNDLE", "Hi", "--temperature", "-1"], "temperature is -1.0"),
+        (["generate", "BUNDLE", "Hi", "--min-new-tokens", "300"], "above max_new_tokens"),
+        (["generate", "BUNDLE", "Hi", "--json-object", "--regex", "a"], "json and regex"),
+        (["generate", "BUNDLE", "Hi", "--json-schema", "missing.json"], "cannot read missing.json"),
+        (["generate", "BUNDLE", "Hi", "--json-schema", "{"], "JSON Schema"),
+        (["generate", "BUNDLE", "Hi", "--logit-bias", "x=1"], "logit_bias"),
         (["generate", "BUNDLE", "Hi", "--device", "tpu"], "there is no device tpu"),
         (["generate", "BUNDLE", "Hi", "-o", "nowhere/out.jsonl"], "cannot write nowhere/out.jsonl"),
         (["inspect", "."], "is not a bundle"),
@@ -92,6 +162,8 @@ def test_usage_errors_exit_with_2_and_debug_shows_the_traceback(bundle: Path) ->
     assert fmedge("generate").returncode == 2
     assert fmedge("export", "a", "b", "--verify", "sometimes").returncode == 2
     assert fmedge("nonsense").returncode == 2
+    assert fmedge("generate", bundle, "Hi", "--logprobs", 2).returncode == 2
+    assert fmedge("generate", bundle, "Hi", "--logit-bias", "5").returncode == 2
     done = fmedge("--debug", "inspect", "nowhere")
     assert "Traceback" in done.stderr
     assert done.returncode == 1
@@ -106,6 +178,8 @@ def test_malformed_json_lines_name_file_and_line(bundle: Path, tmp_path: Path) -
         ('{"prompt": 5}', "must be a text or a list"),
         ('{"prompt": "x", "temprature": 1}', "unknown key 'temprature'"),
         ('{"prompt": "x", "top_p": 7}', "top_p is 7"),
+        ('{"prompt": "x", "min_new_tokens": 500}', "above max_new_tokens"),
+        ('{"prompt": "x", "json": true, "stop": ["a"]}', "json and stop"),
     ):
         path.write_text('{"prompt": "fine"}\n' + line + "\n")
         done = fmedge("generate", bundle, "-i", path)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import gc
+import sys
 import threading
 import weakref
 
 import numpy as np
 import pytest
+import tokenizers
 from fake_session import (
     CONTEXT,
     EOS,
@@ -24,12 +26,13 @@ from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.engine import EngineOptions
 from fmedge_runtimes.errors import BackendError, BundleError, BundleFormatError, CacheMemoryError, RequestError
 from fmedge_runtimes.golden import Replay, continue_greedily, replay
-from fmedge_runtimes.sampling import Sampling
+from fmedge_runtimes.sampler import logprob_of
+from fmedge_runtimes.sampling import Sampling, checked
 from fmedge_runtimes.text import TextModel
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from one_by_one import alone, expected, facts, written
-from tokenizers import processors
+from one_by_one import alone, encoded, expected, facts, written
+from tokenizers import decoders, models, processors
 
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
@@ -44,14 +47,31 @@ def model(bundle):
     return TextModel(bundle, FakeSession(), EngineOptions(max_batch=4))
 
 
+def build(**options):
+    """A Sampling of drawn options, without what contradicts others."""
+    options["min_new_tokens"] = min(options["min_new_tokens"], options["max_new_tokens"])
+    options["forced_tokens"] = options["forced_tokens"][: options["max_new_tokens"]]
+    if options["regex"] is not None:
+        options |= {"stop": (), "ignore_eos": False, "forced_tokens": ()}
+    return Sampling(**options)
+
+
 samplings = st.builds(
-    Sampling,
+    build,
     max_new_tokens=st.sampled_from([1, 2, 5, 30, 70]),
     temperature=st.sampled_from([0.0, 0.5, 1.5]),
     top_k=st.sampled_from([0, 5]),
     top_p=st.sampled_from([0.8, 1.0]),
+    typical_p=st.sampled_from([0.9, 1.0]),
     repetition_penalty=st.sampled_from([1.0, 1.3]),
     frequency_penalty=st.sampled_from([0.0, 0.5]),
+    logit_bias=st.sampled_from([{}, {0: 2.0, EOS: -1.0}]),
+    banned_tokens=st.sampled_from([(), (2, 21)]),
+    forced_tokens=st.sampled_from([(), (), (3, 4, 5)]),
+    min_new_tokens=st.sampled_from([0, 0, 20]),
+    stop_token_ids=st.sampled_from([(), (), (6,)]),
+    regex=st.sampled_from([None, None, None, "(ab|[d-f])*", "[a-h]{3,20}q", "d[ef]"]),
+    logprobs=st.sampled_from([None, 0, 2]),
     stop=st.sampled_from([(), ("a", "bc"), ("q",)]),
     ignore_eos=st.booleans(),
     n=st.integers(1, 3),
@@ -351,6 +371,92 @@ def test_a_stop_string_that_is_found_at_the_end_is_the_reason(model):
     assert (stopped.text, stopped.finish_reason) == (whole.text[:-2], "stop")
 
 
+def test_a_stop_token_ends_the_completion_and_is_not_in_its_text(model):
+    (whole,) = model.generate("ab", Sampling(30, temperature=1.0, seed=4, ignore_eos=True))
+    stop = whole.tokens[7]
+    sampling = Sampling(30, temperature=1.0, seed=4, ignore_eos=True, stop_token_ids=[stop])
+    deltas = list(model.stream("ab", sampling))
+    first = whole.tokens.index(stop)
+    assert deltas[-1].completion.tokens == whole.tokens[: first + 1]
+    assert deltas[-1].completion.finish_reason == "stop"
+    assert deltas[-1].completion.text == "".join(delta.text for delta in deltas) == written(whole.tokens[:first])
+
+
+def test_logprobs_are_those_of_the_unmodified_distribution(model):
+    changed = {"banned_tokens": [3], "logit_bias": {5: 4.0}, "temperature": 2.0, "top_k": 3, "seed": 1}
+    for prompt, top in (("ab", 0), ("cd", 2), ("e", VOCABULARY + 3)):
+        (completion,) = model.generate(prompt, Sampling(9, ignore_eos=True, logprobs=top, **changed))
+        wanted = [
+            logprob_of(logits_of((*encoded(prompt), *completion.tokens[:place])), token, top)
+            for place, token in enumerate(completion.tokens)
+        ]
+        assert list(completion.logprobs) == wanted
+        assert len(wanted[0].top) == min(top, VOCABULARY)
+        assert completion.cumulative_logprob == pytest.approx(sum(one.logprob for one in wanted))
+    (plain,) = model.generate("e", Sampling(9, ignore_eos=True, **changed))
+    assert plain.tokens == completion.tokens
+    assert plain.logprobs is plain.cumulative_logprob is None
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0])
+def test_the_best_completions_come_at_the_end_of_all(bundle, length_penalty):
+    sampling = Sampling(30, temperature=1.5, n=2, best_of=6, seed=3, length_penalty=length_penalty)
+    free = dataclasses.replace(sampling, n=6, best_of=None, length_penalty=1.0, logprobs=0)
+    model = TextModel(bundle, FakeSession(), max_batch=4)
+    deltas = list(model.stream(["ab", "cd", "ef"], [sampling, Sampling(5), sampling]))
+    for number, prompt in ((0, "ab"), (2, "ef")):
+        everyone = model.generate(prompt, free)
+        scores = [one.cumulative_logprob / len(one.tokens) ** length_penalty for one in everyone]
+        order = sorted(range(6), key=lambda place: -scores[place])[:2]
+        best = [delta.completion for delta in deltas if delta.prompt_index == number]
+        assert [one.index for one in best] == [0, 1]
+        assert [one.tokens for one in best] == [everyone[place].tokens for place in order]
+        assert [one.logprobs for one in best] == [None, None]
+        assert [delta.text for delta in deltas if delta.prompt_index == number] == [one.text for one in best]
+    assert len({len(one.tokens) for one in everyone}) > 1
+
+
+def test_a_constraint_that_cannot_be_fails_its_request_alone(bundle):
+    session = FakeSession()
+    wrong = [Sampling(5, regex="(a"), Sampling(5, banned_tokens=[VOCABULARY]), Sampling(5, json_schema={"not": {}})]
+    completions = TextModel(bundle, session).generate(["ab", "cd", "ef", "gh"], [*wrong, Sampling(5, regex="[a-d]*")])
+    assert [one.finish_reason for one in completions[:3]] == ["error"] * 3
+    for one, words in zip(completions, ("unclosed group", f"has token id {VOCABULARY}", "Unimplemented"), strict=False):
+        assert isinstance(one.error, RequestError)
+        assert words in str(one.error)
+    assert facts(completions[3]) == alone("gh", Sampling(5, regex="[a-d]*"))
+    # Refused before anything ran for them.
+    assert session.steps[0] == (1, 2)
+    assert all(rows == 1 for rows, _ in session.steps)
+
+
+def test_a_constraint_that_leads_nowhere_ends_its_row_alone(model):
+    constrained, other = model.generate(["ab", "cd"], [Sampling(9, regex="abc-"), Sampling(9, ignore_eos=True)])
+    assert (constrained.text, constrained.finish_reason) == ("abc", "error")
+    assert "has no token for what has to come next" in str(constrained.error)
+    assert facts(other) == alone("cd", Sampling(9, ignore_eos=True))
+
+
+def test_a_constraint_cut_short_says_so(model):
+    cut, whole = model.generate(["ab", "ab"], [Sampling(4, regex="[a-d]{6}"), Sampling(6, regex="[a-d]{6}")])
+    assert (len(cut.text), cut.finish_reason) == (4, "length")
+    assert (len(whole.text), whole.finish_reason) == (6, "stop")
+
+
+def test_a_complete_text_takes_no_further_step(bundle):
+    session = FakeSession()
+    (done,) = TextModel(bundle, session).generate("ab", Sampling(50, regex="q{5}"))
+    assert (done.text, done.finish_reason) == ("qqqqq", "stop")
+    assert session.steps == [(1, 2)] + [(1, 1)] * 4
+
+
+def test_without_llguidance_only_constrained_requests_fail(bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    free, constrained = TextModel(bundle, FakeSession()).generate(["ab", "ab"], [Sampling(5), Sampling(5, regex="a")])
+    assert facts(free) == alone("ab", Sampling(5))
+    assert "pip install 'fmedge[constraints]'" in str(constrained.error)
+
+
 def test_stats_count_tokens(model):
     done, refused = model.generate([[1, 2, 3], []], Sampling(6, ignore_eos=True))
     assert (done.stats.prompt_tokens, done.stats.new_tokens) == (3, 6)
@@ -476,13 +582,88 @@ def test_no_prompts_give_no_completions(model):
         {"n": 0},
         {"seed": -1},
         {"seed": 2**64},
+        {"seed": True},
+        {"max_new_tokens": 1.5},
+        {"temperature": "hot"},
+        {"typical_p": 0.0},
+        {"typical_p": 1.1},
+        {"logit_bias": {"a": 1}},
+        {"logit_bias": ((1, 2.0), (1, 3.0))},
+        {"logit_bias": ((1, float("nan")),)},
+        {"logit_bias": ((-1, 2.0),)},
+        {"logit_bias": 5},
+        {"banned_tokens": (-1,)},
+        {"banned_tokens": (1.5,)},
+        {"banned_tokens": "12"},
+        {"forced_tokens": 5},
+        {"stop_token_ids": (True,)},
+        {"min_new_tokens": -1},
+        {"ignore_eos": 1},
+        {"json": "yes"},
+        {"json_schema": "{"},
+        {"json_schema": 5},
+        {"regex": 5},
+        {"grammar": ("start: a",)},
+        {"best_of": 0},
+        {"length_penalty": float("inf")},
+        {"logprobs": -1},
     ],
+    ids=str,
 )
 def test_options_out_of_range_are_refused(wrong):
     ((name, value),) = wrong.items()
+    for call in (Sampling, lambda **values: checked(values)):
+        with pytest.raises(RequestError) as caught:
+            call(**wrong)
+        assert f"Sampling.{name} is {value!r}; it must be " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"json": True, "regex": "a"}, "json and regex"),
+        ({"json_schema": {}, "grammar": "start: a"}, "json_schema and grammar"),
+        ({"regex": "a", "stop": ["b"]}, "regex and stop"),
+        ({"json": True, "ignore_eos": True}, "json and ignore_eos"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9, above max_new_tokens, which is 8"),
+        ({"forced_tokens": [1, 2], "max_new_tokens": 1}, "forced_tokens has 2 ids, more than max_new_tokens"),
+        ({"forced_tokens": [1, 2], "banned_tokens": [2]}, "forced_tokens and banned_tokens both have token id 2"),
+        ({"forced_tokens": [1], "stop_token_ids": [1], "regex": "a"}, "forced_tokens has token id 1, which ends the"),
+        ({"length_penalty": 0.0}, "length_penalty is 0.0, which only best_of uses"),
+        ({"n": 3, "best_of": 2, "temperature": 1.0}, "n is 3, above best_of, which is 2"),
+        ({"best_of": 2}, "best_of is 2 and temperature 0"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other_are_refused(wrong, words):
+    # One by one they are right, so that only what they come to together is refused.
+    assert checked(wrong)
     with pytest.raises(RequestError) as caught:
         Sampling(**wrong)
-    assert f"Sampling.{name} is {value!r}" in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_options_come_in_the_forms_that_json_and_numpy_give():
+    given = {
+        "logit_bias": {"7": 1, 3: -2},
+        "stop": ["a"],
+        "banned_tokens": np.array([4, 5]),
+        "forced_tokens": [np.int64(1)],
+        "json_schema": {"type": "object", "properties": {"b": {}, "a": {}}},
+    }
+    kept = checked(given)
+    assert kept == {
+        "logit_bias": ((3, -2.0), (7, 1.0)),
+        "stop": ("a",),
+        "banned_tokens": (4, 5),
+        "forced_tokens": (1,),
+        "json_schema": '{"type": "object", "properties": {"b": {}, "a": {}}}',
+    }
+    assert checked(kept) == kept
+    del given["json_schema"]
+    sampling = Sampling(**given)
+    assert sampling == dataclasses.replace(sampling)
+    assert hash(sampling) == hash(dataclasses.replace(sampling))
 
 
 def test_the_recommended_sampling_is_the_default(tmp_path):
@@ -501,11 +682,14 @@ def test_a_recommended_sampling_that_cannot_be_is_the_bundles_fault(tmp_path):
 
 def test_without_a_tokenizer_prompts_are_ids(tmp_path):
     model = TextModel(make_bundle(tmp_path / "bundle", tokenizer=False), FakeSession())
-    ids, text, stop = model.generate([[1, 2], "ab", [1, 2]], [Sampling(5), Sampling(5), Sampling(5, stop=("a",))])
+    ids, text, stop, regex = model.generate(
+        [[1, 2], "ab", [1, 2], [1, 2]], [Sampling(5), Sampling(5), Sampling(5, stop=("a",)), Sampling(5, regex="a")]
+    )
     assert list(ids.tokens) == alone([1, 2], Sampling(5))[0]
     assert ids.text == ""
     assert "has no tokenizer; give prompts as token ids" in str(text.error)
     assert "stop strings cannot be found" in str(stop.error)
+    assert "its text cannot be constrained" in str(regex.error)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
@@ -531,6 +715,20 @@ def test_a_chat_is_tokenized_without_further_special_tokens(tmp_path):
         EOS,
         2,
     ]
+
+
+def test_a_completion_keeps_the_space_that_sets_it_apart_from_its_prompt(tmp_path):
+    # As SentencePiece: a word begins with a mark, and the decoder takes the first space of a text away.
+    bundle = make_bundle(tmp_path / "bundle")
+    words = {f"\u2581{letter}": number for number, letter in enumerate(LETTERS)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token="\u2581a"))
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.save(str(bundle.file("tokenizer.json")))
+    model = TextModel(bundle, FakeSession())
+    sampling = Sampling(3, forced_tokens=[2, 3, 4], regex=" c( d e)?")
+    (completion,) = model.generate([[0, 1]], sampling)
+    assert model.tokenizer.decode([0, 1]) + completion.text == model.tokenizer.decode([0, 1, 2, 3, 4]) == "a b c d e"
+    assert completion.finish_reason == "stop"
 
 
 def test_a_faulty_template_stops_chats_alone(tmp_path):

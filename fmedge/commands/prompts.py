@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fmedge_runtimes.errors import RequestError
-from fmedge_runtimes.sampling import Sampling
+from fmedge_runtimes.sampling import Sampling, checked
 
 OVERRIDES = {item.name for item in fields(Sampling)}
 
@@ -23,6 +23,15 @@ class PromptLine:
     messages: list[dict[str, Any]] | None
     overrides: dict[str, Any]
     """Fields of Sampling for this prompt alone."""
+    where: str = ""
+    """File and line of a prompt that has overrides."""
+
+    def sampling(self, base: Sampling) -> Sampling:
+        """The options of this prompt. Raises RequestError, naming file and line, when they contradict each other."""
+        try:
+            return replace(base, **self.overrides)
+        except RequestError as error:
+            raise RequestError(f"{self.where}: {error}") from error
 
 
 def read_prompts(arguments: Sequence[str], source: str | None) -> list[PromptLine]:
@@ -75,10 +84,7 @@ def _from_json(where: str, line: str) -> PromptLine:
         raise RequestError(
             f"{where} has the unknown key {unknown[0]!r}; known are prompt, messages, {', '.join(sorted(OVERRIDES))}."
         )
-    if "stop" in record and isinstance(record["stop"], list):
-        record["stop"] = tuple(record["stop"])
     try:
-        Sampling(**record)
-    except (TypeError, RequestError) as error:
+        return PromptLine(prompt, messages, checked(record), where)
+    except RequestError as error:
         raise RequestError(f"{where}: {error}") from error
-    return PromptLine(prompt, messages, record)

@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fmedge_runtimes import sampler
+from fmedge_runtimes.best_of import BestOf
 from fmedge_runtimes.bundle import TextFacts
-from fmedge_runtimes.completion import Completion, Delta, FinishReason, Stats
+from fmedge_runtimes.completion import Completion, Delta, FinishReason, Stats, TokenLogprob
+from fmedge_runtimes.constraint import Constraint
 from fmedge_runtimes.errors import FmedgeError
 from fmedge_runtimes.request import Request
 from fmedge_runtimes.sampler import NO_TOKEN
@@ -32,11 +34,15 @@ class Generation:
     sampling: Sampling
     text: TextStream | None
     started: float
+    constraint: Constraint | None = None
+    rivals: BestOf | None = None
+    """The sequences that this one competes with; shared by those of a prompt that has best_of."""
     order: int = 0
     """Its place among all that ever came to the engine: the latest one gives way when memory is short."""
     state: sampler.Row | None = None
     """Made when it is first needed: it can be as large as the vocabulary, and thousands may wait."""
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     reused: int = 0
     """Tokens of the prompt that were cached already."""
     first_token: float = 0.0
@@ -56,6 +62,8 @@ class Generation:
                 seed=self.sampling.seed or 0,
                 index=self.index,
                 prompt=self.prompt,
+                eos=self.facts.eos_token_ids,
+                constraint=self.constraint,
             )
         return self.state
 
@@ -64,22 +72,22 @@ class Generation:
         if token == NO_TOKEN:
             self.finish("error", sampler.fault(logits, self.sampler_row))
             return True
+        if self.sampling.logprobs is not None or self.rivals is not None:
+            self.logprobs.append(sampler.logprob_of(logits, token, self.sampling.logprobs or 0))
+        ended = self.sampler_row.ends(token)
         self.sampler_row.record(token)
         self.tokens.append(token)
         self.first_token = self.first_token or now
-        ended = token in self.facts.eos_token_ids and not self.sampling.ignore_eos
-        text = self.text.push(token) if self.text is not None and not ended else ""
-        reason = self._finish_reason(ended)
+        text = self.text.push(token) if self.text is not None and ended is None else ""
+        reason = ended or self._finish_reason()
         if reason is not None:
             self.finish(reason, None, text)
-        elif text:
+        elif text and self.rivals is None:
             self.request.put(Delta(self.prompt_index, self.index, text))
         return reason is not None
 
-    def _finish_reason(self, ended: bool) -> FinishReason | None:
-        if ended:
-            return "eos"
-        if self.text is not None and self.text.stopped:
+    def _finish_reason(self) -> FinishReason | None:
+        if self.sampler_row.complete or (self.text is not None and self.text.stopped):
             return "stop"
         if len(self.tokens) >= self.sampling.max_new_tokens:
             return "length"
@@ -113,8 +121,15 @@ class Generation:
             seed=self.sampling.seed or 0,
             stats=stats,
             error=light(error) if error is not None else None,
+            logprobs=None if self.sampling.logprobs is None else tuple(self.logprobs),
+            cumulative_logprob=sum(one.logprob for one in self.logprobs) if self.logprobs else None,
         )
-        self.request.put(Delta(self.prompt_index, self.index, text, completion))
+        self.request.row_finished()
+        if self.rivals is None:
+            self.request.put(Delta(self.prompt_index, self.index, text, completion))
+            return
+        for best in self.rivals.add(completion):
+            self.request.put(Delta(best.prompt_index, best.index, best.text, best))
 
 
 def refuse(request: Request, number: int, sampling: Sampling, started: float, error: FmedgeError) -> None:

@@ -54,8 +54,8 @@ def _cache_bytes(bundle: Bundle, rows: int, memory: int) -> int:
     if not longest:
         least = plan(bundle, 1, 1)
         raise RequestError(
-            f"{bundle.folder} needs {least.total / 2**20:.0f} MiB for one short row, {least.weights / 2**20:.0f} MiB of "
-            f"it weights, and memory allows {memory / 2**20:.0f} MiB; allow more, or export with fewer bits."
+            f"{bundle.folder} needs {least.total / 2**20:.0f} MiB for one short row, {least.weights / 2**20:.0f} MiB "
+            f"of it weights, and memory allows {memory / 2**20:.0f} MiB; allow more, or export with fewer bits."
         )
     one, all_rows = plan(bundle, 1, longest), plan(bundle, rows, longest)
     # One row that fits is served, even if the logits of all rows leave nothing for it.

@@ -26,9 +26,11 @@ class Request:
     def __init__(self, cancel: Callable[[Request], None]) -> None:
         """`cancel` tells the engine that what is unfinished is not wanted any more."""
         self._left = 0
+        self._rows = 0
+        """Sequences that the engine still generates; with best_of more than the completions that come of them."""
         self._cancel = cancel
         self.on_finished: Callable[[int], None] = lambda _: None
-        """Told how many completions have just come to their end, before anybody else hears of it."""
+        """Told how many sequences have just come to their end, before anybody else hears of it."""
         self._changed = threading.Condition()
         self._finished = threading.Event()
         self._pending: dict[tuple[int, int], tuple[list[str], Completion | None]] = {}
@@ -36,9 +38,10 @@ class Request:
         self._failure: FmedgeError | None = None
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
-    def expect(self, completions: int) -> None:
-        """Say how many completions are to come."""
+    def expect(self, completions: int, rows: int) -> None:
+        """Say how many completions are to come, and of how many sequences."""
         self._left = completions
+        self._rows = rows
         if not completions:
             self._finished.set()
 
@@ -122,6 +125,13 @@ class Request:
             self._waiters.append((loop, future))
         await future
 
+    def row_finished(self) -> None:
+        """A sequence came to its end; what becomes of it follows."""
+        with self._changed:
+            if self._failure is None:
+                self._rows -= 1
+                self.on_finished(1)
+
     def put(self, delta: Delta) -> None:
         """Take a delta from the engine; one that comes after a failure is dropped."""
         with self._changed:
@@ -135,7 +145,6 @@ class Request:
             if delta.completion is not None:
                 self._completions.append(delta.completion)
                 self._left -= 1
-                self.on_finished(1)
                 if not self._left:
                     self._finished.set()
             self._notify()
@@ -145,8 +154,8 @@ class Request:
         with self._changed:
             if not self.done:
                 self._failure = error
-                self.on_finished(self._left)
-                self._left = 0
+                self.on_finished(self._rows)
+                self._left = self._rows = 0
                 self._finished.set()
                 self._notify()
 

@@ -4,10 +4,9 @@
     (token,) = choose(logits, [row])      # logits [1, V]
     row.record(int(token))
 
-The options apply in the order of transformers' logits processors: repetition penalty, presence and frequency
-penalty (as OpenAI defines them), temperature, top_k, top_p, min_p. All tokens that tie with the k-th one survive
-top_k, as there; of tokens that tie at the border of top_p, as many as it takes survive, from the lowest id on (there,
-whichever the sort leaves). Greedy rows take the lowest id of a tie.
+The options apply in the order of transformers' logits processors; docs/sampling.md has the list. All tokens that tie
+with the k-th one survive top_k, as there; of tokens that tie at the border of top_p, as many as it takes survive, from
+the lowest id on (there, whichever the sort leaves). Greedy rows take the lowest id of a tie.
 
 A draw depends on the row's own logits and on (seed, completion index, position); the other rows of the batch have
 no part in it.
@@ -16,69 +15,151 @@ no part in it.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fmedge_runtimes.errors import BackendError
+from fmedge_runtimes.candidates import draw, largest
+from fmedge_runtimes.completion import TokenLogprob
+from fmedge_runtimes.constraint import Constraint
+from fmedge_runtimes.errors import BackendError, FmedgeError, RequestError
 from fmedge_runtimes.sampling import Sampling
 
 NO_TOKEN = -1
 """What `choose` gives for a row whose logits allow no choice; `fault` says why."""
 
-_BLOCKS = 64
-"""Into so many interleaved parts logits are cut to find a lower bound of the k-th largest one."""
-
-_SORTED = 256
-"""So many weights at most are sorted to find the border of top_p."""
+_DRAWS = 64
+"""So many numbers are taken from the generator at a time; making the generator costs more than they do."""
 
 
 class Row:
     """What the sampling of one sequence needs between steps."""
 
-    __slots__ = ("_counts", "_seen", "index", "position", "sampling", "seed")
+    __slots__ = (
+        "_banned",
+        "_biased",
+        "_biases",
+        "_ends",
+        "_eos",
+        "_numbers",
+        "_numbers_from",
+        "_seen",
+        "constraint",
+        "index",
+        "position",
+        "sampling",
+        "seed",
+    )
 
     def __init__(
-        self, sampling: Sampling, *, vocabulary: int, seed: int, index: int = 0, prompt: Sequence[int] = ()
+        self,
+        sampling: Sampling,
+        *,
+        vocabulary: int,
+        seed: int,
+        index: int = 0,
+        prompt: Sequence[int] = (),
+        eos: Collection[int] = (),
+        constraint: Constraint | None = None,
     ) -> None:
-        """`index` tells the completions of a prompt apart. Prompt tokens outside the vocabulary are ignored."""
+        """`index` tells the completions of a prompt apart. Prompt tokens outside the vocabulary are ignored.
+
+        `eos` are the model's end-of-sequence tokens; `constraint`, which the row makes its own, follows the
+        completion from its first token on.
+        """
         self.sampling = sampling
+        self.constraint = constraint
         self.seed = seed
         self.index = index
         self.position = 0
-        self._seen: npt.NDArray[np.bool_] | None = None
-        self._counts: npt.NDArray[np.int32] | None = None
-        if sampling.repetition_penalty != 1.0:
-            tokens = np.asarray(prompt, np.int64)  # [S]
-            self._seen = np.zeros(vocabulary, np.bool_)  # [V]
-            self._seen[tokens[tokens < vocabulary]] = True
-        if sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0:
-            self._counts = np.zeros(vocabulary, np.int32)  # [V]
+        self._eos = frozenset(() if sampling.ignore_eos else eos)
+        self._ends = np.array(sorted({*self._eos, *sampling.stop_token_ids}), np.int64)  # [E]
+        self._banned = np.array(sampling.banned_tokens, np.int64)  # [B]
+        self._biased = np.array([token for token, _ in sampling.biases], np.int64)  # [N]
+        self._biases = np.array([bias for _, bias in sampling.biases], np.float32)  # [N]
+        self._seen: _Seen | None = None
+        repeats, counts = sampling.repetition_penalty, (sampling.presence_penalty, sampling.frequency_penalty)
+        if repeats != 1.0 or counts != (0.0, 0.0):
+            tokens = np.unique(np.asarray(prompt, np.int64)) if repeats != 1.0 else np.empty(0, np.int64)
+            self._seen = _Seen(tokens[tokens < vocabulary])
+        self._numbers: list[float] = []
+        self._numbers_from = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the constraint allows nothing but the end: the completion is over, and says what it should."""
+        return self.constraint is not None and self.constraint.complete
+
+    def ends(self, token: int) -> Literal["eos", "stop"] | None:
+        """Whether a token ends the completion, and how: by end of sequence, or as one of stop_token_ids."""
+        if token in self._eos:
+            return "eos"
+        return "stop" if token in self.sampling.stop_token_ids else None
 
     def record(self, token: int) -> None:
         """Take note of the token that follows: it counts for penalties, and the next draw is another one."""
         if self._seen is not None:
-            self._seen[token] = True
-        if self._counts is not None:
-            self._counts[token] += 1
+            self._seen.add(token)
+        if self.constraint is not None and self.ends(token) is None:
+            self.constraint.advance(token)
         self.position += 1
 
-    def penalised(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Logits [V] after the penalties; the array itself if none is on."""
-        if self._seen is None and self._counts is None:
+    def adjusted(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Logits [V] after bias, penalties, bans and constraint; the array itself if none is on."""
+        early = self.position < self.sampling.min_new_tokens and len(self._ends) > 0
+        edits = len(self._biased) or len(self._banned) or early
+        if not edits and self._seen is None and self.constraint is None:
             return logits
-        sampling = self.sampling
         logits = logits.copy()  # [V]
+        logits[self._biased] += self._biases
         if self._seen is not None:
-            ids = np.flatnonzero(self._seen)  # [N]
-            scores = logits[ids].astype(np.float64)  # [N]
-            penalty = sampling.repetition_penalty
-            logits[ids] = np.where(scores < 0, scores * penalty, scores / penalty)
-        if self._counts is not None:
-            ids = np.flatnonzero(self._counts > 0)  # [N]
-            logits[ids] -= sampling.presence_penalty + sampling.frequency_penalty * self._counts[ids]
+            self._seen.penalise(logits, self.sampling)
+        if self.constraint is not None:
+            limits = self.constraint.limits()  # [V]
+            limits[self._ends] = 0.0 if self.constraint.accepts else -np.inf
+            logits += limits
+        if early:
+            logits[self._ends] = -np.inf
+        logits[self._banned] = -np.inf
         return logits
+
+    def uniform(self) -> float:
+        """The number in [0, 1) that decides at this position."""
+        place = self.position - self._numbers_from
+        if not 0 <= place < len(self._numbers):
+            self._numbers, self._numbers_from, place = uniforms(self.seed, self.index, self.position), self.position, 0
+        return self._numbers[place]
+
+
+class _Seen:
+    """The distinct tokens of a sequence and how often each came in the completion: nothing as large as a vocabulary."""
+
+    __slots__ = ("_counts", "_places", "_tokens")
+
+    def __init__(self, prompt: npt.NDArray[np.int64]) -> None:
+        """`prompt` [P] has each of its tokens once."""
+        self._tokens = np.concatenate([prompt, np.empty(_DRAWS, np.int64)])  # [capacity]
+        self._counts = np.zeros(len(self._tokens), np.int64)  # [capacity]
+        self._places = {token: place for place, token in enumerate(prompt.tolist())}
+
+    def add(self, token: int) -> None:
+        place = self._places.setdefault(token, len(self._places))
+        if place == len(self._tokens):
+            self._tokens = np.concatenate([self._tokens, np.empty_like(self._tokens)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+        self._tokens[place] = token
+        self._counts[place] += 1
+
+    def penalise(self, logits: npt.NDArray[np.float32], sampling: Sampling) -> None:
+        """Change logits [V] in place: repetition penalty (Keskar et al. 2019), then presence and frequency (OpenAI)."""
+        tokens, counts = self._tokens[: len(self._places)], self._counts[: len(self._places)]  # [N]
+        scores = logits[tokens].astype(np.float64)  # [N]
+        penalty = sampling.repetition_penalty
+        if penalty != 1.0:
+            scores = np.where(scores < 0, scores * penalty, scores / penalty)
+        logits[tokens] = scores - sampling.presence_penalty * (counts > 0) - sampling.frequency_penalty * counts
 
 
 def fresh_seed() -> int:
@@ -96,94 +177,48 @@ def choose(logits: npt.NDArray[np.floating], rows: Sequence[Row]) -> npt.NDArray
         raise ValueError(f"{len(logits)} rows of logits for {len(rows)} rows")
     logits = np.asarray(logits, np.float32)  # [R, V]; argmax and partition are slow on float16
     # Extreme options (temperature 1e-300) overflow on purpose: the limits are right.
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         pairs = zip(logits, rows, strict=True)
         return np.fromiter((_choose(one, row) for one, row in pairs), np.int64, len(rows))  # [R]
 
 
 def _choose(logits: npt.NDArray[np.float32], row: Row) -> int:
-    scores = row.penalised(logits)  # [V]
-    if row.sampling.temperature == 0.0:
-        best = int(scores.argmax())
-        # argmax takes the first NaN if there is one, so the best logit is finite only if all is well.
-        return best if np.isfinite(scores[best]) else NO_TOKEN
-    if not np.isfinite(scores.max()):
+    if row.position < len(row.sampling.forced_tokens):
+        return row.sampling.forced_tokens[row.position] if np.isfinite(logits.max()) else NO_TOKEN
+    scores = row.adjusted(logits)  # [V]
+    best = int(scores.argmax())
+    # argmax takes the first NaN if there is one, so the best score is finite only if all is well.
+    if not np.isfinite(scores[best]):
         return NO_TOKEN
-    ids, weights = candidates(scores, row.sampling)
-    mass = np.cumsum(weights)  # [N]
-    # The first token whose cumulated mass exceeds the target; the target stays below the whole in spite of rounding.
-    target = min(uniform(row.seed, row.index, row.position) * mass[-1], np.nextafter(mass[-1], 0.0))
-    return int(ids[np.searchsorted(mass, target, side="right")])
+    return best if row.sampling.temperature == 0.0 else draw(scores, row.sampling, row.uniform())
 
 
-def candidates(
-    scores: npt.NDArray[np.float32], sampling: Sampling
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The tokens [N] that can be drawn, by id, and how likely they are [N] in relation to the likeliest.
+def logprob_of(logits: npt.NDArray[np.floating], token: int, top: int) -> TokenLogprob:
+    """How likely the model holds a token, and the `top` likeliest: log(softmax(logits)), with its own logits [V]."""
+    logits = np.asarray(logits, np.float32)
+    best = logits.max()
+    # Of the whole vocabulary; float32 is enough for the terms, not for their sum.
+    whole = float(best) + float(np.log(np.exp(logits - best).sum(dtype=np.float64)))
+    ids = largest(logits, top) if top else np.empty(0, np.int64)
+    ids = ids[np.argsort(-logits[ids], kind="stable")[:top]]  # [top]; of a tie, the lowest id first
+    likeliest = tuple((int(one), float(logits[one]) - whole) for one in ids)
+    return TokenLogprob(token, float(logits[token]) - whole, likeliest)
 
-    `scores` [V] are logits after penalties with a finite maximum; the temperature is above 0.
+
+def uniforms(seed: int, index: int, position: int) -> list[float]:
+    """Numbers in [0, 1) for the positions from `position` on; each depends on (seed, index, its position) alone.
+
+    Philox4x64-10 (Salmon et al. 2011) with the key (seed, index); the first word of block `position` is the number.
     """
-    best = scores.max()
-    ids = np.arange(len(scores))  # [V]
-    if 0 < sampling.top_k < len(scores):
-        ids = np.flatnonzero(scores >= _kth_largest(scores, sampling.top_k))  # [N]
-        scores = scores[ids]  # [N]
-    weights = np.exp((scores - best).astype(np.float64) / sampling.temperature)  # [N]
-    if sampling.top_p < 1.0 or sampling.min_p > 0.0:
-        total = weights.sum()
-        # All weights below this sum to less than top_p leaves out: only the others need sorting.
-        floor = (1.0 - sampling.top_p) * total / len(weights)
-        # The likeliest token weighs 1, so it stays.
-        keep = np.flatnonzero(weights >= max(floor, sampling.min_p))  # [M]
-        ids, weights = ids[keep], weights[keep]  # [M]
-        if sampling.top_p < 1.0:
-            keep = _nucleus(weights, sampling.top_p * total)
-            ids, weights = ids[keep], weights[keep]
-    return ids, weights
+    generator = np.random.Philox(
+        key=np.array([seed, index], np.uint64), counter=np.array([position, 0, 0, 0], np.uint64)
+    )
+    words = generator.random_raw(4 * _DRAWS)[::4]  # [D] uint64
+    numbers: list[float] = ((words >> np.uint64(11)) * 2.0**-53).tolist()
+    return numbers
 
 
-def _kth_largest(scores: npt.NDArray[np.float32], k: int) -> np.float32:
-    """The k-th largest of scores [V], k < V."""
-    width = len(scores) // _BLOCKS
-    if width > k:
-        # k of the blocks have a maximum at or above the k-th largest maximum, so at least k scores are too: all
-        # below it can be left out. That is a few passes over the vocabulary instead of a partition of it.
-        maxima = scores[: _BLOCKS * width].reshape(_BLOCKS, width).max(axis=0)  # [V / 64]
-        scores = scores[scores >= np.partition(maxima, width - k)[width - k]]  # [N]
-    kth: np.float32 = np.partition(scores, len(scores) - k)[len(scores) - k]
-    return kth
-
-
-def _nucleus(weights: npt.NDArray[np.float64], mass: float) -> npt.NDArray[np.int64]:
-    """Where the smallest set of the largest of weights [M] is that holds the mass, or all of them if they do not."""
-    size, rest = 0, weights
-    while len(rest) > _SORTED:
-        # Halve what the border lies in; sorting all of a flat distribution would cost ten times as much.
-        half = len(rest) // 2
-        rest = np.partition(rest, half)
-        held = rest[half:].sum()
-        if held >= mass:
-            rest = rest[half:]
-        else:
-            size, mass, rest = size + len(rest) - half, mass - held, rest[:half]
-    ordered = np.sort(rest)[::-1]
-    # A token is in if those above it do not hold the mass yet.
-    last = int(np.searchsorted(np.cumsum(ordered[:-1]), mass))
-    size, least = size + last + 1, ordered[last]
-    above = np.flatnonzero(weights > least)
-    ties = np.flatnonzero(weights == least)
-    return np.sort(np.concatenate([above, ties[: size - len(above)]]))
-
-
-def uniform(seed: int, index: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments: Philox4x64-10 (Salmon et al. 2011)."""
-    key = np.array([seed, index], np.uint64)
-    counter = np.array([position, 0, 0, 0], np.uint64)
-    bits = int(np.random.Philox(key=key, counter=counter).random_raw())
-    return (bits >> 11) * 2.0**-53
-
-
-def fault(logits: npt.NDArray[np.floating], row: Row) -> BackendError:
+def fault(logits: npt.NDArray[np.floating], row: Row) -> FmedgeError:
     """Why `choose` gave NO_TOKEN for a row with logits [V]."""
     what = f"of {len(logits)} logits at position {row.position}"
     nan, infinite = int(np.isnan(logits).sum()), int(np.isposinf(logits).sum())
@@ -194,6 +229,15 @@ def fault(logits: npt.NDArray[np.floating], row: Row) -> BackendError:
         )
     if np.isneginf(logits).all():
         return BackendError(f"the graph gave no usable logits: all {what} are -inf; export the bundle again.")
+    if row.constraint is not None and row.constraint.error is not None:
+        return RequestError(f"the constraint cannot go on at position {row.position}: {row.constraint.error}")
+    with np.errstate(over="ignore"):
+        scores = row.adjusted(np.asarray(logits, np.float32))
+    if np.isneginf(scores).all():
+        return RequestError(
+            f"no token is left at position {row.position}: banned_tokens, min_new_tokens and the constraint together "
+            "exclude all of them; ban fewer."
+        )
     return BackendError(
         f"the penalties make logits infinite at position {row.position}: repetition_penalty "
         f"{row.sampling.repetition_penalty}, presence_penalty {row.sampling.presence_penalty}, frequency_penalty "

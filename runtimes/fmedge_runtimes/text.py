@@ -24,9 +24,11 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from fmedge_runtimes.best_of import BestOf
 from fmedge_runtimes.bundle import Bundle
 from fmedge_runtimes.chat import ChatTemplate, Message
 from fmedge_runtimes.completion import Completion, Delta
+from fmedge_runtimes.constraint import Constraint, Constraints
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.engine import DEFAULTS, Engine, EngineOptions
 from fmedge_runtimes.errors import BundleError, BundleFormatError, FmedgeError, RequestError
@@ -65,6 +67,7 @@ class TextModel:
             if facts.chat_template
             else None
         )
+        self._constraints = Constraints(self.tokenizer, facts.vocabulary) if self.tokenizer else None
         self._decoder = Decoder(session, facts)
         self._engine = Engine(self._decoder, self.options)
         # The engine's thread ends with the model, closed or forgotten, and before the interpreter does.
@@ -210,7 +213,10 @@ class TextModel:
                 generations += self._generations(request, number, prompt, sampling, started)
             except FmedgeError as error:
                 refused.append((number, sampling, error))
-        request.expect(len(generations) + len(refused))
+        # Of rivals the best n become completions.
+        rivals = {id(one.rivals): one.sampling for one in generations if one.rivals is not None}
+        dropped = sum(sampling.rows - sampling.n for sampling in rivals.values())
+        request.expect(len(generations) - dropped + len(refused), len(generations))
         for number, sampling, why in refused:
             refuse(request, number, sampling, started, why)
         self._engine.submit(request, generations, None if timeout is None else started + timeout)
@@ -236,7 +242,9 @@ class TextModel:
                 f"{self.bundle.folder} has no tokenizer, so stop strings cannot be found; leave them out."
             )
         self._check_tokens(tokens, room=1)
+        sampling.check_vocabulary(self._decoder.facts.vocabulary)
         sampling = replace(sampling, seed=fresh_seed() if sampling.seed is None else sampling.seed)
+        rivals = None if sampling.best_of is None else BestOf(sampling)
         return [
             Generation(
                 request=request,
@@ -245,11 +253,20 @@ class TextModel:
                 index=index,
                 prompt=tokens,
                 sampling=sampling,
-                text=TextStream(self.tokenizer, sampling.stop) if self.tokenizer else None,
+                text=TextStream(self.tokenizer, sampling.stop, continues=True) if self.tokenizer else None,
                 started=started,
+                constraint=self._constraint(sampling),
+                rivals=rivals,
             )
-            for index in range(sampling.n)
+            for index in range(sampling.rows)
         ]
+
+    def _constraint(self, sampling: Sampling) -> Constraint | None:
+        if sampling.constraint is None:
+            return None
+        if self._constraints is None:
+            raise RequestError(f"{self.bundle.folder} has no tokenizer, so its text cannot be constrained.")
+        return self._constraints.compile(sampling)
 
     def _check_tokens(self, tokens: Sequence[int], room: int) -> None:
         vocabulary = self._decoder.facts.vocabulary

@@ -35,9 +35,11 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(token for token, facts in added.items() if facts.special)
+        self._special = {token: facts.content for token, facts in added.items() if facts.special}
         decoder = self._tokenizer.decoder
         self._stages = _stages(json.loads(decoder.__getstate__())) if decoder is not None else []
+        self._by_bytes = [stage["type"] for stage in self._stages] == ["ByteLevel"]
+        self._before: list[int] | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -68,15 +70,57 @@ class Tokenizer:
             _check(token)
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
+    def special_tokens(self) -> dict[int, str]:
+        """The special tokens, which have no text, and how they are spelt."""
+        return {token: self._special[token] for token in sorted(self._special)}
+
+    def text_bytes(self, size: int) -> list[bytes]:
+        """What each id below `size` adds to a text that goes on, in UTF-8 bytes; special tokens and padding add none.
+
+        Raises RequestError when that depends on the tokens around it.
+        """
+        if not self._by_bytes and not _is_local(self._stages):
+            raise RequestError(
+                "constraints need tokens that have a text of their own; the decoder of this tokenizer "
+                f"({', '.join(stage['type'] for stage in self._stages) or 'none'}) makes it from several."
+            )
+        texts = [b""] * size
+        pieces = [(token, piece) for token in range(min(size, self._size)) if (piece := self._piece(token)) is not None]
+        if self._by_bytes:
+            for token, piece in pieces:
+                texts[token] = _bytes_of(piece)
+            return texts
+        falls_back = any(stage["type"] == "ByteFallback" for stage in self._stages)
+        before = self._word()
+        skipped = len(self._tokenizer.decode(before, skip_special_tokens=False))
+        decoded = self._tokenizer.decode_batch([[*before, token] for token, _ in pieces], skip_special_tokens=False)
+        for (token, piece), text in zip(pieces, decoded, strict=True):
+            byte = _byte_token(piece) if falls_back else None
+            texts[token] = text[skipped:].encode() if byte is None else bytes([byte])
+        return texts
+
+    def _word(self) -> list[int]:
+        """A token that shows when it stands alone, so that decoders take what follows it for the middle of a text."""
+        if self._before is None:
+            shown = (
+                [token]
+                for token in range(self._size)
+                if (piece := self._piece(token)) is not None and _byte_token(piece) is None
+                if self._tokenizer.decode([token], skip_special_tokens=False).strip()
+            )
+            self._before = next(shown, [])
+        return self._before
+
     def _piece(self, token: int) -> str | None:
         """How the vocabulary spells a token; None for a special token, or one that pads the vocabulary."""
         _check(token)
         return None if token in self._special else self._tokenizer.id_to_token(token)
 
-    def _text_source(self) -> _TextSource:
-        if [stage["type"] for stage in self._stages] == ["ByteLevel"]:
+    def _text_source(self, *, continues: bool) -> _TextSource:
+        if self._by_bytes:
             return _ByteText()
-        return _WindowText(self._tokenizer, local=_is_local(self._stages))
+        local = _is_local(self._stages)
+        return _WindowText(self._tokenizer, local=local, before=self._word() if continues and local else [])
 
 
 class TextStream:
@@ -84,11 +128,14 @@ class TextStream:
 
     The pieces of all `push` and the final `flush` make up decode(all tokens), or, with stop strings, that text up to
     the first place where one of them begins. Costs a constant amount of work per token, however long the text is.
+
+    With `continues` the tokens go on from others that are not given, as a completion does from its prompt: what the
+    decoder takes away from the beginning of a text, such as SentencePiece's first space, stays.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, continues: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._source = tokenizer._text_source()
+        self._source = tokenizer._text_source(continues=continues)
         self._stop = tuple(stop)
         self._found = re.compile("|".join(map(re.escape, self._stop)))
         self._longest = max(map(len, self._stop), default=0)
@@ -156,12 +203,7 @@ class _ByteText:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int, piece: str) -> str:
-        try:
-            data = bytes(_BYTE_OF[character] for character in piece)
-        except KeyError:
-            # An added token is spelt as text, not in the byte alphabet.
-            data = piece.encode("utf-8")
-        return self._decoder.decode(data)
+        return self._decoder.decode(_bytes_of(piece))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -174,17 +216,17 @@ class _WindowText:
     token or to the first spaces of a text happens to those. With `local` false nothing is given out before the end.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, local: bool) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, local: bool, before: list[int]) -> None:
         self._tokenizer = tokenizer
         self._local = local
-        self._before: list[int] = []
+        self._before = before
         self._since: list[int] = []
-        self._shown = 0
+        self._shown = len(self._decode(before))
 
     def push(self, token: int, piece: str) -> str:
         self._since.append(token)
         # ByteFallback replaces a whole run of byte tokens (<0x0A>) if it is not UTF-8, so the run has to end first.
-        if not self._local or (len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")):
+        if not self._local or _byte_token(piece) is not None:
             return ""
         text = self.flush()
         alone = self._decode(self._since)
@@ -245,3 +287,22 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+
+
+def _bytes_of(piece: str) -> bytes:
+    """The bytes of a token of byte-level BPE."""
+    try:
+        return bytes(_BYTE_OF[character] for character in piece)
+    except KeyError:
+        # An added token is spelt as text, not in the byte alphabet.
+        return piece.encode()
+
+
+def _byte_token(piece: str) -> int | None:
+    """The byte that a token of SentencePiece's byte fallback stands for, <0x0A>; None for other tokens."""
+    found = _BYTE_TOKEN.fullmatch(piece)
+    return int(found[1], 16) if found else None
+
+
+_BYTE_TOKEN = re.compile("<0x([+0-9A-Fa-f][0-9A-Fa-f])>")
+"""With a plus sign, too: Rust's number parser takes it, so the library does."""
