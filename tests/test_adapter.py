@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fmedge_converters.checkpoint import Checkpoint, Files
+from fmedge_converters.checkpoint import Checkpoint
 from fmedge_converters.decoder import empty_model, quiet_libraries
 from fmedge_converters.export import export
 from fmedge_converters.export_options import ExportOptions

@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.formats.plain import UNREADABLE
 from fmedge_converters.lazy_tensor import LazyTensor, NotLazyError
 from fmedge_converters.weight import Weight, equal
 
@@ -40,6 +41,8 @@ def converted(tensors: Mapping[str, Weight], model: PreTrainedModel) -> dict[str
             target, pattern = rename_source_key(name, [], [], model.base_model_prefix, known)
         if target not in known:
             continue
+        if tensors[name].dtype == UNREADABLE:
+            tensors[name].read(0, 0)  # says what is wrong
         if pattern is not None:
             merge = merges.setdefault(target, copy.deepcopy(by_pattern[pattern]))
             merge.add_tensor(target, name, pattern, LazyTensor(tensors[name]))

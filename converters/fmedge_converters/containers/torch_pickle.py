@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from fmedge_runtimes.errors import SourceError
 
-from fmedge_converters.containers.safetensors import indexed_files
+from fmedge_converters.containers.shards import add_tensors, indexed_files, refuse_pointer
 from fmedge_converters.stored import Container, StoredTensor
 
 SINGLE = "pytorch_model.bin"
@@ -62,13 +62,17 @@ def open_files(files: Sequence[Path], _stack: ExitStack) -> dict[str, StoredTens
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        for name, tensor in _load(file).items():
-            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-                kind = type(tensor).__name__
-                raise SourceError(f"{file} is not a plain table of tensors: {str(name)[:60]!r} is a {kind}; {CONVERT}.")
-            kind = NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-            tensors[name] = StoredTensor(file, name, tuple(tensor.shape), kind, functools.partial(_read, tensor))
+        refuse_pointer(file)
+        add_tensors(tensors, [_stored(file, name, tensor) for name, tensor in _load(file).items()])
     return tensors
+
+
+def _stored(file: Path, name: object, tensor: object) -> StoredTensor:
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        kind = type(tensor).__name__
+        raise SourceError(f"{file} is not a plain table of tensors: {str(name)[:60]!r} is a {kind}; {CONVERT}.")
+    kind = NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+    return StoredTensor(file, name, tuple(tensor.shape), kind, functools.partial(_read, tensor))
 
 
 def _load(file: Path) -> dict[object, object]:
