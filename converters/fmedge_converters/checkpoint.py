@@ -19,12 +19,13 @@ import torch
 from fmedge_runtimes.errors import SourceError
 from transformers import PreTrainedModel
 
-from fmedge_converters.adapter import Adapter
+from fmedge_converters.adapter import Adapter, Change
 from fmedge_converters.containers import open_tensors
 from fmedge_converters.conversion import converted
 from fmedge_converters.formats import find_format
 from fmedge_converters.stored import Storage
 from fmedge_converters.weight import Array, Weight, equal
+from fmedge_converters.wrapper import Wrapper
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class Files:
     adapter: Path | None = None
     """A PEFT folder to merge."""
     allow_pickle: bool = False
+    wrapper: Wrapper | None = None
+    """The model that the checkpoint is of, if the decoder is a part of it."""
 
 
 class Checkpoint:
@@ -43,6 +46,7 @@ class Checkpoint:
     def __init__(self, files: Files, dtype: np.dtype[np.generic]) -> None:
         self.folder = files.folder
         self.dtype = dtype
+        self._wrapper = files.wrapper
         self._stack = ExitStack()
         self._adapter: Adapter | None = None
         try:
@@ -82,9 +86,9 @@ class Checkpoint:
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         tensors: Mapping[str, Weight] = self.tensors
         if self._adapter is not None:
-            changes = self._adapter.changes(model, self.dtype)
+            changes = self._in_decoder(self._adapter.changes(model, self.dtype))
             tensors = self._adapter.applied({name: changes[name] for name in set(changes) - set(wanted)}, tensors)
-        found = converted(tensors, model)
+        found = self._converted(tensors, model)
         self._check_tied(found, tied)
         # An adapter that changes one of two tied weights has untied them; its base holds them once.
         _share(found, tied if self._adapter is None else {**(getattr(model, "_tied_weights_keys", None) or {}), **tied})
@@ -117,10 +121,23 @@ class Checkpoint:
         buffers = {name: value for name, value in model.state_dict().items() if name not in parameters}
         # In fp32, which holds what is stored in any type; a buffer need not have the type of the weights.
         stored = self._format.decode(replace(self._storage, dtype=np.dtype(np.float32))) if buffers else {}
-        found = {name: weight for name, weight in converted(stored, model).items() if name in buffers}
+        found = {name: weight for name, weight in self._converted(stored, model).items() if name in buffers}
         for name, weight in found.items():
             self._check_shape(name, weight, tuple(buffers[name].shape))
         return {name: torch.from_numpy(weight.array()).to(buffers[name].dtype) for name, weight in found.items()}
+
+    def _converted(self, tensors: Mapping[str, Weight], model: PreTrainedModel) -> dict[str, Weight]:
+        if self._wrapper is None:
+            return converted(tensors, model)
+        whole = converted(tensors, self._wrapper.model)
+        return {name: whole[other] for name, other in self._wrapper.names.items() if other in whole}
+
+    def _in_decoder(self, changes: dict[str, list[Change]]) -> dict[str, list[Change]]:
+        """Changes by the decoder's names; an adapter that was trained on the whole model has that one's."""
+        if self._wrapper is None:
+            return changes
+        alone = {other: name for name, other in self._wrapper.names.items()}
+        return {alone.get(name, name): steps for name, steps in changes.items()}
 
     def _check_tied(self, found: Mapping[str, Weight], tied: Mapping[str, str]) -> None:
         """Transformers unties weights that are stored twice with different values; the graph has one for both."""

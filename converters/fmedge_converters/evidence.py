@@ -268,8 +268,8 @@ def full_evidence(
 ) -> FullEvidence:
     """Compare the bundle's decoder with the source on the real weights.
 
-    `precision` is (compute type, quantization); `note` is what the evidence says of the reference's weights. In fp32 every greedy token must be PyTorch's own; otherwise the KL
-    divergence and the perplexity must stay within TOLERANCES.
+    `precision` is (compute type, quantization); `note` is what the evidence says of the reference's weights. In fp32
+    every greedy token must be PyTorch's own; otherwise KL divergence and perplexity must stay within TOLERANCES.
     """
     tolerance = TOLERANCES[precision]
     steps = min(FULL_STEPS, decoder.facts.context - max(len(prompt) for prompt in prompts))
@@ -299,7 +299,8 @@ def full_evidence(
         for prompt, row in zip(chosen, rows, strict=True)
     )
     passed = passed and all(result.mismatch is None for result in replay(decoder, goldens))
-    what = f"the exported weights against PyTorch in fp32{note}: {len(prompts)} prompts, {divergence.tokens} tokens of text"
+    compared = f"{len(prompts)} prompts, {divergence.tokens} tokens of text"
+    what = f"the exported weights against PyTorch in fp32{note}: {compared}"
     return FullEvidence(Evidence(name="full", what=what, passed=passed, figures=figures), goldens)
 
 

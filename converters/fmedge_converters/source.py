@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from fmedge_runtimes.errors import SourceError
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fmedge_converters.adapter import CONFIG as ADAPTER_CONFIG
@@ -22,6 +23,7 @@ from fmedge_converters.adapter import Adapter, read_adapter_config
 from fmedge_converters.checkpoint import Files
 from fmedge_converters.decoder import empty_model
 from fmedge_converters.formats import find_format
+from fmedge_converters.wrapper import Wrapper, open_wrapper
 
 HUB_FILES = (
     "*.json",
@@ -97,18 +99,8 @@ def open_source(
         read_adapter_config(merged.folder)
     folder = found.folder
     raw = _raw_config(folder)
-    _refuse_unsupported(folder, raw)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # configurations raise what they like, validation errors of their own included
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SourceError(f"{folder / 'config.json'}: transformers cannot read it: {first_line}") from error
-    if config.get_text_config(decoder=True) is not config:
-        raise SourceError(
-            f"{source} ({config.model_type}) wraps a decoder together with other parts (vision, audio); fmedge exports "
-            "decoders alone: save its language model as a model of its own."
-        )
-    files = Files(folder, None if merged is None else merged.folder, allow_pickle)
+    config, wrapper = _decoder(folder, raw)
+    files = Files(folder, None if merged is None else merged.folder, allow_pickle, wrapper)
     if merged is not None:
         _untie(config, files)
     # The weights are read as plain numbers, whatever their form in the files.
@@ -120,7 +112,9 @@ def open_source(
         config=config,
         licence=_licence(folder, raw),
         adapter=None if merged is None else merged.name,
-        loads_by_itself=merged is None and not raw.get("quantization_config"),
+        loads_by_itself=merged is None
+        and config.model_type == raw["model_type"]
+        and not raw.get("quantization_config"),
     )
 
 
@@ -187,7 +181,7 @@ def _from_hub(source: str, revision: str | None, allow_pickle: bool) -> tuple[Pa
         if _is_adapter(folder):
             read_adapter_config(folder)
         else:
-            _refuse_unsupported(folder, _raw_config(folder))
+            _decoder(folder, _raw_config(folder))
         # The cache names a snapshot's folder by its commit.
         commit = folder.name
         snapshot_download(source, revision=commit, allow_patterns=["*.safetensors"], ignore_patterns=IGNORED_WEIGHTS)
@@ -232,18 +226,30 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
+def _decoder(folder: Path, raw: dict[str, Any]) -> tuple[PretrainedConfig, Wrapper | None]:
+    """The configuration of the decoder, and the model around it if there is one.
+
+    Raises SourceError when it is not what fmedge exports.
+    """
     kind = raw["model_type"]
     find_format(raw.get("quantization_config") or {})
+    if kind not in CONFIG_MAPPING_NAMES and raw.get("auto_map"):
+        raise SourceError(
+            f"{folder} ({kind}) needs code of its own (auto_map in config.json), which fmedge never runs; "
+            "only architectures inside transformers can be exported."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # configurations raise what they like, validation errors of their own included
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(f"{folder / 'config.json'}: transformers cannot read it: {first_line}") from error
+    if config.get_text_config(decoder=True) is not config:
+        return open_wrapper(config)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        if raw.get("auto_map"):
-            raise SourceError(
-                f"{folder} ({kind}) needs code of its own (auto_map in config.json), which fmedge never runs; "
-                "only architectures inside transformers can be exported."
-            )
         raise SourceError(
             f"{folder} ({kind}) is not a causal language model of transformers; fmedge exports text decoders."
         )
+    return config, None
 
 
 def _licence(folder: Path, raw: dict[str, Any]) -> str | None:
