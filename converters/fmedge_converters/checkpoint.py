@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,16 +121,19 @@ class Checkpoint:
         buffers = {name: value for name, value in model.state_dict().items() if name not in parameters}
         # In fp32, which holds what is stored in any type; a buffer need not have the type of the weights.
         stored = self._format.decode(replace(self._storage, dtype=np.dtype(np.float32))) if buffers else {}
-        found = {name: weight for name, weight in self._converted(stored, model).items() if name in buffers}
+        found = self._converted(stored, model, buffers)
         for name, weight in found.items():
             self._check_shape(name, weight, tuple(buffers[name].shape))
         return {name: torch.from_numpy(weight.array()).to(buffers[name].dtype) for name, weight in found.items()}
 
-    def _converted(self, tensors: Mapping[str, Weight], model: PreTrainedModel) -> dict[str, Weight]:
+    def _converted(
+        self, tensors: Mapping[str, Weight], model: PreTrainedModel, names: Collection[str] | None = None
+    ) -> dict[str, Weight]:
         if self._wrapper is None:
-            return converted(tensors, model)
-        whole = converted(tensors, self._wrapper.model)
-        return {name: whole[other] for name, other in self._wrapper.names.items() if other in whole}
+            return converted(tensors, model, names)
+        asked = {other: name for name, other in self._wrapper.names.items() if names is None or name in names}
+        whole = converted(tensors, self._wrapper.model, asked)
+        return {asked[other]: weight for other, weight in whole.items()}
 
     def _in_decoder(self, changes: dict[str, list[Change]]) -> dict[str, list[Change]]:
         """Changes by the decoder's names; an adapter that was trained on the whole model has that one's."""

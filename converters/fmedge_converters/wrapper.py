@@ -93,8 +93,10 @@ def _names(whole: PreTrainedModel, alone: PreTrainedModel) -> dict[str, str] | N
 
 
 def _place_of(whole: PreTrainedModel, kind: type) -> str | None:
-    return next((name for name, module in whole.named_modules() if type(module) is kind), None)
+    places = (str(name) for name, module in whole.named_modules() if type(module) is kind)
+    return next(places, None)
 
 
 def _name_of(model: PreTrainedModel, module: torch.nn.Module) -> str:
-    return next(name for name, other in model.named_modules() if other is module)
+    places = (str(name) for name, other in model.named_modules() if other is module)
+    return next(places)
