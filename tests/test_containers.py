@@ -14,8 +14,6 @@ import pytest
 import torch
 from fmedge_converters.checkpoint import Checkpoint, Files
 from fmedge_converters.decoder import empty_model
-from fmedge_converters.export import export
-from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.source import open_source
 from fmedge_runtimes.errors import FmedgeError, SourceError
 from hypothesis import given, settings
@@ -124,13 +122,6 @@ def test_pickles_that_cannot_be_read(folder: Path, skeleton: PreTrainedModel) ->
     (folder / PICKLE).rename(folder / "weights.pth")
     with pytest.raises(SourceError, match=r"under a name of its own \(weights.pth\)"):
         read(folder, skeleton, allow_pickle=True)
-
-
-@pytest.mark.medium
-def test_a_bundle_of_a_pickle(folder: Path, tmp_path: Path) -> None:
-    pickled(folder)
-    options = ExportOptions(str(folder), tmp_path / "bundle", allow_pickle=True, verify="none")
-    assert export(options).manifest.files["decoder.onnx.data"].bytes > 100_000
 
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -291,3 +282,42 @@ def test_values_that_fp16_cannot_hold(folder: Path, skeleton: PreTrainedModel) -
             weight.read(0, 3)
             with pytest.raises(SourceError, match=rf"{NAME} has values that are not finite.*export it for a target"):
                 weight.array()
+
+
+@pytest.mark.parametrize("allow_pickle", [False, True])
+def test_pickles_of_a_hub_are_fetched_only_when_allowed(
+    allow_pickle: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fetch(_name: str, *, allow_patterns: list[str], **_: Any) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    pickled(folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    source = open_source("owner/name", allow_pickle=allow_pickle)
+    assert source.id == "owner/name"
+    assert "*.safetensors" in asked
+    assert any(pattern.endswith(".bin") for pattern in asked) == allow_pickle
+
+
+def test_a_hub_id_of_an_adapter_brings_its_base(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "owner/base", "revision": "v2"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    factors = {"A": torch.zeros(2, 64), "B": torch.zeros(64, 2)}
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file({key.format(part): value for part, value in factors.items()}, adapter / "adapter_model.safetensors")
+    folders = {"owner/lora": adapter, "owner/base": tiny}
+    revisions: set[tuple[str, object]] = set()
+
+    def fetch(name: str, *, revision: str | None, **_: Any) -> str:
+        revisions.add((name, revision))
+        return str(folders[name])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    source = open_source("owner/lora")
+    assert (source.id, source.adapter, source.folder) == ("owner/base", "owner/lora", tiny)
+    assert ("owner/base", "v2") in revisions

@@ -196,9 +196,11 @@ def test_fp8_checkpoints_that_contradict_themselves(
 
 
 @pytest.mark.medium
-def test_a_bundle_of_an_fp8_checkpoint(tmp_path: Path) -> None:
+def test_a_bundle_of_an_fp8_checkpoint_in_a_pickle(tmp_path: Path) -> None:
     folder = quantized(make_model(tmp_path / "model"), by_blocks(32, 16), BLOCKS)
-    bundle = export(ExportOptions(str(folder), tmp_path / "bundle", verify="none")).folder
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    bundle = export(ExportOptions(str(folder), tmp_path / "bundle", allow_pickle=True, verify="none")).folder
     prompt = list(range(1, 20))
     with load(bundle) as model:
         (found,) = model.generate(prompt, Sampling(max_new_tokens=16, ignore_eos=True))

@@ -73,8 +73,11 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Numbers that the checkpoint holds, scales and zero points of a quantized one not counted."""
-        return sum(math.prod(weight.shape) for weight in self.tensors.values())
+        """Numbers that the decoder's part of the checkpoint holds; scales and zero points are not counted."""
+        if self._wrapper is None:
+            return sum(math.prod(weight.shape) for weight in self.tensors.values())
+        whole = self._wrapper.model.state_dict()
+        return sum(whole[name].numel() for name in set(self._wrapper.names.values()))
 
     def weights(self, model: PreTrainedModel) -> dict[str, Weight]:
         """The weight of every parameter of `model` (whose own tensors may be fake or on the meta device).

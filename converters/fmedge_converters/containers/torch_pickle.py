@@ -16,28 +16,14 @@ import torch
 from fmedge_runtimes.errors import SourceError
 
 from fmedge_converters.containers.shards import add_tensors, indexed_files, refuse_pointer
-from fmedge_converters.stored import Container, StoredTensor
+from fmedge_converters.stored import DTYPES, Container, StoredTensor
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 OTHERS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONVERT = "load it with transformers once and save it with save_pretrained, which writes safetensors"
 
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""Types as safetensors spells them."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def find(folder: Path) -> tuple[Path, ...]:
