@@ -197,3 +197,11 @@ def test_inspect_and_verify(bundle: Path) -> None:
     assert "every checksum is right" in done.stdout
     assert "64 golden tokens reproduced on cpu" in done.stdout
     assert json.loads(fmedge("verify", bundle, "--json").stdout)["golden_tokens"] == 64
+
+
+def test_an_adapter_that_is_not_there_is_one_line(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    done = fmedge("export", llama, tmp_path / "bundle", "--adapter", tmp_path / "lora", "--allow-pickle")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert "no adapter_config.json" in done.stderr

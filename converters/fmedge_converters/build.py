@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from transformers import PretrainedConfig
 
-from fmedge_converters.checkpoint import Checkpoint
+from fmedge_converters.checkpoint import Checkpoint, Files
 from fmedge_converters.decoder import TracedDecoder, trace_decoder
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.in_place import updates_in_place
@@ -56,14 +56,14 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
 
 
 def build_decoder(
-    config: PretrainedConfig, weights_folder: Path, output: Path, options: BuildOptions, progress: Progress
+    config: PretrainedConfig, files: Files, output: Path, options: BuildOptions, progress: Progress
 ) -> BuiltDecoder:
     """Write decoder.onnx and decoder.onnx.data into `output`.
 
     Raises SourceError when the model or its checkpoint cannot be exported, OSError when the disk is full.
     """
     target = options.target
-    with Checkpoint(weights_folder, numpy_dtype(target.dtype)) as checkpoint:
+    with Checkpoint(files, numpy_dtype(target.dtype)) as checkpoint:
         progress("tracing", 0, 0)
         traced = trace_decoder(config, target.dialect, target.dtype, options.context, checkpoint.buffers)
         graph = bind(traced, checkpoint.weights(traced.module))

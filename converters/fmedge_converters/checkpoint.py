@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,44 @@ import torch
 from fmedge_runtimes.errors import SourceError
 from transformers import PreTrainedModel
 
+from fmedge_converters.adapter import Adapter, Change
 from fmedge_converters.containers import open_tensors
 from fmedge_converters.conversion import converted
 from fmedge_converters.formats import find_format
 from fmedge_converters.stored import Storage
 from fmedge_converters.weight import Array, Weight, equal
+from fmedge_converters.wrapper import Wrapper
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where the weights of a model lie, and how they may be read."""
+
+    folder: Path
+    adapter: Path | None = None
+    """A PEFT folder to merge."""
+    allow_pickle: bool = False
+    wrapper: Wrapper | None = None
+    """The model that the checkpoint is of, if the decoder is a part of it."""
 
 
 class Checkpoint:
     """The weights of one model by parameter name; holds the files open until it is closed."""
 
-    def __init__(self, folder: Path, dtype: np.dtype[np.generic], *, allow_pickle: bool = False) -> None:
-        self.folder = folder
+    def __init__(self, files: Files, dtype: np.dtype[np.generic]) -> None:
+        self.folder = files.folder
         self.dtype = dtype
+        self._wrapper = files.wrapper
         self._stack = ExitStack()
+        self._adapter: Adapter | None = None
         try:
-            tensors = open_tensors(folder, self._stack, allow_pickle=allow_pickle)
-            quantization = _quantization(folder)
+            tensors = open_tensors(files.folder, self._stack, allow_pickle=files.allow_pickle)
+            quantization = _quantization(files.folder)
             self._format = find_format(quantization)
-            self._storage = Storage(folder, tensors, quantization, dtype)
+            self._storage = Storage(files.folder, tensors, quantization, dtype)
             self.tensors = self._format.decode(self._storage)
+            if files.adapter is not None:
+                self._adapter = Adapter(files.adapter, self._stack, allow_pickle=files.allow_pickle)
         except BaseException:
             self._stack.close()
             raise
@@ -55,8 +73,11 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Numbers that the checkpoint holds, scales and zero points of a quantized one not counted."""
-        return sum(math.prod(weight.shape) for weight in self.tensors.values())
+        """Numbers that the decoder's part of the checkpoint holds; scales and zero points are not counted."""
+        if self._wrapper is None:
+            return sum(math.prod(weight.shape) for weight in self.tensors.values())
+        whole = self._wrapper.model.state_dict()
+        return sum(whole[name].numel() for name in set(self._wrapper.names.values()))
 
     def weights(self, model: PreTrainedModel) -> dict[str, Weight]:
         """The weight of every parameter of `model` (whose own tensors may be fake or on the meta device).
@@ -65,26 +86,26 @@ class Checkpoint:
         raises it when fp16 cannot hold its values.
         """
         wanted = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
-        found = converted(self.tensors, model)
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        for target, origin in tied.items():
-            both = target in found and origin in found and found[target] is not found[origin]
-            if both and not equal(found[target], found[origin]):
-                # Transformers unties weights that are stored twice with different values; the graph has one for both.
-                raise SourceError(
-                    f"{self.folder}: config.json ties {target} to {origin}, but the checkpoint holds different "
-                    "values for them; set tie_word_embeddings to false in config.json."
-                )
-            if target not in found and origin in found:
-                found[target] = found[origin]
-            elif origin not in found and target in found:
-                found[origin] = found[target]
+        tensors: Mapping[str, Weight] = self.tensors
+        if self._adapter is not None:
+            changes = self._in_decoder(self._adapter.changes(model, self.dtype))
+            tensors = self._adapter.applied({name: changes[name] for name in set(changes) - set(wanted)}, tensors)
+        found = self._converted(tensors, model)
+        self._check_tied(found, tied)
+        # An adapter that changes one of two tied weights has untied them; its base holds them once.
+        _share(found, tied if self._adapter is None else {**(getattr(model, "_tied_weights_keys", None) or {}), **tied})
         missing = sorted(set(wanted) - set(found))
         if missing:
             raise SourceError(
                 f"{self.folder} lacks {len(missing)} of the model's {len(wanted)} tensors, {missing[0]} first; "
                 "its weights do not belong to its config.json."
             )
+        if self._adapter is not None:
+            late = self._adapter.applied({name: changes[name] for name in set(changes) & set(wanted)}, found)
+            changed = {name: weight for name, weight in late.items() if weight is not found[name]}
+            _share(changed, tied)
+            found |= changed
         for name, shape in wanted.items():
             self._check_shape(name, found[name], shape)
             if found[name].dtype != self.dtype:
@@ -103,10 +124,36 @@ class Checkpoint:
         buffers = {name: value for name, value in model.state_dict().items() if name not in parameters}
         # In fp32, which holds what is stored in any type; a buffer need not have the type of the weights.
         stored = self._format.decode(replace(self._storage, dtype=np.dtype(np.float32))) if buffers else {}
-        found = {name: weight for name, weight in converted(stored, model).items() if name in buffers}
+        found = self._converted(stored, model, buffers)
         for name, weight in found.items():
             self._check_shape(name, weight, tuple(buffers[name].shape))
         return {name: torch.from_numpy(weight.array()).to(buffers[name].dtype) for name, weight in found.items()}
+
+    def _converted(
+        self, tensors: Mapping[str, Weight], model: PreTrainedModel, names: Collection[str] | None = None
+    ) -> dict[str, Weight]:
+        if self._wrapper is None:
+            return converted(tensors, model, names)
+        asked = {other: name for name, other in self._wrapper.names.items() if names is None or name in names}
+        whole = converted(tensors, self._wrapper.model, asked)
+        return {asked[other]: weight for other, weight in whole.items()}
+
+    def _in_decoder(self, changes: dict[str, list[Change]]) -> dict[str, list[Change]]:
+        """Changes by the decoder's names; an adapter that was trained on the whole model has that one's."""
+        if self._wrapper is None:
+            return changes
+        alone = {other: name for name, other in self._wrapper.names.items()}
+        return {alone.get(name, name): steps for name, steps in changes.items()}
+
+    def _check_tied(self, found: Mapping[str, Weight], tied: Mapping[str, str]) -> None:
+        """Transformers unties weights that are stored twice with different values; the graph has one for both."""
+        for target, origin in tied.items():
+            both = target in found and origin in found and found[target] is not found[origin]
+            if both and not equal(found[target], found[origin]):
+                raise SourceError(
+                    f"{self.folder}: config.json ties {target} to {origin}, but the checkpoint holds different "
+                    "values for them; set tie_word_embeddings to false in config.json."
+                )
 
     def _check_shape(self, name: str, weight: Weight, shape: tuple[int, ...]) -> None:
         if weight.shape != shape:
@@ -130,6 +177,15 @@ class Checkpoint:
             return array
 
         return replace(weight, read=read)
+
+
+def _share(weights: dict[str, Weight], tied: Mapping[str, str]) -> None:
+    """Give a weight that is tied to another, and there once, to both names."""
+    for target, origin in tied.items():
+        if target not in weights and origin in weights:
+            weights[target] = weights[origin]
+        elif origin not in weights and target in weights:
+            weights[origin] = weights[target]
 
 
 def _quantization(folder: Path) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ lazy tensors, in the same order, so that a checkpoint is understood here exactly
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fmedge_runtimes.errors import SourceError
@@ -16,14 +16,17 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.formats.plain import UNREADABLE
 from fmedge_converters.lazy_tensor import LazyTensor, NotLazyError
 from fmedge_converters.weight import Weight, equal
 
 
-def converted(tensors: Mapping[str, Weight], model: PreTrainedModel) -> dict[str, Weight]:
+def converted(
+    tensors: Mapping[str, Weight], model: PreTrainedModel, names: Collection[str] | None = None
+) -> dict[str, Weight]:
     """The weights of a model's parameters and persistent buffers, as far as the checkpoint's tensors make them up.
 
-    Tensors that the model does not know are left out, as transformers leaves them out.
+    `names` asks for some of them only. Tensors that the model does not know are left out, as by transformers.
     Raises SourceError: tensors that cannot be merged, two different tensors for the same parameter.
     """
     transforms = get_model_conversion_mapping(model)
@@ -38,11 +41,14 @@ def converted(tensors: Mapping[str, Weight], model: PreTrainedModel) -> dict[str
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if target not in known and name in known:
             target, pattern = rename_source_key(name, [], [], model.base_model_prefix, known)
-        if target not in known:
+        if target not in known or (names is not None and target not in names):
             continue
+        if tensors[name].dtype == UNREADABLE:
+            tensors[name].read(0, 0)  # says what is wrong
         if pattern is not None:
-            merge = merges.setdefault(target, copy.deepcopy(by_pattern[pattern]))
-            merge.add_tensor(target, name, pattern, LazyTensor(tensors[name]))
+            if target not in merges:
+                merges[target] = copy.deepcopy(by_pattern[pattern])
+            merges[target].add_tensor(target, name, pattern, LazyTensor(tensors[name]))
         elif target not in found:
             found[target], origins[target] = tensors[name], name
         elif not equal(found[target], tensors[name]):
@@ -53,7 +59,9 @@ def converted(tensors: Mapping[str, Weight], model: PreTrainedModel) -> dict[str
     with quiet_libraries():
         for target, merge in merges.items():
             made = _merged(target, merge, model)
-            found |= {name: weight for name, weight in made.items() if name in known}
+            found |= {
+                name: weight for name, weight in made.items() if name in known and (names is None or name in names)
+            }
     return found
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from fmedge_runtimes.bundle import CacheFacts, Evidence, Golden, SamplingFacts, StateFacts, TextFacts
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import SourceError
@@ -27,10 +28,12 @@ from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder, numpy_dtype
-from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.checkpoint import Checkpoint, Files
+from fmedge_converters.decoder import empty_model, quiet_libraries
 from fmedge_converters.recording import LayerState
 from fmedge_converters.reduced import reduced_config, write_random_model
 from fmedge_converters.schemes.floating import FLOATING
+from fmedge_converters.source import Source
 from fmedge_converters.targets import TARGETS
 
 GRAPH_CONTEXT = 192
@@ -129,7 +132,7 @@ def graph_evidence(config: PretrainedConfig, progress: Progress) -> Evidence:
         small = reduced_config(config)
         reference = write_random_model(small, folder / "model", seed=0)
         options = BuildOptions(target, FLOATING, block_size=0, context=GRAPH_CONTEXT)
-        built = build_decoder(small, folder / "model", folder, options, lambda *_: None)
+        built = build_decoder(small, Files(folder / "model"), folder, options, lambda *_: None)
         decoder = Decoder(OnnxRuntimeSession(built.written.graph, "cpu", None), text_facts(built, GRAPH_CONTEXT))
         random = np.random.default_rng(0)
         prompts = [random.integers(1, built.vocabulary, length).tolist() for length in GRAPH_PROMPTS]
@@ -206,16 +209,31 @@ def require_memory(parameters: int, bits: int) -> None:
         )
 
 
-def load_reference(folder: Path) -> PreTrainedModel:
-    """The source in fp32, as transformers loads it. Raises SourceError."""
+def load_reference(source: Source) -> PreTrainedModel:
+    """The source in fp32, as transformers loads it, or with the weights as fmedge reads them. Raises SourceError."""
+    if not source.loads_by_itself:
+        return _filled(source)
     try:
         with quiet_libraries():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+                source.folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             )
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SourceError(f"{folder}: transformers cannot load the model: {first}") from error
+        raise SourceError(f"{source.folder}: transformers cannot load the model: {first}") from error
+    return model.eval()
+
+
+def _filled(source: Source) -> PreTrainedModel:
+    """The model of transformers with the weights of our own reader."""
+    model = empty_model(source.config, torch.float32)
+    model.set_attn_implementation("eager")
+    with Checkpoint(source.files, np.dtype(np.float32)) as checkpoint:
+        for name, value in checkpoint.buffers(model).items():
+            model.get_buffer(name).copy_(value)
+        for name, weight in checkpoint.weights(model).items():
+            set_module_tensor_to_device(model, name, "cpu", value=torch.from_numpy(weight.array()))
+    model.tie_weights()
     return model.eval()
 
 
@@ -246,11 +264,12 @@ def full_evidence(
     text: Sequence[int],
     precision: tuple[str, str],
     progress: Progress,
+    note: str = "",
 ) -> FullEvidence:
     """Compare the bundle's decoder with the source on the real weights.
 
-    `precision` is (compute type, quantization). In fp32 every greedy token must be PyTorch's own; otherwise the KL
-    divergence and the perplexity must stay within TOLERANCES.
+    `precision` is (compute type, quantization); `note` is what the evidence says of the reference's weights. In fp32
+    every greedy token must be PyTorch's own; otherwise KL divergence and perplexity must stay within TOLERANCES.
     """
     tolerance = TOLERANCES[precision]
     steps = min(FULL_STEPS, decoder.facts.context - max(len(prompt) for prompt in prompts))
@@ -280,7 +299,8 @@ def full_evidence(
         for prompt, row in zip(chosen, rows, strict=True)
     )
     passed = passed and all(result.mismatch is None for result in replay(decoder, goldens))
-    what = f"the exported weights against PyTorch in fp32: {len(prompts)} prompts, {divergence.tokens} tokens of text"
+    compared = f"{len(prompts)} prompts, {divergence.tokens} tokens of text"
+    what = f"the exported weights against PyTorch in fp32{note}: {compared}"
     return FullEvidence(Evidence(name="full", what=what, passed=passed, figures=figures), goldens)
 
 

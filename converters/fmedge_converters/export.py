@@ -71,7 +71,7 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
     target = find_target(options.target)
     scheme = find_scheme(target, options.quantize)
     _check_output(options)
-    source = open_source(options.source, options.revision)
+    source = open_source(options.source, options.revision, adapter=options.adapter, allow_pickle=options.allow_pickle)
     parameters = _parameters(source)
     context = _context(source, options)
     block_size = _block_size(scheme, options)
@@ -84,20 +84,21 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
         evidence.append(graph_evidence(source.config, progress))
         _judge(evidence[-1], options)
     with _aside(options) as folder:
-        tokenizer = write_tokenizer(source.folder, folder)
+        tokenizer = write_tokenizer(source.tokenizer_folder, folder)
         generation = _generation_config(source, folder)
         build = BuildOptions(target, scheme, block_size, context)
-        built = build_decoder(source.config, source.folder, folder, build, progress)
+        built = build_decoder(source.config, source.files, folder, build, progress)
         facts = _text_facts(source, built, tokenizer, generation, context)
         goldens: tuple[Golden, ...] = ()
         if options.verify == "full":
             seconds = estimate_seconds(parameters)
             progress(f"comparing with PyTorch (about {seconds:.0f} s; --verify graph skips it)", 0, 0)
-            reference = load_reference(source.folder)
+            reference = load_reference(source)
             session = OnnxRuntimeSession(built.written.graph, "cpu", None)
             prompts, text = _evaluation_tokens(evaluation_text, folder, facts)
             precision = (facts.cache_dtype, scheme.name)
-            full = full_evidence(Decoder(session, facts), reference, prompts, text, precision, progress)
+            note = "" if source.loads_by_itself else " on weights as fmedge reads them"
+            full = full_evidence(Decoder(session, facts), reference, prompts, text, precision, progress, note)
             session.close()
             evidence.append(full.evidence)
             goldens = full.goldens
@@ -110,6 +111,7 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
                 revision=source.revision,
                 architecture=source.architecture,
                 licence=source.licence,
+                adapter=source.adapter,
             ),
             target=target.name,
             precision=scheme.name,
@@ -141,7 +143,7 @@ def _check_output(options: ExportOptions) -> None:
 
 
 def _parameters(source: Source) -> int:
-    with Checkpoint(source.folder, np.dtype(np.float32)) as checkpoint:
+    with Checkpoint(source.files, np.dtype(np.float32)) as checkpoint:
         return checkpoint.parameters
 
 

@@ -33,6 +33,10 @@ class ExportOptions:
     verify: Verify = "full"
     text: Path | None = None
     """Text for the comparison of perplexities; None takes Python's own documentation."""
+    adapter: str | None = None
+    """PEFT folder or hub id of a LoRA to merge into the weights."""
+    allow_pickle: bool = False
+    """Read weights that are stored as pickles, with PyTorch's weights-only loader."""
     force: bool = False
     """Replace an existing bundle, and write one that fails its verification (the manifest records that)."""
 

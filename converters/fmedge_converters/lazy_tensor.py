@@ -8,6 +8,7 @@ and tomorrow's, run as they are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ class LazyTensor(torch.Tensor):
         return handler(*args, **(kwargs or {}))
 
 
+@functools.cache
 def torch_dtype(dtype: np.dtype[np.generic]) -> torch.dtype:
     """The torch spelling of a numpy dtype."""
     return torch.from_numpy(np.empty(0, dtype)).dtype

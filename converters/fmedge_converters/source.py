@@ -1,21 +1,29 @@
-"""The model to export: a local Hugging Face folder, a hub id, or a folder that `fmedge train` wrote.
+"""The model to export: a local Hugging Face folder, a hub id, a folder that `fmedge train` wrote, or a PEFT adapter.
 
-Knows what can be learned without building the model: where it lies, its configuration, its licence; and refuses what
+Knows what can be learned without reading weights: where it lies, its configuration, its licence; and refuses what
 is no text decoder, needs foreign code, or is quantized in a form that fmedge does not read.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from fmedge_runtimes.errors import SourceError
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from fmedge_converters.adapter import CONFIG as ADAPTER_CONFIG
+from fmedge_converters.adapter import Adapter, read_adapter_config
+from fmedge_converters.checkpoint import Files
+from fmedge_converters.decoder import empty_model
 from fmedge_converters.formats import find_format
+from fmedge_converters.wrapper import Wrapper, open_wrapper
 
 HUB_FILES = (
     "*.json",
@@ -28,6 +36,8 @@ HUB_FILES = (
 """What is fetched from a hub besides safetensors: never pickles, never code."""
 IGNORED_WEIGHTS = ["*/*", "consolidated*"]
 """Safetensors of another layout than transformers'."""
+PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,48 +48,124 @@ class Source:
     """The hub id, or the name of the local folder."""
     revision: str | None
     """The commit of the hub's repository; None for a local folder."""
-    folder: Path
+    files: Files
     config: PretrainedConfig
     licence: str | None
+    adapter: str | None = None
+    """Hub id or folder name of the adapter that is merged into it."""
+    loads_by_itself: bool = True
+    """Whether transformers alone loads the same numbers; not with an adapter, nor from every quantized form."""
 
     @property
     def architecture(self) -> str:
         """The model type, as transformers names it."""
         return str(self.config.model_type)
 
+    @property
+    def folder(self) -> Path:
+        """Where its configuration and weights lie."""
+        return self.files.folder
 
-def open_source(source: str, revision: str | None = None) -> Source:
-    """Find a model and read its configuration.
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where its tokenizer lies: an adapter that brings one was trained with it."""
+        adapter = self.files.adapter
+        brings = adapter is not None and any((adapter / name).is_file() for name in TOKENIZERS)
+        return adapter if adapter is not None and brings else self.folder
 
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    name: str
+    commit: str | None
+    folder: Path
+
+
+def open_source(
+    source: str, revision: str | None = None, *, adapter: str | None = None, allow_pickle: bool = False
+) -> Source:
+    """Find a model, and an adapter for it, and read its configuration.
+
+    A source that is an adapter brings its base model along.
     Raises SourceError when there is no such model, or when it is not a text decoder that fmedge can read.
     """
+    found = _find(source, revision, allow_pickle)
+    merged = _find(adapter, None, allow_pickle) if adapter is not None else None
+    if _is_adapter(found.folder):
+        if merged is not None:
+            raise SourceError(f"{source} is an adapter itself; export its base model with --adapter {adapter}.")
+        found, merged = _base_of(found, allow_pickle), found
+    elif merged is not None:
+        read_adapter_config(merged.folder)
+    folder = found.folder
+    raw = _raw_config(folder)
+    config, wrapper = _decoder(folder, raw)
+    files = Files(folder, None if merged is None else merged.folder, allow_pickle, wrapper)
+    if merged is not None:
+        _untie(config, files)
+    # The weights are read as plain numbers, whatever their form in the files.
+    vars(config).pop("quantization_config", None)
+    return Source(
+        id=found.name,
+        revision=found.commit,
+        files=files,
+        config=config,
+        licence=_licence(folder, raw),
+        adapter=None if merged is None else merged.name,
+        loads_by_itself=merged is None
+        and config.model_type == raw["model_type"]
+        and not raw.get("quantization_config"),
+    )
+
+
+def _find(source: str, revision: str | None, allow_pickle: bool) -> _Found:
     folder = Path(source).expanduser()
-    commit = None
     if folder.is_dir():
         if revision is not None:
             raise SourceError(f"--revision is for hub ids; {source} is a local folder.")
-        name = folder.resolve().name
-    elif folder.exists():
+        return _Found(folder.resolve().name, None, folder)
+    if folder.exists():
         raise SourceError(f"{source} is a file; give the folder that holds config.json.")
-    else:
-        folder, commit = _from_hub(source, revision)
-        name = source
-    raw = _raw_config(folder)
-    _refuse_unsupported(folder, raw)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # configurations raise what they like, validation errors of their own included
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SourceError(f"{folder / 'config.json'}: transformers cannot read it: {first_line}") from error
-    if config.get_text_config(decoder=True) is not config:
+    folder, commit = _from_hub(source, revision, allow_pickle)
+    return _Found(source, commit, folder)
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def _base_of(adapter: _Found, allow_pickle: bool) -> _Found:
+    """The model that an adapter was trained on."""
+    config = read_adapter_config(adapter.folder)
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
         raise SourceError(
-            f"{source} ({config.model_type}) wraps a decoder together with other parts (vision, audio); fmedge exports "
-            "decoders alone: save its language model as a model of its own."
+            f"{adapter.folder} is an adapter that does not say its base model: export that, with "
+            f"--adapter {adapter.folder}."
         )
-    return Source(name, commit, folder, config, _licence(folder, raw))
+    beside = adapter.folder / name
+    try:
+        revision = config.get("revision") if not Path(name).expanduser().is_dir() else None
+        return _find(str(beside) if beside.is_dir() else name, revision, allow_pickle)
+    except SourceError as error:
+        raise SourceError(
+            f"{adapter.folder} is an adapter whose base model cannot be had ({error}) Give the base model as the "
+            f"source, with --adapter {adapter.folder}."
+        ) from error
 
 
-def _from_hub(source: str, revision: str | None) -> tuple[Path, str]:
+def _untie(config: PretrainedConfig, files: Files) -> None:
+    """Embedding and head that are tied become two weights when the adapter changes one of them, or both apart."""
+    if not getattr(config, "tie_word_embeddings", False) or files.adapter is None:
+        return
+    tied = dict(getattr(empty_model(config, torch.float32), "all_tied_weights_keys", None) or {})
+    with ExitStack() as stack:
+        adapter = Adapter(files.adapter, stack, allow_pickle=files.allow_pickle)
+        if not adapter.config.get("ensure_weight_tying") and adapter.names() & (set(tied) | set(tied.values())):
+            config.tie_word_embeddings = False
+
+
+def _from_hub(source: str, revision: str | None, allow_pickle: bool) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -91,12 +177,16 @@ def _from_hub(source: str, revision: str | None) -> tuple[Path, str]:
 
     try:
         # The small files first: most refusals need no weights.
-        folder = snapshot_download(source, revision=revision, allow_patterns=list(HUB_FILES))
-        raw = _raw_config(Path(folder))
-        _refuse_unsupported(Path(folder), raw)
-        snapshot_download(
-            source, revision=Path(folder).name, allow_patterns=["*.safetensors"], ignore_patterns=IGNORED_WEIGHTS
-        )
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(HUB_FILES)))
+        if _is_adapter(folder):
+            read_adapter_config(folder)
+        else:
+            _decoder(folder, _raw_config(folder))
+        # The cache names a snapshot's folder by its commit.
+        commit = folder.name
+        snapshot_download(source, revision=commit, allow_patterns=["*.safetensors"], ignore_patterns=IGNORED_WEIGHTS)
+        if allow_pickle and not any(folder.glob("*.safetensors")):
+            snapshot_download(source, revision=commit, allow_patterns=PICKLES)
     except HFValidationError as error:
         raise SourceError(f"{source} is neither a folder that exists nor a hub id like owner/name.") from error
     except GatedRepoError as error:
@@ -114,8 +204,7 @@ def _from_hub(source: str, revision: str | None) -> tuple[Path, str]:
             f"{source} is not a folder, and the hub cannot be reached to look for it (it is not in the cache either); "
             "check the path or the network."
         ) from error
-    # The cache names a snapshot's folder by its commit.
-    return Path(folder), Path(folder).name
+    return folder, commit
 
 
 def _raw_config(folder: Path) -> dict[str, Any]:
@@ -123,10 +212,6 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if (folder / "model_index.json").is_file():
             raise SourceError(f"{folder} is a diffusers pipeline; this version exports text decoders only.")
-        if (folder / "adapter_config.json").is_file():
-            raise SourceError(
-                f"{folder} is a PEFT adapter, not a model; merge it into its base (merge_and_unload) and save that."
-            )
         if (folder / "fmedge.json").is_file():
             raise SourceError(f"{folder} is already a bundle; export the model it was made from.")
         raise SourceError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
@@ -141,18 +226,30 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
+def _decoder(folder: Path, raw: dict[str, Any]) -> tuple[PretrainedConfig, Wrapper | None]:
+    """The configuration of the decoder, and the model around it if there is one.
+
+    Raises SourceError when it is not what fmedge exports.
+    """
     kind = raw["model_type"]
     find_format(raw.get("quantization_config") or {})
+    if kind not in CONFIG_MAPPING_NAMES and raw.get("auto_map"):
+        raise SourceError(
+            f"{folder} ({kind}) needs code of its own (auto_map in config.json), which fmedge never runs; "
+            "only architectures inside transformers can be exported."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # configurations raise what they like, validation errors of their own included
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(f"{folder / 'config.json'}: transformers cannot read it: {first_line}") from error
+    if config.get_text_config(decoder=True) is not config:
+        return open_wrapper(config)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        if raw.get("auto_map"):
-            raise SourceError(
-                f"{folder} ({kind}) needs code of its own (auto_map in config.json), which fmedge never runs; "
-                "only architectures inside transformers can be exported."
-            )
         raise SourceError(
             f"{folder} ({kind}) is not a causal language model of transformers; fmedge exports text decoders."
         )
+    return config, None
 
 
 def _licence(folder: Path, raw: dict[str, Any]) -> str | None:

@@ -24,6 +24,24 @@ import torch
 from fmedge_converters.weight import Weight
 
 
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types that can be read, as safetensors spells them."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor in a file: known from the file's header, read when asked."""
@@ -32,7 +50,7 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors spells it: F32, F16, BF16, F8_E4M3, I32, U8, ..."""
+    """As safetensors spells it (DTYPES), or another word for what cannot be read as it is."""
     read: Callable[[int, int], torch.Tensor]
     """Rows start:stop of axis 0 in the stored type (a scalar is one row, and comes without an axis). Raises
     SourceError when the file cannot be read."""

@@ -108,7 +108,13 @@ def concatenated(weights: Sequence[Weight], axis: int = 0) -> Weight:
         return Weight(shape, first.dtype, _below([weight.read for weight in weights], rows), packed)
 
     def read(start: int, stop: int) -> Array:
-        return np.concatenate([weight.read(start, stop) for weight in weights], axis)
+        result = np.empty((stop - start, *shape[1:]), first.dtype)
+        place = 0
+        for weight in weights:
+            end = place + weight.shape[axis]
+            result[(*(slice(None),) * axis, slice(place, end))] = weight.read(start, stop)
+            place = end
+        return result
 
     return Weight(shape, first.dtype, read)
 
@@ -118,12 +124,23 @@ def _below(reads: Sequence[Read], rows: Sequence[int]) -> Read:
     starts = np.cumsum([0, *rows]).tolist()
 
     def read(start: int, stop: int) -> Array:
-        parts = [
-            part(max(start, first) - first, min(stop, end) - first)
+        touched = [
+            (part, max(start, first), min(stop, end), first)
             for part, first, end in zip(reads, starts[:-1], starts[1:], strict=True)
             if start < end and stop > first
         ]
-        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+        if not touched:
+            return reads[0](0, 0)
+        # One part at a time in memory, beside the result.
+        part, first, last, offset = touched[0]
+        rows = part(first - offset, last - offset)
+        if len(touched) == 1:
+            return rows
+        result = np.empty((stop - start, *rows.shape[1:]), rows.dtype)
+        result[first - start : last - start] = rows
+        for part, first, last, offset in touched[1:]:
+            result[first - start : last - start] = part(first - offset, last - offset)
+        return result
 
     return read
 

@@ -15,12 +15,16 @@ EPILOG = """
 
   fmedge export owner/name out/bundle --revision main --context 4096
 
+  fmedge export out/model out/bundle --adapter ./lora
+
   fmedge export ./checkpoint out/gpu --target cuda --quantize int4 --verify graph
 """
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or folder of `fmedge train`.")],
+    source: Annotated[
+        str, typer.Argument(help="Hugging Face folder, hub id, folder of `fmedge train`, or a LoRA on one of them.")
+    ],
     output: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = ExportOptions.revision,
     target: Annotated[str, typer.Option(help="cpu or cuda.")] = ExportOptions.target,
@@ -39,6 +43,13 @@ def command(
         Path | None,
         typer.Option(help="Text to compare perplexities on; Python's own documentation unless given."),
     ] = ExportOptions.text,
+    adapter: Annotated[
+        str | None, typer.Option(help="LoRA to merge into the weights: a PEFT folder or a hub id.")
+    ] = ExportOptions.adapter,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="Read pytorch_model.bin, with PyTorch's weights-only loader."),
+    ] = ExportOptions.allow_pickle,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a bundle; write one that fails its verification.")
     ] = ExportOptions.force,
@@ -52,7 +63,20 @@ def command(
     require_export()
     from fmedge_converters.export import export
 
-    options = ExportOptions(source, output, revision, target, quantize, block_size, context, verify, text, force)
+    options = ExportOptions(
+        source=source,
+        output=output,
+        revision=revision,
+        target=target,
+        quantize=quantize,
+        block_size=block_size,
+        context=context,
+        verify=verify,
+        text=text,
+        adapter=adapter,
+        allow_pickle=allow_pickle,
+        force=force,
+    )
     with progress_bar() as progress:
         bundle = export(options, progress)
     show(bundle, as_json=as_json)

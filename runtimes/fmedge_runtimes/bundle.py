@@ -40,6 +40,8 @@ class SourceFacts(_Record):
     revision: str | None
     architecture: str
     licence: str | None
+    adapter: str | None = None
+    """The LoRA that was merged into it: a hub id, or the name of a folder."""
 
 
 class TensorFacts(_Record):

@@ -12,6 +12,8 @@ from fmedge_converters.containers.torch_pickle import TORCH_PICKLE
 from fmedge_converters.stored import Container, StoredTensor
 
 CONTAINERS: tuple[Container, ...] = (SAFETENSORS, TORCH_PICKLE)
+ADAPTERS = {"adapter_model.safetensors": SAFETENSORS, "adapter_model.bin": TORCH_PICKLE}
+"""The files in which PEFT keeps an adapter, in the order in which it looks."""
 
 
 def open_tensors(folder: Path, stack: ExitStack, *, allow_pickle: bool) -> dict[str, StoredTensor]:
@@ -21,11 +23,23 @@ def open_tensors(folder: Path, stack: ExitStack, *, allow_pickle: bool) -> dict[
     """
     for row in CONTAINERS:
         files = row.find(folder)
-        if files and row.unsafe and not allow_pickle:
-            raise SourceError(
-                f"{folder} holds its weights as a pickle ({files[0].name}), a format that can carry code; "
-                "--allow-pickle reads it with PyTorch's weights-only loader, which runs none."
-            )
         if files:
-            return row.open(files, stack)
+            return _open(row, files, stack, allow_pickle)
     raise SourceError(f"{folder} holds no weights: there is no {' or '.join(row.wanted for row in CONTAINERS)}.")
+
+
+def open_adapter_tensors(folder: Path, stack: ExitStack, *, allow_pickle: bool) -> dict[str, StoredTensor]:
+    """Every tensor of a PEFT folder. Raises SourceError as `open_tensors` does."""
+    for name, row in ADAPTERS.items():
+        if (folder / name).is_file():
+            return _open(row, (folder / name,), stack, allow_pickle)
+    raise SourceError(f"{folder} holds no weights of an adapter: there is no {' or '.join(ADAPTERS)}.")
+
+
+def _open(row: Container, files: tuple[Path, ...], stack: ExitStack, allow_pickle: bool) -> dict[str, StoredTensor]:
+    if row.unsafe and not allow_pickle:
+        raise SourceError(
+            f"{files[0].parent} holds its weights as a pickle ({files[0].name}), a format that can carry code; "
+            "--allow-pickle reads it with PyTorch's weights-only loader, which runs none."
+        )
+    return row.open(files, stack)

@@ -15,29 +15,15 @@ from pathlib import Path
 import torch
 from fmedge_runtimes.errors import SourceError
 
-from fmedge_converters.containers.safetensors import indexed_files
-from fmedge_converters.stored import Container, StoredTensor
+from fmedge_converters.containers.shards import add_tensors, indexed_files, refuse_pointer
+from fmedge_converters.stored import DTYPES, Container, StoredTensor
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 OTHERS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONVERT = "load it with transformers once and save it with save_pretrained, which writes safetensors"
 
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""Types as safetensors spells them."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def find(folder: Path) -> tuple[Path, ...]:
@@ -62,13 +48,17 @@ def open_files(files: Sequence[Path], _stack: ExitStack) -> dict[str, StoredTens
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        for name, tensor in _load(file).items():
-            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-                kind = type(tensor).__name__
-                raise SourceError(f"{file} is not a plain table of tensors: {str(name)[:60]!r} is a {kind}; {CONVERT}.")
-            kind = NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-            tensors[name] = StoredTensor(file, name, tuple(tensor.shape), kind, functools.partial(_read, tensor))
+        refuse_pointer(file)
+        add_tensors(tensors, [_stored(file, name, tensor) for name, tensor in _load(file).items()])
     return tensors
+
+
+def _stored(file: Path, name: object, tensor: object) -> StoredTensor:
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        kind = type(tensor).__name__
+        raise SourceError(f"{file} is not a plain table of tensors: {str(name)[:60]!r} is a {kind}; {CONVERT}.")
+    kind = NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+    return StoredTensor(file, name, tuple(tensor.shape), kind, functools.partial(_read, tensor))
 
 
 def _load(file: Path) -> dict[object, object]:
