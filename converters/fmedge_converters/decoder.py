@@ -33,6 +33,7 @@ from fmedge_converters.complex_numbers import ComplexAsPairs
 from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.experts import IMPLEMENTATION as EXPERTS
 from fmedge_converters.kernels import recurrent_kernels
+from fmedge_converters.large_tensors import LargeOnMeta
 from fmedge_converters.recording import PROBE_CAPACITY, LayerCache, LayerState, Recording, recording
 from fmedge_converters.rope import freeze_rope
 from fmedge_converters.traced_cache import TracedCache
@@ -79,7 +80,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     Raises SourceError when transformers cannot build it.
     """
     try:
-        with quiet_libraries(), init_empty_weights(include_buffers=False):
+        with quiet_libraries(), init_empty_weights(include_buffers=False), LargeOnMeta():
             # A copy, because transformers notes the attention's name in the configuration it is given.
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=dtype, attn_implementation=IMPLEMENTATION

@@ -40,7 +40,7 @@ def run_experts(
     )
     chosen = top_k_index.shape[1]
     flat = top_k_index.reshape(-1)  # [R]
-    order = torch.argsort(flat)  # [R]
+    order = _ascending(flat)  # [R]
     sizes = (flat.unsqueeze(1) == torch.arange(first.shape[0])).sum(0)  # [E]
     rows = hidden_states.index_select(0, order // chosen)  # [R, H]
     rows = _expert_linear(rows, sizes, first, first_bias, transposed=module.is_transposed)
@@ -56,6 +56,19 @@ def run_experts(
         version=1,
     )
     return combined
+
+
+def _ascending(values: torch.Tensor) -> torch.Tensor:
+    """The places [R] of values [R] from the smallest to the largest, in the operators that ONNX has for it."""
+    length = torch.onnx.ops.symbolic("Shape", (values,), dtype=torch.int64, shape=(1,))
+    _, order = torch.onnx.ops.symbolic_multi_out(
+        "TopK",
+        (values, length),
+        {"axis": 0, "largest": 0, "sorted": 1},
+        dtypes=(values.dtype, torch.int64),
+        shapes=(values.shape, values.shape),
+    )
+    return order
 
 
 def _expert_linear(

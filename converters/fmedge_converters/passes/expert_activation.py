@@ -73,13 +73,11 @@ def activation_between(graph: DecoderGraph, first: ir.Value, second: ir.Value) -
     if any(array is None for array in constants):
         return None
     sizes = np.repeat(SCALES, 2)[:, None]  # [R, 1]
-    samples = (np.random.default_rng(0).standard_normal((len(sizes), shape[-1])) * sizes).astype(
-        dtype.numpy()
-    )  # [R, N]
+    samples = np.random.default_rng(0).standard_normal((len(sizes), shape[-1])) * sizes
+    samples = samples.astype(dtype.numpy())  # [R, N]
     evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=graph.model.ir_version)))
     with np.errstate(all="ignore"):
-        results: list[Array] = evaluator.run(None, {str(first.name): samples})
-    (found,) = results
+        (found,) = (np.asarray(array) for array in evaluator.run(None, {str(first.name): samples}))
     scalars = {float(array.reshape(())) for array in constants if array is not None and array.size == 1}
     epsilon = np.finfo(samples.dtype).eps
     exact = samples.astype(np.float64)
