@@ -120,9 +120,7 @@ class Layer(torch.nn.Module):
         self.experts = MixtralExperts(config)
         self.head = torch.nn.Linear(shape.hidden, 8, bias=False)
 
-    def forward(
-        self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts' output [T, H], and the head's [T, 8]."""
         y = self.experts(x, index, weights.abs())
         return y, self.head(y)
@@ -280,7 +278,9 @@ def main() -> None:
     results = with_ratios(results)
     for name in options.shapes.split(","):
         shape = SHAPES[name]
-        print(f"\n{shape.published}: {shape.experts} experts, {shape.chosen} for a token, {shape.hidden} x {shape.inner}")
+        print(
+            f"\n{shape.published}: {shape.experts} experts, {shape.chosen} for a token, {shape.hidden} x {shape.inner}"
+        )
         print(f"{'':18s}{'tokens':>7s}{'ms':>10s}{'CPU ms':>10s}{'x batched':>10s}")
         for item in results:
             if item.shape == name:

@@ -71,9 +71,7 @@ class Layer(torch.nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
         self.to(dtype)
 
-    def forward(
-        self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the experts' output [T, H], and the head's."""
         y = self.experts(x, index, weights if self.signed else weights.abs())
         return y, self.head(y)

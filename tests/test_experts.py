@@ -48,12 +48,12 @@ def routing(tokens: int, seed: int = 0, chosen: int = CHOSEN, among: int = EXPER
 
 
 def difference(
-    opened: onnxruntime.InferenceSession, given: Routing, kind: str, dtype: torch.dtype = torch.float32, **how: Any
+    opened: onnxruntime.InferenceSession, routed: Routing, kind: str, dtype: torch.dtype = torch.float32, **how: Any
 ) -> float:
     """Mean difference to PyTorch over the mean magnitude of PyTorch's result."""
     layer, _, _ = traced(kind, dtype=dtype, **how)
     kept = np.float16 if dtype == torch.float16 else np.float32
-    x, index, weights = given[0].astype(kept), given[1], given[2].astype(kept)
+    x, index, weights = routed[0].astype(kept), routed[1], routed[2].astype(kept)
     (found, _) = opened.run(None, {"x": x, "index": index, "weights": weights})
     wanted = layer.reference(x.astype(np.float32), index, weights.astype(np.float32))
     return float(np.abs(found - wanted).mean() / np.abs(wanted).mean())
@@ -76,8 +76,8 @@ def test_experts_compute_what_pytorch_computes(target: str, scheme: str, kind: s
     assert operators(made).get("QMoE", 0) == int(kernel)
     opened = session(made, tmp_path)
     limit = DIFFERENCES.get((target, scheme), DIFFERENCES.get(scheme))
-    for given in (routing(1), routing(7), routing(33), routing(9, among=CHOSEN)):
-        assert difference(opened, given, kind, row.dtype) < limit
+    for routed in (routing(1), routing(7), routing(33), routing(9, among=CHOSEN)):
+        assert difference(opened, routed, kind, row.dtype) < limit
 
 
 FORMS: dict[str, Activation | None] = {
@@ -131,10 +131,10 @@ def test_any_routing_is_followed(chosen: int, tmp_path: Path) -> None:
     def check(tokens: int, among: int, levels: int, scale: float, seed: int) -> None:
         x, index, weights = routing(tokens, seed, chosen, among)
         # Few levels make ties and zeros.
-        given = x, index, (np.round(weights * levels) if levels else weights).astype(np.float32) * np.float32(scale)
-        feeds = dict(zip(("x", "index", "weights"), given, strict=True))
+        routed = x, index, (np.round(weights * levels) if levels else weights).astype(np.float32) * np.float32(scale)
+        feeds = dict(zip(("x", "index", "weights"), routed, strict=True))
         results = {name: one.run(None, feeds)[0] for name, one in opened.items()}
-        wanted = traced("silu", chosen=chosen)[0].reference(*given)
+        wanted = traced("silu", chosen=chosen)[0].reference(*routed)
         np.testing.assert_allclose(results["fp32"], wanted, atol=2e-5 * scale, rtol=1e-5)
         np.testing.assert_allclose(results["kernel"], results["plain"], atol=2e-5 * scale, rtol=1e-4)
 
@@ -145,8 +145,8 @@ def test_weights_that_may_be_negative_keep_the_plain_form(tmp_path: Path) -> Non
     made = graph("silu", TARGETS["cpu"].schemes["int8"], signed=True)
     assert "QMoE" not in operators(made)
     x, index, weights = routing(9)
-    given = x, index, weights - np.float32(0.5)
-    assert difference(session(made, tmp_path), given, "silu", signed=True) < DIFFERENCES["int8"]
+    routed = x, index, weights - np.float32(0.5)
+    assert difference(session(made, tmp_path), routed, "silu", signed=True) < DIFFERENCES["int8"]
 
 
 @pytest.mark.parametrize(
