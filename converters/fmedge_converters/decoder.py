@@ -31,7 +31,9 @@ from transformers.utils import logging as transformers_logging
 from fmedge_converters.attention_interface import IMPLEMENTATION, replaced_attention
 from fmedge_converters.complex_numbers import ComplexAsPairs
 from fmedge_converters.dialects.dialect import Dialect
+from fmedge_converters.experts import IMPLEMENTATION as EXPERTS
 from fmedge_converters.kernels import recurrent_kernels
+from fmedge_converters.large_tensors import LargeOnMeta
 from fmedge_converters.recording import PROBE_CAPACITY, LayerCache, LayerState, Recording, recording
 from fmedge_converters.rope import freeze_rope
 from fmedge_converters.traced_cache import TracedCache
@@ -78,13 +80,13 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     Raises SourceError when transformers cannot build it.
     """
     try:
-        with quiet_libraries(), init_empty_weights(include_buffers=False):
+        with quiet_libraries(), init_empty_weights(include_buffers=False), LargeOnMeta():
             # A copy, because transformers notes the attention's name in the configuration it is given.
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=dtype, attn_implementation=IMPLEMENTATION
             )
             if model._can_set_experts_implementation():
-                model.set_experts_implementation("batched_mm")
+                model.set_experts_implementation(EXPERTS)
     except Exception as error:  # each architecture has its own ways to refuse
         raise SourceError(f"transformers cannot build {config.model_type}: {error}") from error
     # init_empty_weights makes a new parameter of every assignment, which unties those that were tied.

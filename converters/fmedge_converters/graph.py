@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from fmedge_converters.streamed_tensor import StreamedTensor
 from fmedge_converters.weight import Array, Weight, weight_from_array
 
 MICROSOFT = "com.microsoft"
@@ -48,6 +49,15 @@ class DecoderGraph:
         self.weights[name] = weight
         return value
 
+    def add_streamed(self, tensor: StreamedTensor) -> ir.Value:
+        """Register a tensor that is made while it is written (once: the same name gives the same initializer)."""
+        name = str(tensor.name)
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
     def add_constant(self, name: str, array: Array) -> ir.Value:
         """Register a small array as an initializer."""
         return self.add_weight(name, weight_from_array(array))
@@ -58,7 +68,7 @@ class DecoderGraph:
         op: str,
         inputs: Sequence[ir.Value | None],
         like: Sequence[tuple[ir.DataType | None, Sequence[int | str | ir.SymbolicDim] | ir.Shape | None]],
-        attributes: Mapping[str, int | float | str | Sequence[int]] | None = None,
+        attributes: Mapping[str, int | float | str | Sequence[int] | ir.TensorProtocol] | None = None,
         domain: str = "",
     ) -> tuple[ir.Value, ...]:
         """Insert a node in front of another; `like` gives dtype and shape of each output."""

@@ -1,18 +1,22 @@
 """A small model of the same architecture with random weights, for the proof that the graph is right.
 
-Layers, vocabulary and MLPs shrink; every kind of layer, the head sizes and all constants of the architecture stay.
+Layers, vocabulary, MLPs and the number of experts shrink; every kind of layer, the head sizes, how many experts a token
+has and all constants of the architecture stay.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from fmedge_runtimes.errors import SourceError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from fmedge_converters.decoder import quiet_libraries, text_config
+from fmedge_converters.decoder import empty_model, quiet_libraries, text_config
 
 VOCABULARY = 512
 MLP = 512
@@ -27,6 +31,12 @@ MLP_SIZES = (
     "n_inner",
     "shared_expert_intermediate_size",
 )
+EXPERTS = 8
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN_COUNTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+GROUP_COUNTS = ("n_group", "num_expert_group")
+TAKEN_COUNTS = ("topk_group",)
+"""Experts, how many of them a token has; groups of experts, and how many of those the router takes."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id")
 
 
@@ -35,7 +45,7 @@ def reduced_config(config: PretrainedConfig) -> PretrainedConfig:
     small = copy.deepcopy(config)
     text = text_config(small)
     layers = text.num_hidden_layers
-    keep = _layers_to_keep(text, layers)
+    keep = _layers_to_keep(config, layers)
     for name, value in list(vars(text).items()):
         if isinstance(value, list | tuple) and len(value) == layers and not name.startswith("_"):
             setattr(text, name, type(value)(value[:keep]))
@@ -48,6 +58,11 @@ def reduced_config(config: PretrainedConfig) -> PretrainedConfig:
         size = getattr(text, name, None)
         if isinstance(size, int) and size > MLP:
             setattr(text, name, MLP)
+    few = _experts_to_keep(text)
+    for name in EXPERT_COUNTS:
+        size = getattr(text, name, None)
+        if isinstance(size, int) and size > few:
+            setattr(text, name, few)
     text.vocab_size = min(text.vocab_size, VOCABULARY)
     for holder in (small, text):
         for name in TOKEN_IDS:
@@ -57,12 +72,31 @@ def reduced_config(config: PretrainedConfig) -> PretrainedConfig:
     return small
 
 
-def _layers_to_keep(text: PretrainedConfig, layers: int) -> int:
-    """As many layers as it takes to see every kind of them; lists with an entry for each layer tell kinds apart."""
-    lists = [
+def _experts_to_keep(text: PretrainedConfig) -> int:
+    """More experts than a token has, in as many groups as before and with enough of them in each."""
+    chosen, groups, taken = (
+        max((size for name in names if isinstance(size := getattr(text, name, None), int)), default=1)
+        for names in (CHOSEN_COUNTS, GROUP_COUNTS, TAKEN_COUNTS)
+    )
+    # A group is rated by the sum of its two best experts.
+    return groups * max(2, math.ceil(max(EXPERTS, 2 * chosen) / groups), math.ceil(chosen / taken))
+
+
+def _layers_to_keep(config: PretrainedConfig, layers: int) -> int:
+    """As many layers as it takes to see every kind of them. Lists in the configuration with an entry for each layer tell
+    kinds apart, and so do the modules that layers are made of."""
+    lists: list[Sequence[Any]] = [
         value
-        for value in vars(text).values()
-        if isinstance(value, list | tuple) and len(value) == layers and all(isinstance(i, str | int) for i in value)
+        for value in vars(text_config(config)).values()
+        if isinstance(value, list | tuple)
+        and len(value) == layers
+        and all(isinstance(i, str | int) for i in value)
+        and list(value) != list(range(layers))  # a list of layers, not of their kinds
+    ]
+    lists += [
+        [tuple(type(part).__name__ for part in layer.modules()) for layer in module]
+        for module in empty_model(config, torch.float32).modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == layers
     ]
     kinds = list(zip(*lists, strict=True))
     needed = max((kinds.index(kind) + 1 for kind in set(kinds)), default=0)

@@ -14,6 +14,7 @@ from fmedge_converters.dialects.ort import ORT
 from fmedge_converters.passes import ORT_PASSES, Pass
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
+from fmedge_converters.schemes.qmoe import qmoe
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.schemes.weight_only import weight_only
 
@@ -48,7 +49,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             schemes=_by_name(
                 FLOATING,
                 DYNAMIC_INT8,
-                weight_only("int4", "4-bit weights, 8-bit head", bits=4, head_bits=8, accuracy_level=4),
+                weight_only("int4", "4-bit weights, 8-bit head", 4, head_bits=8, accuracy_level=4, mixture=qmoe(4, 4)),
             ),
             read_first=frozenset(("LinearAttention", "CausalConvWithState")),
         ),
@@ -60,8 +61,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dtype=torch.float16,
             schemes=_by_name(
                 FLOATING,
-                weight_only("int8", "8-bit weights", bits=8, head_bits=8, accuracy_level=0),
-                weight_only("int4", "4-bit weights, 8-bit head", bits=4, head_bits=8, accuracy_level=0),
+                weight_only("int8", "8-bit weights", 8, head_bits=8, accuracy_level=0, mixture=qmoe(8)),
+                weight_only("int4", "4-bit weights, 8-bit head", 4, head_bits=8, accuracy_level=0, mixture=qmoe(4)),
             ),
             read_first=frozenset(),
         ),

@@ -54,6 +54,8 @@ class Weight:
     read: Read
     packed: PackedMatrix | None = None
     """The same matrix quantized, when the checkpoint has it so; what `read` returns is its exact dequantization."""
+    whole: bool = False
+    """A part costs as much to read as all of it: `blocks` gives it in one."""
 
     @property
     def rows(self) -> int:
@@ -72,7 +74,7 @@ class Weight:
     def blocks(self) -> Iterator[Array]:
         """The tensor in order, as blocks of rows of about CHUNK_BYTES."""
         row_bytes = max(1, self.nbytes // max(1, self.rows))
-        step = max(1, CHUNK_BYTES // row_bytes)
+        step = max(1, self.rows if self.whole else CHUNK_BYTES // row_bytes)
         for start in range(0, self.rows, step):
             yield self.read(start, min(start + step, self.rows))
 

@@ -7,7 +7,7 @@ quantized when their turn comes, and equal tensors share their bytes (a head and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from fmedge_converters.graph import DecoderGraph
+from fmedge_converters.streamed_tensor import StreamedTensor
+from fmedge_converters.weight import Array
 
 ALIGNMENT = 64
 """Every tensor starts at a multiple of this, which suits vector loads on a mapped file."""
@@ -50,28 +52,39 @@ def write_graph(graph: DecoderGraph, folder: Path, stem: str, progress: Callable
             if tensor.nbytes <= INLINE_BYTES:
                 value.const_value = ir.tensor(np.asarray(tensor.numpy(), order="C"), name=value.name)
                 continue
-            array = np.ascontiguousarray(tensor.numpy())
-            shape, content = array.shape, array.reshape(-1).data.cast("B")
-            key = (len(content), hashlib.sha256(content).digest())
-            if key not in written:
-                file.write(b"\0" * (-file.tell() % ALIGNMENT))
-                written[key] = file.tell()
+            before = file.tell()
+            file.write(b"\0" * (-before % ALIGNMENT))
+            start, digest = file.tell(), hashlib.sha256()
+            for piece in _pieces(tensor):
+                content = np.ascontiguousarray(piece).reshape(-1).data.cast("B")
+                digest.update(content)
                 file.write(content)
-            length = len(content)
-            del array, content
+                done += len(content)
+                progress(done, total)
+                del piece, content
+            length = file.tell() - start
+            offset = written.setdefault((length, digest.digest()), start)
+            if offset != start:
+                file.seek(before)
+                file.truncate()
             value.const_value = ir.ExternalTensor(
                 data_path.name,
-                written[key],
+                offset,
                 length,
                 tensor.dtype,
-                shape=ir.Shape(shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=str(value.name),
                 base_dir=folder,
             )
-            done += length
-            progress(done, total)
         size = file.tell()
     # Traces carry the exporter's file names and line numbers, which are nobody's business on the device.
     common.ClearMetadataAndDocStringPass()(graph.model)
     graph_path.write_bytes(ir.to_proto(graph.model).SerializeToString())
     return WrittenGraph(graph_path, data_path, size)
+
+
+def _pieces(tensor: ir.TensorProtocol) -> Iterator[Array]:
+    if isinstance(tensor, StreamedTensor):
+        yield from tensor.pieces()
+    else:
+        yield tensor.numpy()

@@ -2,7 +2,8 @@
 
     Linear(x [..., K], weight [N, K], bias [N]?) -> [..., N]        y = x @ weight.T + bias
 
-The node exists between passes only; no written graph holds one.
+The node exists between passes only; no written graph holds one. What chooses the experts of a mixture is marked
+`exact`: it is neither quantized nor merged with others, because a rounding error there is a wrong expert.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from fmedge_converters.graph import DecoderGraph, constant, dims, produced_by, replace
+from fmedge_converters.passes.mixture import router_nodes
 from fmedge_converters.weight import Weight, transposed
 
 DOMAIN = "fmedge"
 LINEAR = "Linear"
+EXACT = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class Linear:
     weight: ir.Value  # [N, K]
     bias: ir.Value | None  # [N]
     output: ir.Value  # [..., N]
+    exact: bool
 
     @property
     def name(self) -> str:
@@ -41,24 +45,33 @@ def linears(graph: DecoderGraph) -> list[Linear]:
         if node.domain == DOMAIN and node.op_type == LINEAR:
             x, weight, *bias = node.inputs
             if x is not None and weight is not None:
-                found.append(Linear(node, x, weight, bias[0] if bias else None, node.outputs[0]))
+                exact = bool(node.attributes.get_int(EXACT, 0))
+                found.append(Linear(node, x, weight, bias[0] if bias else None, node.outputs[0], exact))
     return found
 
 
 def insert_linear(
-    graph: DecoderGraph, before: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None, like: ir.Value
+    graph: DecoderGraph,
+    before: ir.Node,
+    x: ir.Value,
+    weight: ir.Value,
+    bias: ir.Value | None,
+    like: ir.Value,
+    *,
+    exact: bool = False,
 ) -> ir.Value:
     """Insert a Linear whose output is like another value, but for its last dimension."""
     size = graph.weights[str(weight.name)].shape[0]
     shape = None if like.shape is None else [*list(like.shape)[:-1], size]
     inputs = (x, weight) if bias is None else (x, weight, bias)
-    (output,) = graph.insert(before, LINEAR, inputs, [(like.dtype, shape)], domain=DOMAIN)
+    (output,) = graph.insert(before, LINEAR, inputs, [(like.dtype, shape)], {EXACT: int(exact)}, DOMAIN)
     return output
 
 
 def recognise_linears(graph: DecoderGraph, _context: int) -> int:
     """Rewrite MatMul and Gemm with a parameter, and the addition of a bias behind them."""
     changed = 0
+    exact = router_nodes(graph)
     for node in list(graph.graph):
         if node.domain or node.op_type not in ("MatMul", "Gemm"):
             continue
@@ -75,7 +88,7 @@ def recognise_linears(graph: DecoderGraph, _context: int) -> int:
             if addition is not None:
                 last, bias = addition
                 output = last.outputs[0]
-        replace(output, insert_linear(graph, last, x, matrix, bias, output))
+        replace(output, insert_linear(graph, last, x, matrix, bias, output, exact=node in exact))
         changed += 1
     graph.remove_unused()
     return changed

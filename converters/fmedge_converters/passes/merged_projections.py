@@ -20,7 +20,8 @@ def merge_projections(graph: DecoderGraph, _context: int) -> int:
     """Merge Linear nodes that share their input."""
     groups: dict[ir.Value, list[Linear]] = defaultdict(list)
     for linear in linears(graph):
-        groups[linear.x].append(linear)
+        if not linear.exact:
+            groups[linear.x].append(linear)
     changed = 0
     for group in groups.values():
         if len(group) > 1 and not any(linear.output.is_graph_output() for linear in group):

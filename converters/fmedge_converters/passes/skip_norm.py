@@ -15,15 +15,19 @@ def fuse_skip_norms(graph: DecoderGraph, _context: int) -> int:
         if addition is None:
             continue
         left, right = addition.inputs
+        gamma = node.inputs[1]
         total, normed = addition.outputs[0], node.outputs[0]
         # Without broadcasting, and in the shape that the kernel takes.
         if left is None or right is None or dims(left) != dims(right) or len(dims(left) or ()) != 3:
+            continue
+        # The kernel has one type for all; some models norm in fp32 around layers in fp16.
+        if gamma is None or len({left.dtype, right.dtype, gamma.dtype, normed.dtype}) != 1:
             continue
         # The node must stand behind both of its inputs and in front of every user of the sum.
         new_normed, _, _, new_total = graph.insert(
             addition,
             "SkipSimplifiedLayerNormalization",
-            (left, right, node.inputs[1]),
+            (left, right, gamma),
             [(normed.dtype, normed.shape), (None, None), (None, None), (total.dtype, total.shape)],
             {"epsilon": node.attributes.get_float("epsilon", 1e-5)},
             MICROSOFT,

@@ -14,6 +14,7 @@ import torch
 
 from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
+from fmedge_converters.schemes.qmoe import qmoe
 from fmedge_converters.schemes.scheme import Embedding, Scheme
 from fmedge_converters.weight import Array, Weight
 
@@ -141,4 +142,5 @@ DYNAMIC_INT8 = Scheme(
     spell_linear,
     spell_embedding,
     block_size=0,
+    mixture=qmoe(bits=8),
 )

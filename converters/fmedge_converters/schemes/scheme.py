@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.passes.linear import Linear
+from fmedge_converters.passes.mixture import Mixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,12 @@ class SpellEmbedding(Protocol):
     def __call__(self, graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int) -> None: ...
 
 
+class SpellMixture(Protocol):
+    """Replaces a mixture of experts by the target's kernel; leaves one that the kernel cannot compute as it is."""
+
+    def __call__(self, graph: DecoderGraph, mixture: Mixture, *, block_size: int) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """A row of a target's table of quantizations."""
@@ -45,3 +52,5 @@ class Scheme:
     embedding: SpellEmbedding
     block_size: int
     """Weights that share a scale unless --block-size says otherwise; 0 for a scheme without blocks."""
+    mixture: SpellMixture | None = None
+    """None leaves every mixture in its plain form, in which each expert's matrices are Linears of their own."""

@@ -17,7 +17,7 @@ import torch
 
 from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
-from fmedge_converters.schemes.scheme import Embedding, Scheme
+from fmedge_converters.schemes.scheme import Embedding, Scheme, SpellMixture
 from fmedge_converters.weight import Array, Weight
 
 BLOCK_SIZE = 128
@@ -153,7 +153,9 @@ def _spell_embedding(graph: DecoderGraph, embedding: Embedding, *, tied: bool, b
     replace(embedding.output, rows)
 
 
-def weight_only(name: str, summary: str, bits: int, head_bits: int, accuracy_level: int) -> Scheme:
+def weight_only(
+    name: str, summary: str, bits: int, head_bits: int, accuracy_level: int, mixture: SpellMixture
+) -> Scheme:
     """A weight-only scheme. `accuracy_level` 4 lets the CPU multiply in int8; 0 keeps the activations' type."""
     return Scheme(
         name,
@@ -162,4 +164,5 @@ def weight_only(name: str, summary: str, bits: int, head_bits: int, accuracy_lev
         functools.partial(_spell_linear, bits=bits, head_bits=head_bits, accuracy_level=accuracy_level),
         functools.partial(_spell_embedding, head_bits=head_bits),
         block_size=BLOCK_SIZE,
+        mixture=mixture,
     )

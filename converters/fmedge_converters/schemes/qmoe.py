@@ -1,0 +1,157 @@
+"""com.microsoft::QMoE: a whole mixture of experts in one node, its weights rounded to 4 or 8 bits in blocks.
+
+The operator chooses the k largest of `router_probs`; given the model's own weights, scattered over all experts, that
+is what the model chose, and `router_weights` are the weights themselves. It drops a weight that is not positive, so a
+mixture whose weights could be negative keeps its plain form; so does one with an activation that the kernel lacks.
+Codes are those of MatMulNBits (weight_only.py). The rows of a gate and of its linear part alternate.
+Operator: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
+from fmedge_converters.passes.expert_activation import Activation, activation_between
+from fmedge_converters.passes.mixture import ExpertLinear, Mixture, expert_linear
+from fmedge_converters.passes.sign import never_negative
+from fmedge_converters.schemes.scheme import SpellMixture
+from fmedge_converters.schemes.weight_only import BLOCK_SIZE, quantize_blocks
+from fmedge_converters.streamed_tensor import StreamedTensor
+from fmedge_converters.weight import Array, Weight, selected
+
+SMALLEST_BLOCK = 16
+
+
+class QuantizedExperts:
+    """Codes and scales of the matrices [E, N, K], made a few experts at a time.
+
+    The scales are kept while the codes are handed out, because both come from one reading of the weight.
+    """
+
+    def __init__(self, weight: Weight, bits: int, block_size: int) -> None:
+        self.weight = weight
+        self.bits = bits
+        self.block_size = block_size
+        self._scales: list[Array] = []
+
+    def codes(self) -> Iterator[Array]:
+        """The codes [E, N, K * bits / 8] in pieces of axis 0."""
+        self._scales.clear()
+        for block in self.weight.blocks():
+            experts, rows, size = block.shape
+            codes, scales = quantize_blocks(block.reshape(-1, size), self.bits, self.block_size)
+            self._scales.append(scales.reshape(experts, rows, -1).astype(self.weight.dtype))
+            yield codes.reshape(experts, rows, -1)
+
+    def scales(self) -> Iterator[Array]:
+        """The scales [E, N, K / block_size] in pieces of axis 0, each handed out once."""
+        if not self._scales:
+            for _ in self.codes():
+                pass
+        while self._scales:
+            yield self._scales.pop(0)
+
+
+def _spell(graph: DecoderGraph, mixture: Mixture, *, block_size: int, bits: int, accuracy_level: int) -> None:
+    down = expert_linear(graph, mixture.rows)
+    up = _before(graph, down)
+    if down is None or up is None:
+        return
+    activation = activation_between(graph, up.output, down.rows)
+    block = math.gcd(up.weight.shape[2], down.weight.shape[2], block_size or BLOCK_SIZE)
+    if activation is None or block < SMALLEST_BLOCK or not never_negative(graph, mixture.weights):
+        return
+    routing = _routing(graph, mixture, up.weight.shape[0])
+    inputs: list[ir.Value | None] = [mixture.x, routing]
+    for linear, gated in ((up, activation.gated and not activation.interleaved), (down, False)):
+        inputs += _weights(graph, linear, bits, block, alternate=gated)
+    inputs += [None] * 6 + [routing]
+    (output,) = graph.insert(
+        mixture.node,
+        "QMoE",
+        inputs,
+        [(mixture.output.dtype, mixture.output.shape)],
+        {
+            "k": mixture.shape[1],
+            "normalize_routing_weights": 0,
+            "expert_weight_bits": bits,
+            "block_size": block,
+            "weights_prepacked": 0,
+            **_attributes(activation),
+            # Onnxruntime 1.30 does not know it.
+            **({"accuracy_level": accuracy_level} if accuracy_level else {}),
+        },
+        MICROSOFT,
+    )
+    replace(mixture.output, output)
+    graph.remove_unused()
+
+
+def _before(graph: DecoderGraph, down: ExpertLinear | None) -> ExpertLinear | None:
+    """The first product of the experts whose second is `down`: they share the sizes of their parts."""
+    if down is None:
+        return None
+    users = [use.node.outputs[0] for use in down.sizes.uses() if use.node is not down.node]
+    return expert_linear(graph, users[0]) if len(users) == 1 else None
+
+
+def _attributes(activation: Activation) -> dict[str, int | float | str]:
+    if not activation.gated:
+        return {"activation_type": activation.name}
+    limit = {} if activation.limit is None else {"swiglu_limit": activation.limit}
+    return {
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,
+        "activation_alpha": activation.alpha,
+        "activation_beta": activation.beta,
+        **limit,
+    }
+
+
+def _routing(graph: DecoderGraph, mixture: Mixture, experts: int) -> ir.Value:
+    """The weights [T, k] at their experts' places in a row of zeros [T, E]."""
+    node, dtype = mixture.node, mixture.weights.dtype
+    if dtype is None:
+        raise RuntimeError(f"the routing weights {mixture.weights.name} have no type")
+    like = [(dtype, [mixture.shape[0], experts])]
+    (rows,) = graph.insert(node, "Shape", (mixture.index,), [(ir.DataType.INT64, [1])], {"end": 1})
+    columns = graph.add_constant(f"experts.{experts}", np.array([experts], np.int64))
+    (shape,) = graph.insert(node, "Concat", (rows, columns), [(ir.DataType.INT64, [2])], {"axis": 0})
+    (zeros,) = graph.insert(node, "ConstantOfShape", (shape,), like, {"value": ir.tensor(np.zeros(1, dtype.numpy()))})
+    (routing,) = graph.insert(node, "ScatterElements", (zeros, mixture.index, mixture.weights), like, {"axis": 1})
+    return routing
+
+
+def _weights(
+    graph: DecoderGraph, linear: ExpertLinear, bits: int, block_size: int, *, alternate: bool
+) -> list[ir.Value | None]:
+    """Initializers for codes, scales and bias; `alternate` puts the rows' second half between those of the first."""
+    weight, bias = linear.weight, linear.bias
+    if alternate:
+        order = np.arange(weight.shape[1]).reshape(2, -1).T.reshape(-1)  # [N]
+        weight = selected(weight, 1, order)
+        bias = None if bias is None else selected(bias, 1, order)
+    experts, rows, size = weight.shape
+    made = QuantizedExperts(weight, bits, block_size)
+    codes = StreamedTensor(
+        made.codes, np.dtype(np.uint8), (experts, rows, size * bits // 8), f"{linear.name}.int{bits}.codes"
+    )
+    scales = StreamedTensor(
+        made.scales, weight.dtype, (experts, rows, size // block_size), f"{linear.name}.int{bits}.scales"
+    )
+    return [
+        graph.add_streamed(codes),
+        graph.add_streamed(scales),
+        None if bias is None else graph.add_weight(f"{linear.name}.bias", bias),
+    ]
+
+
+def qmoe(bits: int, accuracy_level: int = 0) -> SpellMixture:
+    """Mixtures as QMoE. `accuracy_level` 4 lets the CPU multiply 4-bit weights in int8; with 8 bits it always does."""
+    return functools.partial(_spell, bits=bits, accuracy_level=accuracy_level)
