@@ -1,8 +1,10 @@
-"""The kernels of recurrent layers, traced and run in pieces with their state carried, against transformers' torch forms."""
+"""The kernels of recurrent layers, traced and run in pieces, their state carried, against transformers' torch forms."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +13,9 @@ import onnxruntime
 import pytest
 import torch
 from fmedge_converters.decoder import quiet_libraries
-from fmedge_converters.kernels import kernel_name, recurrent_kernels
+from fmedge_converters.in_place import updates_in_place
+from fmedge_converters.kernels import KERNELS, kernel_name, recurrent_kernels
+from fmedge_converters.targets import TARGETS
 from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import causal_conv1d_fn, mamba2_chunk_scan
@@ -20,7 +24,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 Array = npt.NDArray[np.float32]
 
 PIECES = (1, 16, 5, 1, 2, 70)
-"""Tokens of each call of the session: longer and shorter than a convolution, and more than a chunk of the torch forms."""
+"""Tokens of each call: shorter and longer than a convolution, and longer than a chunk of torch's forms."""
 BATCH = 2
 TOLERANCE = 2e-5
 
@@ -203,20 +207,28 @@ LAYERS = {
 }
 
 
-def trace(layer: Layer) -> bytes:
+class Relay:
+    """The states of a layer, whichever it made last."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+
+    def split(self, joined: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return self.layer.carried.split(joined, columns)
+
+    def keep(self, joined: torch.Tensor, columns: torch.Tensor) -> None:
+        self.layer.carried.keep(joined, columns)
+
+    def recurrent(self, axes: int) -> torch.Tensor | None:
+        return self.layer.carried.recurrent(axes)
+
+
+def trace(layer: Layer) -> ir.Model:
     """The layer as an ONNX model with dynamic batch and tokens, traced with our kernels."""
-
-    class Relay:
-        """Finds the states that the layer made last."""
-
-        split = staticmethod(lambda joined, columns: layer.carried.split(joined, columns))
-        keep = staticmethod(lambda joined, columns: layer.carried.keep(joined, columns))
-        recurrent = staticmethod(lambda axes: layer.carried.recurrent(axes))
-
     axes = {"batch": torch.export.Dim("batch"), "tokens": torch.export.Dim("tokens")}
     examples = [tensor[:1].repeat(3, *[1] * (tensor.dim() - 1)) for tensor in (layer.first_state(), *layer.tokens(5))]
     sequences = tuple({0: axes["batch"], layer.token_axis: axes["tokens"]} for _ in examples[1:])
-    with recurrent_kernels(layer, Relay), torch.no_grad(), quiet_libraries():
+    with recurrent_kernels(layer, Relay(layer)), torch.no_grad(), quiet_libraries():
         program = torch.onnx.export(
             layer.eval(),
             tuple(examples),
@@ -227,23 +239,100 @@ def trace(layer: Layer) -> bytes:
         )
     assert program is not None
     program.model.opset_imports["com.microsoft"] = 1
-    return ir.to_proto(program.model).SerializeToString()
+    return program.model
 
 
-@pytest.mark.parametrize("name", LAYERS)
+def run(
+    session: onnxruntime.InferenceSession, layer: Layer, tokens: tuple[torch.Tensor, ...], *, in_place: bool
+) -> tuple[Array, Array]:
+    """All tokens in PIECES, the state carried; in place: one buffer is the input and the output of each step."""
+    first, *names = [item.name for item in session.get_inputs()]
+    state = layer.first_state().numpy().copy()
+    outputs, start = [], 0
+    for count in PIECES:
+        binding = session.io_binding()
+        for name, item in zip(names, tokens, strict=True):
+            binding.bind_cpu_input(name, item.narrow(layer.token_axis, start, count).contiguous().numpy())
+        after = state if in_place else np.empty_like(state)
+        binding.bind_input(first, "cpu", 0, np.float32, state.shape, state.ctypes.data)
+        binding.bind_output("present", "cpu", 0, np.float32, after.shape, after.ctypes.data)
+        binding.bind_output("output")
+        session.run_with_iobinding(binding)
+        outputs.append(binding.get_outputs()[1].numpy())
+        state = after
+        start += count
+    return np.concatenate(outputs, layer.token_axis), state
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("gated delta rule", "convolution") else pytest.param(name, marks=pytest.mark.medium)
+        for name in LAYERS
+    ],
+)
 def test_pieces_with_carried_state_equal_the_whole_in_transformers(name: str) -> None:
     layer = LAYERS[name]()
-    session = onnxruntime.InferenceSession(trace(layer))
-    state, tokens = layer.first_state(), layer.tokens(sum(PIECES))
+    model = trace(layer)
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    layer.generator.manual_seed(1)
+    tokens = layer.tokens(sum(PIECES))
+    layer.generator.manual_seed(2)
     layer.carried = Carried()
     with torch.no_grad(), quiet_libraries():
-        wanted, last = layer(state, *tokens)
-    inputs = [item.name for item in session.get_inputs()]
-    carried, outputs, start = state.numpy(), [], 0
-    for count in PIECES:
-        piece = [item.narrow(layer.token_axis, start, count).numpy() for item in tokens]
-        output, carried = session.run(["output", "present"], dict(zip(inputs, (carried, *piece), strict=True)))
-        outputs.append(output)
-        start += count
-    np.testing.assert_allclose(np.concatenate(outputs, layer.token_axis), wanted, atol=TOLERANCE, rtol=TOLERANCE)
-    np.testing.assert_allclose(carried, last, atol=TOLERANCE, rtol=TOLERANCE)
+        wanted, last = layer(layer.first_state(), *tokens)
+    for in_place in (False, True):
+        layer.generator.manual_seed(2)
+        output, state = run(session, layer, tokens, in_place=in_place)
+        np.testing.assert_allclose(output, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+        np.testing.assert_allclose(state, last, atol=TOLERANCE, rtol=TOLERANCE)
+    past, present = model.graph.inputs[0], model.graph.outputs[1]
+    assert updates_in_place(model.graph, past, present, TARGETS["cpu"].read_first)
+
+
+STATE = ir.Shape((2, 4))
+READERS = {
+    # (operator, inputs) of each node in turn; the last one writes the new state
+    "read before it is written": ([("Neg", ["past"]), ("Mul", ["0", "x"])], True),
+    "read by what does not come before": ([("Add", ["past", "x"]), ("Mul", ["x", "x"])], False),
+    "read through a view": ([("Identity", ["past"]), ("Add", ["0", "x"]), ("Mul", ["x", "x"])], False),
+    "read by the writer": ([("Mul", ["past", "x"])], False),
+    "read first by the writer": ([("LinearAttention", ["past", "x"])], True),
+    "read by another operator, too": ([("Neg", ["past"]), ("LinearAttention", ["past", "x"])], False),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_state_is_updated_in_place_only_if_it_has_been_read(name: str) -> None:
+    nodes, in_place = READERS[name]
+    values = {
+        given: ir.Value(name=given, type=ir.TensorType(ir.DataType.FLOAT), shape=STATE) for given in ("past", "x")
+    }
+    made = []
+    for number, (op, inputs) in enumerate(nodes):
+        node = ir.node(op, [values[given] for given in inputs], domain="com.microsoft" if len(op) > 12 else "")
+        values[str(number)] = node.outputs[0]
+        made.append(node)
+    graph = ir.Graph([values["past"], values["x"]], [made[-1].outputs[0]], nodes=made, opset_imports={"": 23})
+    read_first = frozenset(("LinearAttention",))
+    assert updates_in_place(graph, values["past"], made[-1].outputs[0], read_first) is in_place
+
+
+def test_functions_are_put_back() -> None:
+    before = causal_conv1d_fn
+    layer = Convolution(4, None, bias=False)
+    with recurrent_kernels(layer, Relay(layer)):
+        assert causal_conv1d_fn is not before
+    assert causal_conv1d_fn is before and kernel_name(before) == "causal_conv1d_fn"
+
+
+def test_every_kernel_that_transformers_names_is_known() -> None:
+    import transformers
+
+    one_token = {"causal_conv1d_update", "fused_recurrent_gated_delta_rule", "fused_recurrent_kda"}
+    one_token.add("selective_state_update")
+    training = {"mamba_inner_fn", "mamba_split_conv1d_scan_combined"}
+    folder = Path(transformers.__file__).parent / "models"
+    sources = (file.read_text("utf-8") for file in folder.glob("*/modeling_*.py"))
+    named = {name for text in sources for name in re.findall(r"_from_hub_with_fallback\(\s*\"(\w+)\"", text)}
+    assert named - one_token - training == set(KERNELS)

@@ -47,6 +47,7 @@ def attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
     **_others: Any,  # noqa: ANN401 - transformers hands over what the model got; the parity check judges the result
 ) -> tuple[torch.Tensor, None]:
     """The attention function that transformers calls; its signature is theirs. Returns [B, S, H, D]."""
@@ -54,6 +55,8 @@ def attend(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if attention_mask is None and not causal:
         raise SourceError("the model attends to later tokens too: it is an encoder, not a decoder.")
+    if position_bias is not None:
+        raise SourceError("the model adds a bias to its scores that takes all rows of a batch to be equally long.")
     source = recording.source_of(key)
     layer = getattr(module, "layer_idx", None) if source is None else source[0]
     if not isinstance(layer, int):

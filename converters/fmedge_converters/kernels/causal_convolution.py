@@ -2,7 +2,7 @@
 
 Operator: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. At one token it is ten times as
 fast as joining the columns and a Conv on the CPU; the activation stays outside, where it is vectorized (ONNX Runtime
-1.32). It may write the new state over the old one.
+1.32).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def causal_convolution(
     activation: str | None = None,
     **_others: Any,  # noqa: ANN401 - where packed sequences begin; a row is one sequence
 ) -> torch.Tensor:
-    """The convolved new columns [B, C, S]; transformers drops those of the kept columns, which are not computed here."""
+    """The convolved new columns [B, C, S]. transformers drops those of the kept columns, which are not computed."""
     channels, width = weight.shape
     parts = states.split(hidden_states, width - 1)
     kept, new = parts if parts is not None else (None, hidden_states)

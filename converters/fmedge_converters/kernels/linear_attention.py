@@ -6,8 +6,8 @@ For each head, with a state S [K, V], a decay g, a rate b and one token after an
     S = exp(g) * S + outer(k, v)                             the rule "gated"
     o = scale * S^T q
 
-Operator: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. On the CPU it is some twenty times
-as fast as GatedDeltaNet, which computes the same (ONNX Runtime 1.32). It may write the new state over the old one.
+Operator: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. On the CPU it is some twenty
+times as fast as GatedDeltaNet, which computes the same (ONNX Runtime 1.32).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The state-space duality of Mamba-2, mamba_chunk_scan_combined: linear attention whose queries are C, whose keys are B,
-whose values are dt * x, and whose decay is exp(dt * A) (https://arxiv.org/abs/2405.21060)."""
+"""The state-space duality of Mamba-2, mamba_chunk_scan_combined: linear attention whose queries are C, keys are B,
+values are dt * x, and decay is exp(dt * A) (https://arxiv.org/abs/2405.21060)."""
 
 from __future__ import annotations
 
