@@ -38,7 +38,8 @@ def _merge(graph: DecoderGraph, group: Sequence[Linear]) -> None:
         group = [by_output[value] for value in attention.inputs[:3] if value is not None]
     first = group[0]
     weights = [graph.weights[linear.name] for linear in group]
-    name = "+".join([first.name, *(linear.name.rsplit(".", 2)[-2] for linear in group[1:])])
+    # Whole names: a weight that layers share may be joined with a different one in each.
+    name = "+".join(linear.name for linear in group)
     matrix = graph.add_weight(name, concatenated(weights))
     bias = None
     if any(linear.bias is not None for linear in group):
