@@ -402,7 +402,7 @@ def test_logprobs_are_those_of_the_unmodified_distribution(model):
 def test_the_best_completions_come_at_the_end_of_all(bundle, length_penalty):
     sampling = Sampling(30, temperature=1.5, n=2, best_of=6, seed=3, length_penalty=length_penalty)
     free = dataclasses.replace(sampling, n=6, best_of=None, length_penalty=1.0, logprobs=0)
-    model = TextModel(bundle, FakeSession(), max_batch=4)
+    model = TextModel(bundle, FakeSession(), EngineOptions(max_batch=4))
     deltas = list(model.stream(["ab", "cd", "ef"], [sampling, Sampling(5), sampling]))
     for number, prompt in ((0, "ab"), (2, "ef")):
         everyone = model.generate(prompt, free)

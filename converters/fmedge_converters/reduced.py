@@ -83,8 +83,8 @@ def _experts_to_keep(text: PretrainedConfig) -> int:
 
 
 def _layers_to_keep(config: PretrainedConfig, layers: int) -> int:
-    """As many layers as it takes to see every kind of them. Lists in the configuration with an entry for each layer tell
-    kinds apart, and so do the modules that layers are made of."""
+    """As many layers as it takes to see every kind of them. Lists in the configuration with an entry for each layer
+    tell kinds apart, and so do the modules that layers are made of."""
     lists: list[Sequence[Any]] = [
         value
         for value in vars(text_config(config)).values()

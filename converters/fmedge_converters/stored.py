@@ -23,7 +23,6 @@ import torch
 
 from fmedge_converters.weight import Weight
 
-
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -30,4 +30,4 @@ class States(Protocol):
 class Kernel(Protocol):
     """A function that transformers calls, with the states before its own arguments."""
 
-    def __call__(self, states: States, *args: Any, **kwargs: Any) -> Any: ...  # noqa: ANN401 - transformers' signatures
+    def __call__(self, states: States, /, *args: Any, **kwargs: Any) -> Any: ...  # noqa: ANN401 - transformers' signatures
