@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from models import greedy, make_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
@@ -61,11 +61,14 @@ LARGEST = 10_000_000
 """Parameters of a model that is compared; what stays larger although it is asked to be tiny is left out."""
 
 
+def small(model_type: str) -> PretrainedConfig:
+    return tiny_config(model_type, **NEEDED.get(model_type, {}))
+
+
 def random_model(model_type: str) -> PreTrainedModel:
     """A tiny model; its buffers too are random."""
-    config = tiny_config(model_type, **NEEDED.get(model_type, {}))
     with quiet_libraries():
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(small(model_type)).eval()
     generator = torch.Generator().manual_seed(0)
     stored = model.state_dict()
     with torch.no_grad():
@@ -81,7 +84,7 @@ def compare(model_type: str) -> None:
         with quiet_libraries():
             model.save_pretrained(name)
         with Checkpoint(Files(Path(name)), FP32) as checkpoint:
-            empty = empty_model(model.config, torch.float32)
+            empty = empty_model(small(model_type), torch.float32)
             weights, buffers = checkpoint.weights(empty), checkpoint.buffers(empty)
             for parameter, value in model.named_parameters(remove_duplicate=False):
                 assert np.array_equal(weights[parameter].array(), value.detach().numpy()), parameter
@@ -101,7 +104,7 @@ def types(*, converting: bool) -> list[str]:
     found = []
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
-            model = empty_model(tiny_config(model_type, **NEEDED.get(model_type, {})), torch.float32)
+            model = empty_model(small(model_type), torch.float32)
         except Exception:
             continue
         with quiet_libraries():

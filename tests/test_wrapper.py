@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import set_module_tensor_to_device
 from fmedge_converters import wrapper as wrapper_module
 from fmedge_converters.checkpoint import Checkpoint
 from fmedge_converters.decoder import empty_model, quiet_libraries
+from fmedge_converters.evidence import load_reference
 from fmedge_converters.export import export
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.source import open_source
@@ -84,16 +84,8 @@ def empty(auto: Any, config: PretrainedConfig) -> PreTrainedModel:
 
 
 def read_decoder(folder: Path) -> PreTrainedModel:
-    source = open_source(str(folder))
-    model = empty_model(source.config, torch.float32)
-    model.set_attn_implementation("eager")
-    with Checkpoint(source.files, np.dtype(np.float32)) as checkpoint:
-        for name, value in checkpoint.buffers(model).items():
-            model.get_buffer(name).copy_(value)
-        for name, weight in checkpoint.weights(model).items():
-            set_module_tensor_to_device(model, name, "cpu", value=torch.from_numpy(weight.array()))
-    model.tie_weights()
-    return model
+    """The decoder as the comparison with PyTorch takes it: built alone, with the weights as fmedge reads them."""
+    return load_reference(open_source(str(folder)))
 
 
 def compare(model_type: str, folder: Path) -> None:

@@ -228,6 +228,8 @@ def _filled(source: Source) -> PreTrainedModel:
     """The model of transformers with the weights of our own reader."""
     model = empty_model(source.config, torch.float32)
     model.set_attn_implementation("eager")
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
     with Checkpoint(source.files, np.dtype(np.float32)) as checkpoint:
         for name, value in checkpoint.buffers(model).items():
             model.get_buffer(name).copy_(value)
