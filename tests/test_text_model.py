@@ -219,7 +219,7 @@ def test_when_memory_is_short_as_many_rows_run_as_fit(bundle):
 
 def test_a_row_that_has_to_wait_again_goes_first(bundle):
     session = FakeSession(room=row_bytes(170))
-    model = TextModel(bundle, session, EngineOptions(max_batch=2))
+    model = TextModel(bundle, session, EngineOptions(max_batch=2, prompt_lookup=False))
     prompts, sampling = ["ab", "cd", "ef"], Sampling(100, temperature=1.0, seed=1, ignore_eos=True)
     assert [facts(done) for done in model.generate(prompts, sampling)] == expected(prompts, [sampling] * 3)
     # The second gave way when the first grew, waited until that was through, and was taken up before the third.

@@ -28,6 +28,10 @@ class Stats:
     """Tokens after the first one per second, while other rows of the batch were served too."""
     reused_tokens: int = 0
     """Tokens of the prompt that were not computed: another row had them in its cache."""
+    drafted_tokens: int = 0
+    """Tokens that prompt lookup guessed."""
+    accepted_tokens: int = 0
+    """Those of them that were right, and so needed no step of their own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,10 +25,12 @@ from fmedge_runtimes.fair_queue import FairQueue
 from fmedge_runtimes.generation import Generation, light
 from fmedge_runtimes.request import Request
 from fmedge_runtimes.sampler import choose
-from fmedge_runtimes.slots import Slot, Slots
+from fmedge_runtimes.slots import NO_TOKENS, Slot, Slots
 
 SHARED_CHUNK = 64
 """Tokens of prompts that go through between two steps of other requests' rows: the fewest at nearly full speed."""
+LOOKUP_ROWS = 2
+"""With more rows than this, a step for all of them is cheaper than one with a draft for each."""
 LEAST_CHUNK = 16
 """What a shorter piece of a prompt counts for: a step of the graph reads all weights, however few tokens it has."""
 
@@ -45,6 +47,8 @@ class EngineOptions:
     """What the cache may take; None: what the machine has free."""
     prefix_reuse: bool = True
     """Whether prompts start from what other rows have cached."""
+    prompt_lookup: bool = True
+    """Whether texts that repeat themselves are decoded several tokens at a time."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_batch", 1), ("max_waiting", 0)):
@@ -306,12 +310,56 @@ class Engine:
             self._slots.release(latest)
             self._crowded = len(self._slots) > 0
             return
+        drafts = self._drafts(slots)
+        if drafts:
+            for slot, draft in zip(slots, drafts, strict=True):
+                self._verify(slot, draft)
+            return
         try:
             logits = self._decoder.decode(self._slots.cache, [slot.served.tokens[-1] for slot in slots])  # [R, V]
         except FmedgeError as error:
             self._fail(slots, error)
             return
         self._take(slots, logits)
+
+    def _drafts(self, slots: Sequence[Slot]) -> list[npt.NDArray[np.int32]] | None:
+        """What may come next in each row [D], which can be nothing; None if that is so for all of them."""
+        if not self._options.prompt_lookup or len(slots) > LOOKUP_ROWS:
+            return None
+        cache = self._slots.cache
+        drafts: list[npt.NDArray[np.int32]] = []
+        for slot in slots:
+            generation, length = slot.served, self._slots.cached(slot)
+            if not cache.can_take_back(slot.row, 2):
+                drafts.append(NO_TOKENS)
+                continue
+            said = np.append(cache.tokens[slot.row, :length], np.int32(generation.tokens[-1]))  # [S]
+            draft = generation.lookup.draft(said, min(generation.room, cache.capacity - length) - 1)
+            drafts.append(draft if cache.can_take_back(slot.row, 1 + len(draft)) else draft[:0])
+        return drafts if any(map(len, drafts)) else None
+
+    def _verify(self, slot: Slot, draft: npt.NDArray[np.int32]) -> None:
+        """One step for one row with a draft: its tokens are taken as long as they are those that are chosen."""
+        cache, generation, length = self._slots.cache, slot.served, self._slots.cached(slot)
+        try:
+            logits = self._decoder.verify(cache, slot.row, [generation.tokens[-1], *draft.tolist()])  # [1 + D, V]
+        except FmedgeError as error:
+            self._fail([slot], error)
+            return
+        now, taken = time.perf_counter(), 0
+        generation.lookup.drafted += len(draft)
+        for guess, row in zip([*draft.tolist(), None], logits, strict=True):
+            (token,) = choose(row[None], [generation.sampler_row]).tolist()
+            right = token == guess
+            generation.lookup.accepted += right
+            taken += right
+            finished = generation.take(token, row, now)
+            if finished or not right:
+                break
+        cache.cut(slot.row, length + 1 + taken)
+        generation.lookup.learn(len(draft), taken)
+        if finished:
+            self._leave(slot)
 
     def _take(self, slots: Sequence[Slot], logits: npt.NDArray[np.floating]) -> None:
         """Choose a token for each row from logits [R, V]; those that finish leave."""

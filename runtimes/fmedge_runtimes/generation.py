@@ -15,6 +15,7 @@ from fmedge_runtimes.bundle import TextFacts
 from fmedge_runtimes.completion import Completion, Delta, FinishReason, Stats, TokenLogprob
 from fmedge_runtimes.constraint import Constraint
 from fmedge_runtimes.errors import FmedgeError
+from fmedge_runtimes.prompt_lookup import PromptLookup
 from fmedge_runtimes.request import Request
 from fmedge_runtimes.sampler import NO_TOKEN
 from fmedge_runtimes.sampling import Sampling
@@ -46,11 +47,19 @@ class Generation:
     reused: int = 0
     """Tokens of the prompt that were cached already."""
     first_token: float = 0.0
+    lookup: PromptLookup = field(default_factory=PromptLookup)
 
     @property
     def cached(self) -> list[int]:
         """The tokens to prefill: the prompt, and what was generated before it had to wait again."""
         return [*self.prompt, *self.tokens]
+
+    @property
+    def room(self) -> int:
+        """Tokens that can still come."""
+        return min(
+            self.sampling.max_new_tokens - len(self.tokens), self.facts.context - len(self.prompt) - len(self.tokens)
+        )
 
     @property
     def sampler_row(self) -> sampler.Row:
@@ -111,6 +120,8 @@ class Generation:
             seconds=now - self.started,
             decode_tokens_per_second=later / (now - first) if later > 0 and now > first else 0.0,
             reused_tokens=self.reused,
+            drafted_tokens=self.lookup.drafted,
+            accepted_tokens=self.lookup.accepted,
         )
         completion = Completion(
             prompt_index=self.prompt_index,

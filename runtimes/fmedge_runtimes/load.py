@@ -21,6 +21,7 @@ def load(
     max_waiting: int = DEFAULTS.max_waiting,
     memory: int | None = None,
     prefix_reuse: bool = DEFAULTS.prefix_reuse,
+    prompt_lookup: bool = DEFAULTS.prompt_lookup,
     threads: int | None = None,
     checksums: bool = True,
 ) -> TextModel:
@@ -30,7 +31,8 @@ def load(
     together at most; `max_waiting` completions may wait while all are taken, later ones are refused. `memory` is what
     weights, working memory and cache may take together, in bytes (`plan` says how that is divided); None: what the
     machine, or the control group of the process, has free when the cache grows. With `prefix_reuse` prompts start from
-    what other rows have cached. `threads` None leaves the number to the backend. `checksums` reads every byte of the
+    what other rows have cached; with `prompt_lookup` a text that repeats itself is decoded several tokens at a time
+    while few rows are served. `threads` None leaves the number to the backend. `checksums` reads every byte of the
     bundle once; sizes are compared always.
 
     Raises BundleError (no bundle, damaged, or of a newer format), BackendError, and RequestError for options that
@@ -42,6 +44,7 @@ def load(
         max_waiting=max_waiting,
         cache_bytes=None if memory is None else _cache_bytes(bundle, max_batch, memory),
         prefix_reuse=prefix_reuse,
+        prompt_lookup=prompt_lookup,
     )
     graph = bundle.file(bundle.manifest.graphs["decoder"].file)
     session = open_session(graph, device or bundle.manifest.target, threads)

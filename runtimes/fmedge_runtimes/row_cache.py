@@ -293,6 +293,13 @@ class RowCache:
             None in part.axes and part.held(length) == part.held(whole) - dropped for part in self.parts
         )
 
+    def can_take_back(self, row: int, tokens: int) -> bool:
+        """Whether a row to which so many tokens are appended can be cut to any length from now on."""
+        length = int(self.lengths[row])
+        return all(
+            None in part.axes and part.held(length + tokens) == part.held(length) + tokens for part in self.parts
+        )
+
     def cut(self, row: int, length: int) -> None:
         """Let a row go on from its first tokens; `reusable` says whether it can."""
         self.lengths[row] = length
