@@ -144,14 +144,19 @@ def play(driven, events):
 @pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("name", LAYERS)
 @settings(max_examples=40, deadline=None)
-@given(events=events, max_batch=st.integers(1, 5), reuse=st.booleans(), room=st.none() | st.integers(0, 4 * CONTEXT))
-def test_any_schedule_gives_what_each_request_gets_alone(bundles, name, events, max_batch, reuse, room):
+@given(
+    events=events,
+    max_batch=st.integers(1, 5),
+    reuse=st.booleans(),
+    memory=st.none() | st.tuples(st.sampled_from(["room", "limit"]), st.integers(0, 4 * CONTEXT)),
+)
+def test_any_schedule_gives_what_each_request_gets_alone(bundles, name, events, max_batch, reuse, memory):
     layers = LAYERS[name]
     session = FakeSession(layers=layers)
-    if room is not None:
-        # Room for one row of the whole context and for its growth, at least.
+    if memory is not None:
+        # Room for one row of the whole context and for its growth, at least; a GPU does not say what there is.
         token = sum(cache.kv_heads * (cache.key_dim + cache.value_dim) for cache in layers.caches) * 4
-        session.room = 3 * token * (CONTEXT + room // 2) + 4000 * len(layers.states)
+        setattr(session, memory[0], 3 * token * (CONTEXT + memory[1] // 2) + 4000 * len(layers.states))
     driven = ByHand(bundles[name], session, max_batch=max_batch, prefix_reuse=reuse)
     submitted = play(driven, events)
     driven.finish()

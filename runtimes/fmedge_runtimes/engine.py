@@ -213,17 +213,16 @@ class Engine:
     def _next_prompt(self) -> Slot | None:
         """The row whose prompt goes on; None when the rows that decode come first, or no prompt waits."""
         slot = self._slots.prefilling
-        if slot is None:
-            slot = self._admit()
-        if slot is None or (self._budget <= 0 and self._keeps_waiting(slot)):
+        generation = slot.generation if slot is not None else next(iter(self._waiting), None)
+        if generation is None or (self._budget <= 0 and self._keeps_waiting(generation.request)):
             return None
-        if self._guests_turn:
-            return self._guest(slot) or slot
-        return slot
+        if slot is None:
+            return self._admit()
+        return (self._guest(slot) if self._guests_turn else None) or slot
 
-    def _keeps_waiting(self, slot: Slot) -> bool:
-        """Whether rows of other requests decode. Those of the same one do not mind: their caller wants all of it."""
-        return any(other.decodes and other.served.request is not slot.served.request for other in self._slots)
+    def _keeps_waiting(self, request: Request) -> bool:
+        """Whether rows of others decode. Those of the same request do not mind: their caller wants all of it."""
+        return any(slot.decodes and slot.served.request is not request for slot in self._slots)
 
     def _admit(self) -> Slot | None:
         """Give rows to those that wait, until one has a prompt to prefill."""
@@ -281,7 +280,7 @@ class Engine:
         """Put a piece of a prompt through the graph, and choose the first token behind the last piece."""
         done = self._slots.cached(slot)
         piece = slot.prompt[done : done + decoders.PREFILL_CHUNK]
-        if self._keeps_waiting(slot):
+        if self._keeps_waiting(slot.served.request):
             piece = piece[: max(self._budget, LEAST_CHUNK)]
             self._budget -= max(len(piece), LEAST_CHUNK)
         try:
@@ -297,11 +296,11 @@ class Engine:
 
     def _decode(self) -> None:
         """One token for every row that decodes; where memory does not suffice for all, the latest waits again."""
-        slots = self._slots.compact()
         self._budget = SHARED_CHUNK
-        if not slots:
-            return
         try:
+            slots = self._slots.compact()
+            if not slots:
+                return
             self._slots.reserve(len(slots), 1 + max(map(self._slots.cached, slots)))
         except CacheMemoryError:
             # A last row waits, too: into an empty cache it may still fit.

@@ -81,22 +81,27 @@ class Slots:
         kept = self._kept(tokens, most)
         if max(wished, kept) <= self.cache.rows and tokens <= self.cache.capacity:
             return
-        if kept > wished:
-            with suppress(CacheMemoryError):
-                self.cache.reserve(kept, tokens)
+        try:
+            if kept > wished:
+                with suppress(CacheMemoryError):
+                    self.cache.reserve(kept, tokens)
+            self._reserve(rows, tokens, wished)
+        finally:
+            # A cache can lose empty rows at its end when it is resized.
+            del self._slots[self.cache.rows :]
+            self._slots += [Slot(row) for row in range(len(self._slots), self.cache.rows)]
+
+    def _reserve(self, rows: int, tokens: int, wished: int) -> None:
         while True:
             try:
                 self.cache.reserve(wished, tokens)
-                break
+                return
             except CacheMemoryError:
                 if self._give_up_row():
                     continue
                 if wished == rows:
                     raise
                 wished = (wished + rows) // 2
-        # A cache can lose empty rows at its end when it is resized.
-        del self._slots[self.cache.rows :]
-        self._slots += [Slot(row) for row in range(len(self._slots), self.cache.rows)]
 
     def _kept(self, tokens: int, most: int) -> int:
         """How many rows there should be for what finished generations left."""
@@ -164,7 +169,10 @@ class Slots:
             self.cache.cut(slot.row, 0)
 
     def compact(self) -> list[Slot]:
-        """Bring the rows that decode to the front; gives them in the order of their rows."""
+        """Bring the rows that decode to the front; gives them in the order of their rows.
+
+        Raises CacheMemoryError when there is no room to let two rows that are at work change places.
+        """
         decoding = [slot for slot in self._slots if slot.decodes]
         holes = [slot for slot in self._slots[: len(decoding)] if not slot.decodes]
         for hole, slot in zip(holes, reversed(decoding), strict=False):
@@ -172,15 +180,17 @@ class Slots:
         return self._slots[: len(decoding)]
 
     def _move(self, slot: Slot, hole: Slot) -> None:
-        """Let two slots change places."""
-        if self.cached(hole):
-            with suppress(CacheMemoryError):
+        """Let two slots change places; what nobody is served with is given up if there is no room for that."""
+        try:
+            if self.cached(hole):
                 self.cache.swap(slot.row, hole.row)
                 self._exchange(slot, hole)
                 return
-        # Nothing to keep, or no memory for the exchange: what the hole held has to be computed again.
+        except CacheMemoryError:
+            if hole.generation is not None:
+                raise
         self.cache.copy(slot.row, hole.row, self.cached(slot))
-        self.cache.start(slot.row)
+        self.cache.cut(slot.row, 0)
         self._exchange(slot, hole)
 
     def _exchange(self, first: Slot, second: Slot) -> None:
