@@ -24,6 +24,7 @@ from fmedge_runtimes.errors import (
     ExportError,
     FmedgeError,
     ParityError,
+    QueueFullError,
     RequestError,
     SourceError,
     TrainingError,
@@ -35,10 +36,15 @@ if TYPE_CHECKING:
     from fmedge_converters.export import export
     from fmedge_converters.export_options import ExportOptions
     from fmedge_runtimes.load import load
+    from fmedge_runtimes.plan import Plan, plan
+    from fmedge_runtimes.request import Request
     from fmedge_runtimes.text import TextModel
 
 _LAZY = {
     "load": "fmedge_runtimes.load",
+    "Plan": "fmedge_runtimes.plan",
+    "plan": "fmedge_runtimes.plan",
+    "Request": "fmedge_runtimes.request",
     "TextModel": "fmedge_runtimes.text",
     "export": "fmedge_converters.export",
     "ExportOptions": "fmedge_converters.export_options",
@@ -59,6 +65,9 @@ __all__ = [
     "FinishReason",
     "FmedgeError",
     "ParityError",
+    "Plan",
+    "QueueFullError",
+    "Request",
     "RequestError",
     "Sampling",
     "SourceError",
@@ -69,6 +78,7 @@ __all__ = [
     "__version__",
     "export",
     "load",
+    "plan",
 ]
 
 

@@ -445,7 +445,7 @@ def test_a_constraint_cut_short_says_so(model):
 
 def test_a_complete_text_takes_no_further_step(bundle):
     session = FakeSession()
-    (done,) = TextModel(bundle, session).generate("ab", Sampling(50, regex="q{5}"))
+    (done,) = TextModel(bundle, session, EngineOptions(prompt_lookup=False)).generate("ab", Sampling(50, regex="q{5}"))
     assert (done.text, done.finish_reason) == ("qqqqq", "stop")
     assert session.steps == [(1, 2)] + [(1, 1)] * 4
 
