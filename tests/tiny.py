@@ -98,7 +98,7 @@ SIZES: dict[str, int] = {
     "attention_hidden_size": 64,
 }
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
-OPTIONAL = ("head_dim", "num_key_value_heads", "moe_intermediate_size")
+OPTIONAL = ("head_dim", "num_key_value_heads", "moe_intermediate_size", "n_routed_experts", "n_shared_experts")
 """Which configurations may leave out and mean otherwise."""
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 
