@@ -26,6 +26,7 @@ from accelerate import init_empty_weights
 from fmedge_runtimes.errors import SourceError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 from fmedge_converters.attention_interface import IMPLEMENTATION, replaced_attention
@@ -34,6 +35,7 @@ from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.experts import IMPLEMENTATION as EXPERTS
 from fmedge_converters.kernels import recurrent_kernels
 from fmedge_converters.large_tensors import LargeOnMeta
+from fmedge_converters.own_past import OwnPast, Plain, find_own_past, plain_tensors, require_rows
 from fmedge_converters.recording import PROBE_CAPACITY, LayerCache, LayerState, Recording, recording
 from fmedge_converters.rope import freeze_rope
 from fmedge_converters.traced_cache import TracedCache
@@ -139,37 +141,55 @@ class _Step(torch.nn.Module):
             masked=set(layout.masked),
             bypassing=set(layout.bypassing),
         )
-        logits = _run(self.model, current, input_ids, logits_indices)
+        output = _run(self.model, current, input_ids, logits_indices, layout.own)
         return (
-            logits,
+            output.logits.squeeze(0),
             [current.present[cache.layer] for cache in layout.caches],
             [current.present_states[state.name] for state in layout.states],
         )
 
 
 def _run(
-    model: PreTrainedModel, current: Recording, input_ids: torch.Tensor, logits_indices: torch.Tensor
-) -> torch.Tensor:
-    """One forward pass with our attention, masks and cache; the logits [N, V] at the asked positions."""
+    model: PreTrainedModel,
+    current: Recording,
+    input_ids: torch.Tensor,
+    logits_indices: torch.Tensor,
+    own: OwnPast | None = None,
+    cached: bool = True,
+) -> ModelOutput:
+    """One forward pass with our attention, masks and, if `cached`, our cache; logits [1, N, V] where asked for."""
 
     def keep_asked(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden = args[0].reshape(-1, args[0].shape[-1])  # [B * S, E]
         return (hidden.index_select(0, logits_indices).unsqueeze(0),)  # [1, N, E]
 
-    cache = TracedCache(current, text_config(model.config).num_hidden_layers)
+    layers = text_config(model.config).num_hidden_layers
+    cache = TracedCache(current, layers) if own is None else own.cache(current, layers)
     takes = inspect.signature(model.forward).parameters
     arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": True}
     # Models name their cache in one of two ways, and some compute positions themselves.
-    arguments |= {name: cache for name in ("past_key_values", "cache_params") if name in takes}
+    if cached:
+        arguments |= {name: cache for name in ("past_key_values", "cache_params") if name in takes}
     if "position_ids" in takes or any(item.kind is item.VAR_KEYWORD for item in takes.values()):
         arguments["position_ids"] = current.positions
     hook = model.get_output_embeddings().register_forward_pre_hook(keep_asked)
     try:
-        with recording(current), replaced_attention(), recurrent_kernels(model, cache), ComplexAsPairs():
-            logits: torch.Tensor = model(**arguments, return_dict=True).logits
+        with contextlib.ExitStack() as stack:
+            if own is not None:
+                arguments |= stack.enter_context(own.given(current.past_states, cache))
+            for context in (
+                recording(current),
+                replaced_attention(),
+                recurrent_kernels(model, cache),
+                ComplexAsPairs(),
+            ):
+                stack.enter_context(context)
+            output: ModelOutput = model(**arguments, return_dict=True)
+            if own is not None:
+                current.present_states.update(own.left(output))
     finally:
         hook.remove()
-    return logits.squeeze(0)
+    return output
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,16 +202,31 @@ class Layout:
     """Layers that need their whole cache in hand."""
     masked: frozenset[int]
     """Layers that attend behind a mask of their own."""
+    one_token: bool
+    """A step takes one token of each row."""
+    own: OwnPast | None
+    """Where a model keeps its past if not in the cache that it is given."""
 
 
-def _look(model: PreTrainedModel, dialect: Dialect, context: int) -> Layout:
-    """Run the model once on fake tensors to see what its layers keep."""
-    batch, length = SIZES["batch"], SIZES["sequence"]
+def _look(model: PreTrainedModel, dialect: Dialect, context: int, before: Plain | None = None) -> Layout:
+    """Run the model on fake tensors to see what its layers keep.
+
+    `before`: what was on its layers before anything ran. With it the model runs on one token, and what it keeps in ways
+    of its own is looked for.
+    """
+    batch, length = SIZES["batch"], SIZES["sequence"] if before is None else 1
     ids = torch.zeros((batch, length), dtype=torch.int64)  # [B, S]
     positions = torch.arange(length).expand(batch, length)  # [B, S]
+    asked = torch.zeros(SIZES["logits"], dtype=torch.int64)  # [N]
     seen = Recording(positions)
     with torch.no_grad():
-        _run(model, seen, ids, torch.zeros(SIZES["logits"], dtype=torch.int64))
+        own = None
+        if before is not None:
+            own = find_own_past(
+                model, before, lambda cached: _run(model, Recording(positions), ids, asked, None, cached)
+            )
+        _run(model, seen, ids, asked, own)
+    require_rows(seen.present_states, batch)
     bypassing = seen.bypassing | (seen.appended.keys() - seen.attended.keys())
     caches = []
     for layer in sorted(seen.attended.keys() | seen.appended.keys()):
@@ -213,7 +248,7 @@ def _look(model: PreTrainedModel, dialect: Dialect, context: int) -> Layout:
             f"{model.config.model_type} neither caches keys and values nor keeps a state as transformers' models do, "
             "so fmedge cannot carry its past from step to step."
         )
-    return Layout(tuple(caches), tuple(states), frozenset(bypassing), frozenset(seen.masked))
+    return Layout(tuple(caches), tuple(states), frozenset(bypassing), frozenset(seen.masked), before is not None, own)
 
 
 Buffers = Callable[[PreTrainedModel], Mapping[str, torch.Tensor]]
@@ -246,9 +281,7 @@ def trace_decoder(
     try:
         with quiet_libraries(), FakeTensorMode(allow_non_fake_inputs=True):
             _fake_parameters(model, dtype)
-            layout = _look(model, dialect, context)
-            program = _export(model, dialect, layout, dtype)
-        _require_dynamic(program.model)
+            layout, program = _trace(model, dialect, dtype, context)
     except SourceError as error:
         raise SourceError(f"{config.model_type} cannot be exported: {error}") from error
     except Exception as error:
@@ -256,6 +289,25 @@ def trace_decoder(
     graph = program.model
     parameters = {name: name.removeprefix("model.") for name in graph.graph.initializers if _is_fake(graph, name)}
     return TracedDecoder(graph, model, layout.caches, layout.states, parameters)
+
+
+def _trace(
+    model: PreTrainedModel, dialect: Dialect, dtype: torch.dtype, context: int
+) -> tuple[Layout, torch.onnx.ONNXProgram]:
+    """Trace a step of any number of tokens; where the model's code does not allow that, of one."""
+    before = plain_tensors(model)
+    try:
+        layout = _look(model, dialect, context)
+        program = _export(model, dialect, layout, dtype)
+        _require_dynamic(program.model, ("rows", "tokens"))
+    except Exception as error:
+        try:
+            layout = _look(model, dialect, context, before)
+        except Exception:
+            raise error from error.__cause__
+        program = _export(model, dialect, layout, dtype)
+        _require_dynamic(program.model, ("rows",))
+    return layout, program
 
 
 def _reason(error: BaseException) -> str:
@@ -268,10 +320,10 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:count])}"
 
 
-def _require_dynamic(model: ir.Model) -> None:
+def _require_dynamic(model: ir.Model, axes: Sequence[str]) -> None:
     """A model whose code counts its tokens in Python has been traced for the example's numbers only."""
     ids = next(value for value in model.graph.inputs if value.name == "input_ids")
-    fixed = [name for name, dim in zip(("rows", "tokens"), ids.shape or (), strict=False) if isinstance(dim, int)]
+    fixed = [name for name, dim in zip(axes, ids.shape or (), strict=False) if isinstance(dim, int)]
     if fixed:
         raise SourceError(
             f"its code fixes the number of {' and '.join(fixed)} in a step, so the graph would serve one."
@@ -284,7 +336,7 @@ def _is_fake(model: ir.Model, name: str) -> bool:
 
 
 def _export(model: PreTrainedModel, dialect: Dialect, layout: Layout, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
-    sizes = dict(SIZES)
+    sizes = {**SIZES, "sequence": 1} if layout.one_token else dict(SIZES)
     for cache in layout.caches:
         sizes.setdefault(_capacity(cache), PROBE_CAPACITY + len(sizes))
     axes = {name: torch.export.Dim(name) for name in sizes}
@@ -295,7 +347,7 @@ def _export(model: PreTrainedModel, dialect: Dialect, layout: Layout, dtype: tor
     def dynamic(*dims: str | int) -> dict[int, Any]:
         return {index: axes[dim] for index, dim in enumerate(dims) if isinstance(dim, str)}
 
-    ids = ("batch", "sequence")
+    ids: tuple[str | int, ...] = ("batch", 1 if layout.one_token else "sequence")
     shapes: list[tuple[tuple[str | int, ...], ...]] = [
         tuple(("batch", cache.kv_heads, _capacity(cache), size) for size in (cache.key_dim, cache.value_dim))
         for cache in layout.caches

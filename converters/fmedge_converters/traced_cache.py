@@ -22,7 +22,7 @@ class TracedCache(Cache):  # type: ignore[misc]  # transformers has no types for
     ask for it by type."""
 
     def __init__(self, recording: Recording, layers: int) -> None:
-        super().__init__(layers=[])
+        Cache.__init__(self, layers=[])  # a model's own class of cache may stand between
         self._recording = recording
         self._count = layers
         self._joined: list[_Joined] = []
