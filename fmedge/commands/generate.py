@@ -47,7 +47,9 @@ FORMS = "What the text must follow: one of these (needs pip install 'fmedge\\[co
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    bundle: Annotated[
+        Path, typer.Argument(help="Folder of the bundle, or of a decoder that optimum or onnxruntime-genai exported.")
+    ],
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; all are served in one batch.")] = None,
     source: Annotated[
         str | None,

@@ -12,16 +12,22 @@ if TYPE_CHECKING:
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    bundle: Annotated[
+        Path, typer.Argument(help="Folder of the bundle, or of a decoder that optimum or onnxruntime-genai exported.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON line.")] = False,
 ) -> None:
     """Show what a bundle is, where it comes from, and what was proven about it.
 
-    Checks the manifest and the sizes of the files; `fmedge verify` checks their content too.
+    Checks the manifest and the sizes of the files; `fmedge verify` checks their content too. A decoder that another
+    exporter wrote is opened to see whether it can run.
     """
     from fmedge_runtimes.bundle import open_bundle
+    from fmedge_runtimes.foreign import describe_foreign, find_foreign
 
-    show(open_bundle(bundle, checksums=False), as_json=as_json)
+    foreign = find_foreign(bundle)
+    opened = open_bundle(bundle, checksums=False) if foreign is None else describe_foreign(foreign)
+    show(opened, as_json=as_json)
 
 
 def show(bundle: Bundle, *, as_json: bool) -> None:
@@ -40,14 +46,24 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
     cache = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in text.caches)
     cache *= 4 if text.cache_dtype == "float32" else 2
     block = f", blocks of {manifest.block_size}" if manifest.block_size else ""
-    rows = [
-        ("bundle", f"{bundle.folder} ({bundle.nbytes / 1e6:.1f} MB, format {manifest.format})"),
-        ("source", source.id + (f" at {source.revision}" if source.revision else "")),
-        ("licence", source.licence or "not stated by the source"),
+    model = [
         ("model", f"{source.architecture}, {len(text.caches)} layers, vocabulary {text.vocabulary}"),
         ("target", f"{manifest.target}, quantization {manifest.precision}{block}"),
         ("context", f"{text.context} tokens; the cache takes {cache / 1024:.0f} KiB for each"),
         ("chat", "has a chat template" if text.chat_template else "no chat template"),
+    ]
+    if bundle.exporter is not None:
+        return [
+            ("folder", f"{bundle.folder} ({bundle.nbytes / 1e6:.1f} MB), written by {bundle.exporter}"),
+            *model,
+            ("tokenizer", text.tokenizer or "no tokenizer.json: prompts are token ids"),
+            ("evidence", "none, and no checksums: it is foreign to fmedge, which has compared it with nothing"),
+        ]
+    rows = [
+        ("bundle", f"{bundle.folder} ({bundle.nbytes / 1e6:.1f} MB, format {manifest.format})"),
+        ("source", source.id + (f" at {source.revision}" if source.revision else "")),
+        ("licence", source.licence or "not stated by the source"),
+        *model,
     ]
     rows += [(f"evidence ({item.name})", _evidence(item)) for item in manifest.evidence]
     if not manifest.evidence:

@@ -123,7 +123,7 @@ class TextFacts(_Record):
 class Evidence(_Record):
     """One comparison of the bundle with its source."""
 
-    name: Literal["graph", "full"]
+    name: Literal["graph", "full", "layout"]
     what: str
     passed: bool
     figures: dict[str, float | int | str | bool]
@@ -177,15 +177,39 @@ class Bundle:
 
     folder: Path
     manifest: Manifest
+    exporter: str | None = None
+    """Who wrote the folder, if it was not fmedge: it has no manifest of its own then, no checksums and no evidence."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files but the manifest."""
-        return sum(facts.bytes for facts in self.manifest.files.values())
+        """Bytes of all files but the manifest; of a foreign folder, of all but graphs that are not used."""
+        if self.exporter is None:
+            return sum(facts.bytes for facts in self.manifest.files.values())
+        used = self.file(self.manifest.graphs["decoder"].file)
+        files = (path for path in self.folder.rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path in files if path == used or path.suffix != used.suffix)
 
     def file(self, name: str) -> Path:
         """The path of one of the bundle's files."""
         return self.folder / name
+
+    def chat_template(self) -> str | None:
+        """The text of the chat template; None if there is none. Raises BundleError when it cannot be read."""
+        name = self.manifest.text.chat_template
+        if name is None:
+            return None
+        path = self.file(name)
+        try:
+            text = path.read_text("utf-8")
+            # Other exporters may keep it among the settings of the tokenizer, alone or as one of several.
+            found = json.loads(text)["chat_template"] if name.endswith(".json") else text
+            if isinstance(found, list):
+                found = next(item["template"] for item in found if item["name"] == "default")
+        except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+            raise BundleDamagedError(
+                f"{path} holds no chat template that can be read; copy the folder again."
+            ) from error
+        return str(found)
 
 
 def open_bundle(folder: Path, *, checksums: bool = True) -> Bundle:

@@ -9,6 +9,7 @@ from fmedge_runtimes.backends import open_session
 from fmedge_runtimes.bundle import Bundle, open_bundle
 from fmedge_runtimes.engine import DEFAULTS, EngineOptions
 from fmedge_runtimes.errors import RequestError
+from fmedge_runtimes.foreign import find_foreign, open_foreign
 from fmedge_runtimes.plan import plan
 from fmedge_runtimes.text import TextModel
 
@@ -25,7 +26,7 @@ def load(
     threads: int | None = None,
     checksums: bool = True,
 ) -> TextModel:
-    """Load a bundle.
+    """Load a bundle, or a decoder that onnxruntime-genai's builder or optimum exported (docs/interop.md).
 
     `device` is "cpu" or "cuda"; None takes the one that the bundle was exported for. `max_batch` rows are decoded
     together at most; `max_waiting` completions may wait while all are taken, later ones are refused. `memory` is what
@@ -35,10 +36,15 @@ def load(
     while few rows are served. `threads` None leaves the number to the backend. `checksums` reads every byte of the
     bundle once; sizes are compared always.
 
-    Raises BundleError (no bundle, damaged, or of a newer format), BackendError, and RequestError for options that
-    cannot be, or a memory in which nothing fits.
+    Raises BundleError (no bundle, damaged, of a newer format, or a foreign decoder that lacks something), BackendError,
+    and RequestError for options that cannot be, or a memory in which nothing fits.
     """
-    bundle = open_bundle(Path(path), checksums=checksums)
+    foreign = find_foreign(Path(path))
+    session = None
+    if foreign is None:
+        bundle = open_bundle(Path(path), checksums=checksums)
+    else:
+        bundle, session = open_foreign(foreign, device, threads)
     options = EngineOptions(
         max_batch=max_batch,
         max_waiting=max_waiting,
@@ -46,8 +52,9 @@ def load(
         prefix_reuse=prefix_reuse,
         prompt_lookup=prompt_lookup,
     )
-    graph = bundle.file(bundle.manifest.graphs["decoder"].file)
-    session = open_session(graph, device or bundle.manifest.target, threads)
+    if session is None:
+        graph = bundle.file(bundle.manifest.graphs["decoder"].file)
+        session = open_session(graph, device or bundle.manifest.target, threads)
     return TextModel(bundle, session, options)
 
 

@@ -92,7 +92,8 @@ class OnnxRuntimeSession:
                 f"the installed onnxruntime has no {provider}: pip uninstall onnxruntime, pip install 'fmedge[gpu]'."
             )
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        # What ONNX Runtime would log of an error, its exception says.
+        options.log_severity_level = 4
         if _int8_saturates():
             options.add_session_config_entry("session.x64quantprecision", "1")
         if threads is not None:

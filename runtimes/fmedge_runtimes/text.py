@@ -62,11 +62,8 @@ class TextModel:
             self.default_sampling = Sampling(**facts.sampling.model_dump())
         except RequestError as error:
             raise BundleFormatError(f"{bundle.folder}: text.sampling: {error}") from error
-        self._template = (
-            ChatTemplate(bundle.file(facts.chat_template).read_text("utf-8"), facts.special_tokens)
-            if facts.chat_template
-            else None
-        )
+        template = bundle.chat_template()
+        self._template = None if template is None else ChatTemplate(template, facts.special_tokens)
         self._constraints = Constraints(self.tokenizer, facts.vocabulary) if self.tokenizer else None
         self._decoder = Decoder(session, facts)
         self._engine = Engine(self._decoder, self.options)

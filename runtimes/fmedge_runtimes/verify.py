@@ -10,7 +10,8 @@ from pathlib import Path
 from fmedge_runtimes.backends import open_session
 from fmedge_runtimes.bundle import Bundle, check_files, read_manifest
 from fmedge_runtimes.decoder import Decoder
-from fmedge_runtimes.errors import ParityError
+from fmedge_runtimes.errors import BundleError, ParityError
+from fmedge_runtimes.foreign import find_foreign
 from fmedge_runtimes.golden import replay
 
 
@@ -32,8 +33,15 @@ def verify(
 ) -> Verified:
     """Recompute all checksums and replay the golden continuations.
 
-    Raises BundleError (damage), BackendError, ParityError (this machine computes something else).
+    Raises BundleError (damage, or a folder of another exporter), BackendError, ParityError (this machine computes
+    something else).
     """
+    foreign = find_foreign(folder)
+    if foreign is not None:
+        raise BundleError(
+            f"{folder} was written by {foreign.exporter} and has neither checksums nor golden continuations, so there "
+            "is nothing to verify; `fmedge export` its source, which writes them."
+        )
     bundle = Bundle(folder, read_manifest(folder))
     check_files(bundle, checksums=True, progress=partial(progress, "checksums"))
     device = device or bundle.manifest.target
