@@ -16,6 +16,7 @@ from fmedge_converters.checkpoint import Checkpoint, Files
 from fmedge_converters.decoder import TracedDecoder, trace_decoder
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.in_place import updates_in_place
+from fmedge_converters.layouts.layout import Layout
 from fmedge_converters.quantize import quantize
 from fmedge_converters.recording import LayerCache, LayerState
 from fmedge_converters.schemes.scheme import Scheme
@@ -37,6 +38,8 @@ class BuildOptions:
     scheme: Scheme
     block_size: int
     context: int
+    layout: Layout | None = None
+    """Another runtime that must be able to run the graph, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +63,15 @@ def build_decoder(
 ) -> BuiltDecoder:
     """Write decoder.onnx and decoder.onnx.data into `output`.
 
-    Raises SourceError when the model or its checkpoint cannot be exported, OSError when the disk is full.
+    Raises SourceError when the model or its checkpoint cannot be exported, ExportError when the layout cannot express
+    it, OSError when the disk is full.
     """
     target = options.target
     with Checkpoint(files, numpy_dtype(target.dtype)) as checkpoint:
         progress("tracing", 0, 0)
         traced = trace_decoder(config, target.dialect, target.dtype, options.context, checkpoint.buffers)
+        if options.layout is not None:
+            options.layout.check_decoder(traced)
         graph = bind(traced, checkpoint.weights(traced.module))
         progress("rewriting", 0, 0)
         for rewrite in target.passes:

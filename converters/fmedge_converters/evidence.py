@@ -25,6 +25,7 @@ from fmedge_runtimes.errors import SourceError
 from fmedge_runtimes.golden import continue_greedily, replay
 from fmedge_runtimes.memory import available_bytes
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
+from fmedge_runtimes.session import Session
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder, numpy_dtype
@@ -304,6 +305,23 @@ def full_evidence(
     compared = f"{len(prompts)} prompts, {divergence.tokens} tokens of text"
     what = f"the exported weights against PyTorch in fp32{note}: {compared}"
     return FullEvidence(Evidence(name="full", what=what, passed=passed, figures=figures), goldens)
+
+
+def layout_evidence(name: str, session: Session, facts: TextFacts, goldens: Sequence[Golden]) -> Evidence:
+    """Whether the graph of a layout gives the golden continuations of the bundle's own graph. Closes the session."""
+    results = replay(Decoder(session, facts), goldens)
+    session.close()
+    wrong = sum(result.mismatch is not None for result in results)
+    return Evidence(
+        name="layout",
+        what=f"the graph of layout {name} against the bundle's own: {len(goldens)} golden continuations in one batch",
+        passed=wrong == 0,
+        figures={
+            "tokens": sum(result.tokens for result in results),
+            "continuations_that_differ": wrong,
+            "near_ties": sum(result.near_ties for result in results),
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True)

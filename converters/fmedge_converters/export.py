@@ -40,7 +40,7 @@ from fmedge_runtimes.tokenizer import Tokenizer
 from fmedge_runtimes.version import __version__
 from transformers import GenerationConfig
 
-from fmedge_converters.build import STEM, BuildOptions, BuiltDecoder, Progress, build_decoder
+from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder
 from fmedge_converters.checkpoint import Checkpoint
 from fmedge_converters.decoder import quiet_libraries, text_config
 from fmedge_converters.evidence import (
@@ -49,11 +49,14 @@ from fmedge_converters.evidence import (
     estimate_seconds,
     full_evidence,
     graph_evidence,
+    layout_evidence,
     load_reference,
     require_memory,
     text_facts,
 )
 from fmedge_converters.export_options import LONGEST_DEFAULT, ExportOptions
+from fmedge_converters.layouts import find_layout
+from fmedge_converters.layouts.layout import Finished, Layout
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.source import Source, open_source
 from fmedge_converters.targets import find_scheme, find_target
@@ -70,6 +73,7 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
     """
     target = find_target(options.target)
     scheme = find_scheme(target, options.quantize)
+    layout = find_layout(target, options.layout)
     _check_output(options)
     source = open_source(options.source, options.revision, adapter=options.adapter, allow_pickle=options.allow_pickle)
     parameters = _parameters(source)
@@ -85,8 +89,10 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
         _judge(evidence[-1], options)
     with _aside(options) as folder:
         tokenizer = write_tokenizer(source.tokenizer_folder, folder)
+        if layout is not None and tokenizer is not None:
+            layout.check_tokenizer(folder / tokenizer.tokenizer)
         generation = _generation_config(source, folder)
-        build = BuildOptions(target, scheme, block_size, context)
+        build = BuildOptions(target, scheme, block_size, context, layout)
         built = build_decoder(source.config, source.files, folder, build, progress)
         facts = _text_facts(source, built, tokenizer, generation, context)
         goldens: tuple[Golden, ...] = ()
@@ -103,6 +109,13 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
             evidence.append(full.evidence)
             goldens = full.goldens
             _judge(full.evidence, options)
+        graphs = {"decoder": _graph_facts(built.model, built.written.graph)}
+        if layout is not None:
+            finished = Finished(folder, built.written.graph, source.config, generation, facts, target)
+            graphs[layout.name], proofs = _lay_out(layout, finished, goldens, progress)
+            evidence += proofs
+            for proof in proofs:
+                _judge(proof, options)
         manifest = Manifest(
             format=FORMAT,
             kind="text",
@@ -116,7 +129,7 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
             target=target.name,
             precision=scheme.name,
             block_size=block_size or None,
-            graphs={"decoder": _graph_facts(built.model)},
+            graphs=graphs,
             text=facts,
             evidence=tuple(evidence),
             golden=goldens,
@@ -239,6 +252,19 @@ def _replace(folder: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _lay_out(
+    layout: Layout, finished: Finished, goldens: Sequence[Golden], progress: Progress
+) -> tuple[GraphFacts, list[Evidence]]:
+    """Write a layout's files, and compare its graph with the bundle's own where there are golden continuations."""
+    graph = finished.folder / layout.graph
+    facts = _graph_facts(layout.finish(finished), graph)
+    if not goldens:
+        return facts, []
+    progress(f"comparing {graph.name} with {finished.decoder.name}", 0, 0)
+    session = layout.open(graph, finished.facts)
+    return facts, [layout_evidence(layout.name, session, finished.facts, goldens)]
+
+
 def _text_facts(
     source: Source,
     built: BuiltDecoder,
@@ -321,7 +347,7 @@ def _evaluation_text(path: Path | None) -> str:
         raise ExportError(f"cannot read the text {path}: {error}.") from error
 
 
-def _graph_facts(model: ir.Model) -> GraphFacts:
+def _graph_facts(model: ir.Model, path: Path) -> GraphFacts:
     def facts(values: Sequence[ir.Value]) -> tuple[TensorFacts, ...]:
         return tuple(
             TensorFacts(
@@ -332,7 +358,7 @@ def _graph_facts(model: ir.Model) -> GraphFacts:
             for value in values
         )
 
-    return GraphFacts(file=f"{STEM}.onnx", inputs=facts(model.graph.inputs), outputs=facts(model.graph.outputs))
+    return GraphFacts(file=path.name, inputs=facts(model.graph.inputs), outputs=facts(model.graph.outputs))
 
 
 def _made_by() -> dict[str, str]:

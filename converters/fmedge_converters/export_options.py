@@ -37,6 +37,8 @@ class ExportOptions:
     """PEFT folder or hub id of a LoRA to merge into the weights."""
     allow_pickle: bool = False
     """Read weights that are stored as pickles, with PyTorch's weights-only loader."""
+    layout: str | None = None
+    """Another runtime that is to load the bundle, too: genai (onnxruntime-genai)."""
     force: bool = False
     """Replace an existing bundle, and write one that fails its verification (the manifest records that)."""
 

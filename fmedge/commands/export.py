@@ -17,6 +17,8 @@ EPILOG = """
 
   fmedge export out/model out/bundle --adapter ./lora
 
+  fmedge export out/model out/bundle --quantize int4 --layout genai
+
   fmedge export ./checkpoint out/gpu --target cuda --quantize int4 --verify graph
 """
 
@@ -50,6 +52,10 @@ def command(
         bool,
         typer.Option("--allow-pickle", help="Read pytorch_model.bin, with PyTorch's weights-only loader."),
     ] = ExportOptions.allow_pickle,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Another runtime that is to load the bundle, too: genai (onnxruntime-genai)."),
+    ] = ExportOptions.layout,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a bundle; write one that fails its verification.")
     ] = ExportOptions.force,
@@ -75,6 +81,7 @@ def command(
         text=text,
         adapter=adapter,
         allow_pickle=allow_pickle,
+        layout=layout,
         force=force,
     )
     with progress_bar() as progress:
