@@ -71,7 +71,7 @@ class OwnPast:
                 attribute.put(states[name].clone())
         if isinstance(self.returned, Cache):
             for name, value in _own_attributes(self.returned).items():
-                vars(cache)[name] = _like(value, states, f"{self.argument}.{name}")
+                setattr(cache, name, _like(value, states, f"{self.argument}.{name}"))
         elif self.argument is not None:
             arguments[self.argument] = _like(self.returned, states, self.argument) if states else None
         try:
