@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,3 +42,24 @@ def bundle(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fmedge_converters.export_options import ExportOptions
 
     return export(ExportOptions(str(llama), tmp_path_factory.mktemp("bundle") / "bundle")).folder
+
+
+@pytest.fixture(scope="session")
+def traces() -> dict[Any, Any]:
+    return {}
+
+
+@pytest.fixture
+def traced_once(traces: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of the same configuration share a trace, which is most of the work for a tiny model."""
+    from fmedge_converters import build
+
+    trace = build.trace_decoder
+
+    def trace_once(config: Any, dialect: Any, dtype: Any, context: int, *others: Any) -> Any:
+        key = (config.to_json_string(), dialect.name, dtype, context)
+        if key not in traces:
+            traces[key] = trace(config, dialect, dtype, context, *others)
+        return replace(traces[key], model=traces[key].model.clone())
+
+    monkeypatch.setattr(build, "trace_decoder", trace_once)

@@ -184,7 +184,7 @@ def test_refusals_of_folders(llama: Path, tmp_path: Path) -> None:
         ({"model_type": "bert"}, "pickle|not a causal|no weights"),
         ({"model_type": "vit"}, "not a causal language model"),
         ({"model_type": "my-own", "auto_map": {"AutoModelForCausalLM": "x.Y"}}, "never runs"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "quantized by gptq"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "hqq"}}, "quantized by hqq"),
         ({"model_type": "llama"}, "holds no weights"),
     ):
         (empty / "config.json").write_text(json.dumps(config))

@@ -17,7 +17,7 @@ from fmedge_converters.decoder import TracedDecoder, trace_decoder
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.in_place import updates_in_place
 from fmedge_converters.layouts.layout import Layout
-from fmedge_converters.quantize import quantize
+from fmedge_converters.quantize import Quantization, quantize
 from fmedge_converters.recording import LayerCache, LayerState
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.targets import Target
@@ -36,7 +36,8 @@ class BuildOptions:
 
     target: Target
     scheme: Scheme
-    block_size: int
+    block_size: int | None
+    """None: as the scheme has it."""
     context: int
     layout: Layout | None = None
     """Another runtime that must be able to run the graph, too."""
@@ -51,6 +52,9 @@ class BuiltDecoder:
     caches: tuple[LayerCache, ...]
     states: tuple[LayerState, ...]
     vocabulary: int
+    quantization: Quantization
+    source_format: str | None
+    """The quantization of the source, None if it has none."""
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
@@ -72,12 +76,15 @@ def build_decoder(
         traced = trace_decoder(config, target.dialect, target.dtype, options.context, checkpoint.buffers)
         if options.layout is not None:
             options.layout.check_decoder(traced)
-        graph = bind(traced, checkpoint.weights(traced.module))
+        graph = bind(traced, _keeping(checkpoint.weights(traced.module), options.scheme))
         progress("rewriting", 0, 0)
         for rewrite in target.passes:
             rewrite(graph, options.context)
-        quantize(graph, options.scheme, options.block_size)
-        written = write_graph(graph, output, STEM, functools.partial(progress, "weights"))
+        quantization = quantize(graph, options.scheme, options.block_size)
+        stage = "weights"
+        if checkpoint.source_format is not None:
+            stage = f"weights ({quantization.kept} of {quantization.matrices} matrices keep their codes)"
+        written = write_graph(graph, output, STEM, functools.partial(progress, stage))
     vocabulary = graph.graph.outputs[0].shape
     size = vocabulary[-1] if vocabulary is not None else None
     if not isinstance(size, int):
@@ -88,7 +95,17 @@ def build_decoder(
         past, present = values[f"past_states.{state.name}"], values[f"present_states.{state.name}"]
         in_place = updates_in_place(graph.graph, past, present, target.read_first)
         states.append(replace(state, in_place=in_place))
-    return BuiltDecoder(written, graph.model, traced.caches, tuple(states), int(size))
+    return BuiltDecoder(
+        written, graph.model, traced.caches, tuple(states), int(size), quantization, checkpoint.source_format
+    )
+
+
+def _keeping(weights: dict[str, Weight], scheme: Scheme) -> dict[str, Weight]:
+    """The weights, without the codes of their source where the scheme makes its own."""
+    return {
+        name: weight if weight.packed is None or weight.packed.bits in scheme.keeps else replace(weight, packed=None)
+        for name, weight in weights.items()
+    }
 
 
 def bind(traced: TracedDecoder, weights: dict[str, Weight]) -> DecoderGraph:

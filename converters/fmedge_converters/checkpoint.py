@@ -21,8 +21,11 @@ from transformers import PreTrainedModel
 
 from fmedge_converters.adapter import Adapter, Change
 from fmedge_converters.containers import open_tensors
+from fmedge_converters.containers.gguf import ARCHITECTURE, read_header
 from fmedge_converters.conversion import converted
 from fmedge_converters.formats import find_format
+from fmedge_converters.formats.gguf import METHOD
+from fmedge_converters.formats.plain import FLOATS, INTEGERS, PLAIN
 from fmedge_converters.stored import Storage
 from fmedge_converters.weight import Array, Weight, equal
 from fmedge_converters.wrapper import Wrapper
@@ -38,22 +41,29 @@ class Files:
     allow_pickle: bool = False
     wrapper: Wrapper | None = None
     """The model that the checkpoint is of, if the decoder is a part of it."""
+    gguf: Path | None = None
+    """A GGUF file of the folder, which the weights are in."""
+
+    @property
+    def weights(self) -> Path:
+        """What holds the weights: the folder or the GGUF file."""
+        return self.gguf or self.folder
 
 
 class Checkpoint:
     """The weights of one model by parameter name; holds the files open until it is closed."""
 
     def __init__(self, files: Files, dtype: np.dtype[np.generic]) -> None:
-        self.folder = files.folder
+        self.folder = files.weights
         self.dtype = dtype
         self._wrapper = files.wrapper
         self._stack = ExitStack()
         self._adapter: Adapter | None = None
         try:
-            tensors = open_tensors(files.folder, self._stack, allow_pickle=files.allow_pickle)
-            quantization = _quantization(files.folder)
+            tensors = open_tensors(files.weights, self._stack, allow_pickle=files.allow_pickle)
+            quantization = _quantization(files.weights)
             self._format = find_format(quantization)
-            self._storage = Storage(files.folder, tensors, quantization, dtype)
+            self._storage = Storage(files.weights, tensors, quantization, dtype)
             self.tensors = self._format.decode(self._storage)
             if files.adapter is not None:
                 self._adapter = Adapter(files.adapter, self._stack, allow_pickle=files.allow_pickle)
@@ -79,6 +89,14 @@ class Checkpoint:
         whole = self._wrapper.model.state_dict()
         return sum(whole[name].numel() for name in set(self._wrapper.names.values()))
 
+    @property
+    def source_format(self) -> str | None:
+        """How the checkpoint is quantized, None if it is not."""
+        if self._format is PLAIN:
+            return None
+        own = {tensor.dtype for tensor in self._storage.tensors.values()} - {*FLOATS, *INTEGERS}
+        return " ".join([self._format.name, *sorted(own)])
+
     def weights(self, model: PreTrainedModel) -> dict[str, Weight]:
         """The weight of every parameter of `model` (whose own tensors may be fake or on the meta device).
 
@@ -87,7 +105,7 @@ class Checkpoint:
         """
         wanted = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        tensors: Mapping[str, Weight] = self.tensors
+        tensors = self._named(self.tensors, model)
         if self._adapter is not None:
             changes = self._in_decoder(self._adapter.changes(model, self.dtype))
             tensors = self._adapter.applied({name: changes[name] for name in set(changes) - set(wanted)}, tensors)
@@ -115,6 +133,10 @@ class Checkpoint:
                 )
         return {name: self._finite(name, found[name]) for name in wanted}
 
+    def _named(self, tensors: Mapping[str, Weight], model: PreTrainedModel) -> Mapping[str, Weight]:
+        """The tensors by the names that they have in transformers' checkpoints."""
+        return tensors if self._format.named is None else self._format.named(self._storage, tensors, model)
+
     def buffers(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """The persistent buffers of `model` that the checkpoint has values for, in the buffers' own dtypes.
 
@@ -124,7 +146,7 @@ class Checkpoint:
         buffers = {name: value for name, value in model.state_dict().items() if name not in parameters}
         # In fp32, which holds what is stored in any type; a buffer need not have the type of the weights.
         stored = self._format.decode(replace(self._storage, dtype=np.dtype(np.float32))) if buffers else {}
-        found = self._converted(stored, model, buffers)
+        found = self._converted(self._named(stored, model), model, buffers)
         for name, weight in found.items():
             self._check_shape(name, weight, tuple(buffers[name].shape))
         return {name: torch.from_numpy(weight.array()).to(buffers[name].dtype) for name, weight in found.items()}
@@ -189,7 +211,9 @@ def _share(weights: dict[str, Weight], tied: Mapping[str, str]) -> None:
 
 
 def _quantization(folder: Path) -> Mapping[str, Any]:
-    """`quantization_config` of config.json, empty if it has none."""
+    """`quantization_config` of config.json, empty if it has none; for a GGUF file what stands in its place."""
+    if folder.is_file():
+        return {"quant_method": METHOD, "architecture": read_header(folder).metadata.get(ARCHITECTURE)}
     path = folder / "config.json"
     try:
         found = json.loads(path.read_text("utf-8")).get("quantization_config") or {}

@@ -7,13 +7,19 @@ lazy tensors, in the same order, so that a checkpoint is understood here exactly
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fmedge_runtimes.errors import SourceError
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from fmedge_converters.decoder import quiet_libraries
 from fmedge_converters.formats.plain import UNREADABLE
@@ -22,14 +28,18 @@ from fmedge_converters.weight import Weight, equal
 
 
 def converted(
-    tensors: Mapping[str, Weight], model: PreTrainedModel, names: Collection[str] | None = None
+    tensors: Mapping[str, Weight],
+    model: PreTrainedModel,
+    names: Collection[str] | None = None,
+    transforms: Sequence[WeightTransform] | None = None,
 ) -> dict[str, Weight]:
     """The weights of a model's parameters and persistent buffers, as far as the checkpoint's tensors make them up.
 
-    `names` asks for some of them only. Tensors that the model does not know are left out, as by transformers.
+    `names` asks for some of them only; `transforms` take the place of the model's own rules. Tensors that the model
+    does not know are left out, as by transformers.
     Raises SourceError: tensors that cannot be merged, two different tensors for the same parameter.
     """
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model) if transforms is None else transforms
     renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
     converters = [item for item in transforms if isinstance(item, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -34,6 +34,7 @@ from fmedge_converters.decoder import empty_model, quiet_libraries
 from fmedge_converters.recording import LayerState
 from fmedge_converters.reduced import reduced_config, write_random_model
 from fmedge_converters.schemes.floating import FLOATING
+from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.source import Source
 from fmedge_converters.targets import TARGETS
 
@@ -154,6 +155,18 @@ def graph_evidence(config: PretrainedConfig, progress: Progress) -> Evidence:
             "near_ties": comparison.near_ties,
             "largest_logit_difference": comparison.worst,
         },
+    )
+
+
+def weights_evidence(built: BuiltDecoder, scheme: Scheme) -> Evidence:
+    """What became of the matrices of a source that is quantized already."""
+    count = built.quantization
+    others = "stay floats" if scheme.name == FLOATING.name else f"are quantized by {scheme.name}"
+    return Evidence(
+        name="weights",
+        what=f"matrices that keep the codes of the source ({built.source_format}); others, read exactly, {others}",
+        passed=True,
+        figures={"matrices": count.matrices, "kept": count.kept},
     )
 
 

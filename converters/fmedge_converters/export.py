@@ -53,6 +53,7 @@ from fmedge_converters.evidence import (
     load_reference,
     require_memory,
     text_facts,
+    weights_evidence,
 )
 from fmedge_converters.export_options import LONGEST_DEFAULT, ExportOptions
 from fmedge_converters.layouts import find_layout
@@ -78,7 +79,7 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
     source = open_source(options.source, options.revision, adapter=options.adapter, allow_pickle=options.allow_pickle)
     parameters = _parameters(source)
     context = _context(source, options)
-    block_size = _block_size(scheme, options)
+    _check_block_size(scheme, options)
     _check_disk(options.output, parameters, scheme.bits)
     if options.verify == "full":
         require_memory(parameters, scheme.bits)
@@ -88,12 +89,14 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
         evidence.append(graph_evidence(source.config, progress))
         _judge(evidence[-1], options)
     with _aside(options) as folder:
-        tokenizer = write_tokenizer(source.tokenizer_folder, folder)
+        tokenizer = write_tokenizer(source.tokenizer_folder, folder, source.tokenizer_gguf)
         if layout is not None and tokenizer is not None:
             layout.check_tokenizer(folder / tokenizer.tokenizer)
         generation = _generation_config(source, folder)
-        build = BuildOptions(target, scheme, block_size, context, layout)
+        build = BuildOptions(target, scheme, options.block_size, context, layout)
         built = build_decoder(source.config, source.files, folder, build, progress)
+        if built.source_format is not None:
+            evidence.insert(0, weights_evidence(built, scheme))
         facts = _text_facts(source, built, tokenizer, generation, context)
         goldens: tuple[Golden, ...] = ()
         if options.verify == "full":
@@ -125,10 +128,11 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
                 architecture=source.architecture,
                 licence=source.licence,
                 adapter=source.adapter,
+                quantization=built.source_format,
             ),
             target=target.name,
             precision=scheme.name,
-            block_size=block_size or None,
+            block_size=built.quantization.block_size,
             graphs=graphs,
             text=facts,
             evidence=tuple(evidence),
@@ -171,11 +175,9 @@ def _context(source: Source, options: ExportOptions) -> int:
     return options.context
 
 
-def _block_size(scheme: Scheme, options: ExportOptions) -> int:
-    """The block size that applies, 0 for a scheme without blocks."""
+def _check_block_size(scheme: Scheme, options: ExportOptions) -> None:
     if options.block_size is not None and not scheme.block_size:
         raise ExportError(f"--block-size means nothing to --quantize {scheme.name} for {options.target}; leave it out.")
-    return options.block_size or scheme.block_size
 
 
 def _check_disk(output: Path, parameters: int, bits: int) -> None:
@@ -296,7 +298,7 @@ def _text_facts(
 
 
 def _generation_config(source: Source, folder: Path) -> GenerationConfig:
-    if not (source.folder / GENERATION_CONFIG).is_file():
+    if source.files.gguf is not None or not (source.folder / GENERATION_CONFIG).is_file():
         return GenerationConfig()
     try:
         with quiet_libraries():

@@ -23,6 +23,7 @@ from fmedge_converters.adapter import Adapter, read_adapter_config
 from fmedge_converters.checkpoint import Files
 from fmedge_converters.decoder import empty_model
 from fmedge_converters.formats import find_format
+from fmedge_converters.gguf_config import gguf_config, gguf_file, gguf_licence
 from fmedge_converters.wrapper import Wrapper, open_wrapper
 
 HUB_FILES = (
@@ -73,12 +74,28 @@ class Source:
         brings = adapter is not None and any((adapter / name).is_file() for name in TOKENIZERS)
         return adapter if adapter is not None and brings else self.folder
 
+    @property
+    def tokenizer_gguf(self) -> Path | None:
+        """The GGUF file that holds its tokenizer, if one does."""
+        return self.files.gguf if self.tokenizer_folder == self.folder else None
+
 
 @dataclass(frozen=True, slots=True)
 class _Found:
     name: str
     commit: str | None
     folder: Path
+    gguf: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What the files of a source say of it."""
+
+    config: PretrainedConfig
+    wrapper: Wrapper | None
+    licence: str | None
+    loads_by_itself: bool
 
 
 def open_source(
@@ -98,9 +115,9 @@ def open_source(
     elif merged is not None:
         read_adapter_config(merged.folder)
     folder = found.folder
-    raw = _raw_config(folder)
-    config, wrapper = _decoder(folder, raw)
-    files = Files(folder, None if merged is None else merged.folder, allow_pickle, wrapper)
+    facts = _gguf_facts(found.gguf) if found.gguf is not None else _folder_facts(folder)
+    config = facts.config
+    files = Files(folder, None if merged is None else merged.folder, allow_pickle, facts.wrapper, found.gguf)
     if merged is not None:
         _untie(config, files)
     # The weights are read as plain numbers, whatever their form in the files.
@@ -110,22 +127,36 @@ def open_source(
         revision=found.commit,
         files=files,
         config=config,
-        licence=_licence(folder, raw),
+        licence=facts.licence,
         adapter=None if merged is None else merged.name,
-        loads_by_itself=merged is None
-        and config.model_type == raw["model_type"]
-        and not raw.get("quantization_config"),
+        loads_by_itself=merged is None and facts.loads_by_itself,
     )
+
+
+def _folder_facts(folder: Path) -> _Facts:
+    raw = _raw_config(folder)
+    config, wrapper = _decoder(folder, raw)
+    plain = config.model_type == raw["model_type"] and not raw.get("quantization_config")
+    return _Facts(config, wrapper, _licence(folder, raw), plain)
+
+
+def _gguf_facts(file: Path) -> _Facts:
+    return _Facts(gguf_config(file), None, gguf_licence(file), loads_by_itself=False)
 
 
 def _find(source: str, revision: str | None, allow_pickle: bool) -> _Found:
     folder = Path(source).expanduser()
+    gguf = gguf_file(folder)
+    if gguf is not None:
+        if revision is not None:
+            raise SourceError(f"--revision is for hub ids; {source} is a local file.")
+        return _Found(gguf.name, None, gguf.parent, gguf)
     if folder.is_dir():
         if revision is not None:
             raise SourceError(f"--revision is for hub ids; {source} is a local folder.")
         return _Found(folder.resolve().name, None, folder)
     if folder.exists():
-        raise SourceError(f"{source} is a file; give the folder that holds config.json.")
+        raise SourceError(f"{source} is a file; give the folder that holds config.json, or a .gguf file.")
     folder, commit = _from_hub(source, revision, allow_pickle)
     return _Found(source, commit, folder)
 

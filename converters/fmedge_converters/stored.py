@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from fmedge_converters.weight import Weight
 
@@ -77,6 +78,17 @@ class Decode(Protocol):
     def __call__(self, storage: Storage) -> dict[str, Weight]: ...
 
 
+class Named(Protocol):
+    """Finds the names that the tensors of a file of another kind have in transformers' checkpoints of a model.
+
+    Raises SourceError for a tensor that the model has no place for.
+    """
+
+    def __call__(
+        self, storage: Storage, tensors: Mapping[str, Weight], model: PreTrainedModel
+    ) -> Mapping[str, Weight]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """A row of the table of formats (formats/__init__.py)."""
@@ -85,6 +97,8 @@ class Format:
     matches: Callable[[Mapping[str, Any]], bool]
     """Whether a `quantization_config` is of this format."""
     decode: Decode
+    named: Named | None = None
+    """For files with names of their own; None: names are those of transformers' checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from fmedge_runtimes.errors import SourceError
 from transformers import AutoTokenizer
 
 from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.gguf_config import has_tokenizer
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -48,16 +49,19 @@ class TokenizerFacts:
     eos_token_id: int | None
 
 
-def write_tokenizer(source: Path, output: Path) -> TokenizerFacts | None:
-    """Write the tokenizer's files into a bundle; None if the source has no tokenizer.
+def write_tokenizer(source: Path, output: Path, gguf: Path | None) -> TokenizerFacts | None:
+    """Write the tokenizer of a folder, or of a GGUF file in it, into a bundle; None if the source has no tokenizer.
 
     Raises SourceError when the tokenizer has no fast form, or its fast form gives other ids.
     """
-    if not any((source / name).is_file() for name in FILES):
+    if gguf is None and not any((source / name).is_file() for name in FILES):
         return None
+    if gguf is not None and not has_tokenizer(gguf):
+        return None
+    options = {} if gguf is None else {"gguf_file": gguf.name}
     try:
         with quiet_libraries():
-            tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SourceError(f"{source}: transformers cannot load the tokenizer: {first}") from error

@@ -20,13 +20,17 @@ Read = Callable[[int, int], Array]
 CHUNK_BYTES = 64 << 20
 """What a reader of row blocks holds at once, in bytes of the weight's dtype."""
 
+RUNS = 16
+"""As many runs of neighbouring rows are read one by one."""
+
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
     """The codes of a matrix [N, K] that its checkpoint stores quantized, laid out as MatMulNBits wants them.
 
     A block of `block_size` weights along K shares a scale and a zero point, and w = (code - zero) * scale. The
-    functions take a range start:stop of the N rows, as `Weight.read` does; n is stop - start.
+    functions take a range start:stop of the N rows, as `Weight.read` does; n is stop - start. The rows of several
+    matrices in one tensor [E, N, K] are counted through: E * N.
     """
 
     bits: int
@@ -94,7 +98,7 @@ def equal(first: Weight, second: Weight) -> bool:
 
 
 def concatenated(weights: Sequence[Weight], axis: int = 0) -> Weight:
-    """The weights joined along an axis: one below the other along axis 0, where all packed alike stay packed.
+    """The weights joined along an axis. Rows that are all packed alike stay packed.
 
     Raises ValueError when their other dimensions differ.
     """
@@ -104,10 +108,10 @@ def concatenated(weights: Sequence[Weight], axis: int = 0) -> Weight:
         raise ValueError(f"shapes {[list(weight.shape) for weight in weights]} do not join along axis {axis}")
     size = sum(weight.shape[axis] for weight in weights)
     shape = (*first.shape[:axis], size, *first.shape[axis + 1 :])
+    packed = _joined(weights, axis) if axis < len(shape) - 1 else None
     if axis == 0:
-        rows = [weight.rows for weight in weights]
-        packed = _joined([weight.packed for weight in weights], rows)
-        return Weight(shape, first.dtype, _below([weight.read for weight in weights], rows), packed)
+        read_below = _below([weight.read for weight in weights], [weight.rows for weight in weights])
+        return Weight(shape, first.dtype, read_below, packed)
 
     def read(start: int, stop: int) -> Array:
         result = np.empty((stop - start, *shape[1:]), first.dtype)
@@ -118,7 +122,7 @@ def concatenated(weights: Sequence[Weight], axis: int = 0) -> Weight:
             place = end
         return result
 
-    return Weight(shape, first.dtype, read)
+    return Weight(shape, first.dtype, read, packed)
 
 
 def _below(reads: Sequence[Read], rows: Sequence[int]) -> Read:
@@ -147,18 +151,40 @@ def _below(reads: Sequence[Read], rows: Sequence[int]) -> Read:
     return read
 
 
-def _joined(parts: Sequence[PackedMatrix | None], rows: Sequence[int]) -> PackedMatrix | None:
-    """Packed matrices as one, None if they do not agree."""
-    packed = [part for part in parts if part is not None]
-    if len(packed) != len(parts) or not all(_alike(packed[0], other) for other in packed):
+def _joined(weights: Sequence[Weight], axis: int) -> PackedMatrix | None:
+    """The packed rows of weights that are joined along an axis of rows, None if they do not agree."""
+    packed = [weight.packed for weight in weights if weight.packed is not None]
+    if len(packed) != len(weights) or not all(_alike(packed[0], other) for other in packed):
         return None
+    rows = [math.prod(weight.shape[:-1]) for weight in weights]
     zero_points = [item.zero_points for item in packed if item.zero_points is not None]
-    return replace(
+    below = replace(
         packed[0],
         codes=_below([item.codes for item in packed], rows),
         scales=_below([item.scales for item in packed], rows),
         zero_points=_below(zero_points, rows) if zero_points else None,
     )
+    starts = np.cumsum([0, *rows])
+    places = [
+        start + np.arange(count).reshape(weight.shape[:-1])
+        for start, count, weight in zip(starts[:-1], rows, weights, strict=True)
+    ]
+    return _packed_rows(below, np.concatenate(places, axis)) if axis else below
+
+
+def _packed_rows(packed: PackedMatrix, places: Array) -> PackedMatrix:
+    """The packed rows at `places`, in their order."""
+    indices = places.reshape(-1)
+    zero_points = None if packed.zero_points is None else _picked(packed.zero_points, indices)
+    codes, scales = _picked(packed.codes, indices), _picked(packed.scales, indices)
+    return replace(packed, codes=codes, scales=scales, zero_points=zero_points)
+
+
+def joinable(first: Weight, other: Weight) -> bool:
+    """Whether two matrices, one below the other, keep the codes that either of them has."""
+    if first.packed is None or other.packed is None:
+        return first.packed is other.packed
+    return _alike(first.packed, other.packed)
 
 
 def _alike(first: PackedMatrix, other: PackedMatrix) -> bool:
@@ -203,7 +229,7 @@ def transposed(weight: Weight) -> Weight:
 
 
 def reshaped(weight: Weight, shape: Sequence[int]) -> Weight:
-    """The same numbers in the same order under another shape.
+    """The same numbers in the same order under another shape. Rows that stay whole stay packed.
 
     Raises ValueError when the shapes hold different amounts.
     """
@@ -221,37 +247,41 @@ def reshaped(weight: Weight, shape: Sequence[int]) -> Weight:
         offset = first // old_row * old_row
         return flat[first - offset : last - offset].reshape(wanted)
 
-    return Weight(shape, weight.dtype, read)
+    return Weight(shape, weight.dtype, read, weight.packed if shape[-1:] == weight.shape[-1:] else None)
 
 
 def selected(weight: Weight, axis: int, indices: Array) -> Weight:
     """The entries of an axis at `indices`, in their order: a part, a reversal or a permutation. Rows stay packed."""
     shape = (*weight.shape[:axis], len(indices), *weight.shape[axis + 1 :])
+    packed = None
+    if weight.packed is not None and axis < len(shape) - 1:
+        places = np.arange(math.prod(weight.shape[:-1])).reshape(weight.shape[:-1])
+        packed = _packed_rows(weight.packed, places.take(indices, axis))
     if axis == 0:
-        packed = weight.packed
-        if packed is not None:
-            zero_points = None if packed.zero_points is None else _picked(packed.zero_points, indices)
-            codes, scales = _picked(packed.codes, indices), _picked(packed.scales, indices)
-            packed = replace(packed, codes=codes, scales=scales, zero_points=zero_points)
         return Weight(shape, weight.dtype, _picked(weight.read, indices), packed)
 
     def read(start: int, stop: int) -> Array:
         return np.ascontiguousarray(weight.read(start, stop).take(indices, axis))
 
-    return Weight(shape, weight.dtype, read)
+    return Weight(shape, weight.dtype, read, packed)
 
 
 def _picked(read: Read, indices: Array) -> Read:
-    """Read rows by their place in `indices`. What lies between the lowest and the highest is read as well."""
+    """Read rows by their place in `indices`: a few runs of neighbours one by one, else all that lies between them."""
 
     def pick(start: int, stop: int) -> Array:
         asked = indices[start:stop]
         if not len(asked):
             return read(0, 0)
+        ends = [*(np.flatnonzero(np.diff(asked) != 1) + 1).tolist(), len(asked)]
+        if len(ends) <= RUNS:
+            runs = [
+                read(int(asked[first]), int(asked[end - 1]) + 1) for first, end in zip([0, *ends], ends, strict=False)
+            ]
+            return runs[0] if len(runs) == 1 else np.concatenate(runs)
         lowest, highest = int(asked.min()), int(asked.max())
-        rows = read(lowest, highest + 1)
-        contiguous = len(asked) == highest - lowest + 1 and bool((np.diff(asked) == 1).all())
-        return rows if contiguous else rows[asked - lowest]
+        rows: Array = read(lowest, highest + 1)[asked - lowest]
+        return rows
 
     return pick
 

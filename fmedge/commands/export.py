@@ -19,13 +19,15 @@ EPILOG = """
 
   fmedge export out/model out/bundle --quantize int4 --layout genai
 
+  fmedge export ./model.Q4_0.gguf out/bundle --quantize int4
+
   fmedge export ./checkpoint out/gpu --target cuda --quantize int4 --verify graph
 """
 
 
 def command(
     source: Annotated[
-        str, typer.Argument(help="Hugging Face folder, hub id, folder of `fmedge train`, or a LoRA on one of them.")
+        str, typer.Argument(help="Hugging Face folder, hub id, .gguf file, folder of `fmedge train`, or a LoRA.")
     ],
     output: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = ExportOptions.revision,

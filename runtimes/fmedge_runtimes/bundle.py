@@ -42,6 +42,8 @@ class SourceFacts(_Record):
     licence: str | None
     adapter: str | None = None
     """The LoRA that was merged into it: a hub id, or the name of a folder."""
+    quantization: str | None = None
+    """The format that the source was quantized in; None if it was not."""
 
 
 class TensorFacts(_Record):
@@ -121,9 +123,9 @@ class TextFacts(_Record):
 
 
 class Evidence(_Record):
-    """One comparison of the bundle with its source."""
+    """One comparison of the bundle with its source; `weights`: which of a quantized source's codes it has."""
 
-    name: Literal["graph", "full", "layout"]
+    name: Literal["weights", "graph", "full", "layout"]
     what: str
     passed: bool
     figures: dict[str, float | int | str | bool]

@@ -7,17 +7,18 @@ from pathlib import Path
 
 from fmedge_runtimes.errors import SourceError
 
+from fmedge_converters.containers.gguf import GGUF
 from fmedge_converters.containers.safetensors import SAFETENSORS
 from fmedge_converters.containers.torch_pickle import TORCH_PICKLE
 from fmedge_converters.stored import Container, StoredTensor
 
-CONTAINERS: tuple[Container, ...] = (SAFETENSORS, TORCH_PICKLE)
+CONTAINERS: tuple[Container, ...] = (SAFETENSORS, TORCH_PICKLE, GGUF)
 ADAPTERS = {"adapter_model.safetensors": SAFETENSORS, "adapter_model.bin": TORCH_PICKLE}
 """The files in which PEFT keeps an adapter, in the order in which it looks."""
 
 
 def open_tensors(folder: Path, stack: ExitStack, *, allow_pickle: bool) -> dict[str, StoredTensor]:
-    """Every tensor of a model folder by its name in the files, which `stack` closes.
+    """Every tensor of a model folder, or of a GGUF file, by its name in the files, which `stack` closes.
 
     Raises SourceError: there are no weights, a file is missing or damaged, or is a pickle and that is not allowed.
     """

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import torch
 from fmedge_runtimes.errors import SourceError
 from safetensors import SafetensorError, safe_open
 
+from fmedge_converters.containers.rows import rows_in_file
 from fmedge_converters.containers.shards import add_tensors, indexed_files, refuse_pointer
 from fmedge_converters.stored import DTYPES, Container, StoredTensor
 
@@ -68,23 +67,13 @@ def _from_header(file: Path) -> list[StoredTensor]:
 
 def _stored(file: Path, name: str, kind: str, shape: tuple[int, ...], offset: int) -> StoredTensor:
     dtype = DTYPES.get(kind)
+    if dtype is not None:
+        return StoredTensor(file, name, shape, kind, rows_in_file(file, name, dtype, shape, offset))
 
-    def read(start: int, stop: int) -> torch.Tensor:
-        if dtype is None:
-            raise SourceError(f"{file}: {name} is stored as {kind}, which fmedge does not read.")
-        start, stop, _ = slice(start, stop).indices(shape[0]) if shape else (0, 1, 1)
-        row = math.prod(shape[1:]) * dtype.itemsize
-        wanted = max(0, stop - start) * row
-        try:
-            # Read, not mapped: pages of a mapped file would count as this process's memory.
-            data = np.fromfile(file, np.uint8, wanted, offset=offset + start * row)
-        except OSError as error:
-            raise SourceError(f"{file}: cannot read {name} ({error.strerror}).") from error
-        if data.size != wanted:
-            raise SourceError(f"{file} has become shorter while it was read; copy it again.")
-        return torch.from_numpy(data).view(dtype).reshape((stop - start, *shape[1:]) if shape else ())
+    def refuse(_start: int, _stop: int) -> torch.Tensor:
+        raise SourceError(f"{file}: {name} is stored as {kind}, which fmedge does not read.")
 
-    return StoredTensor(file, name, shape, kind, read)
+    return StoredTensor(file, name, shape, kind, refuse)
 
 
 SAFETENSORS = Container("safetensors", SINGLE, find, open_files)

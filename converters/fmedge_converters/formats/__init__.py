@@ -7,11 +7,16 @@ from typing import Any
 
 from fmedge_runtimes.errors import SourceError
 
+from fmedge_converters.formats.awq import AWQ
+from fmedge_converters.formats.compressed_tensors import COMPRESSED_TENSORS
+from fmedge_converters.formats.gguf import GGUF
+from fmedge_converters.formats.gptq import GPTQ
+from fmedge_converters.formats.mxfp4 import MXFP4
 from fmedge_converters.formats.plain import PLAIN
 from fmedge_converters.formats.scaled import SCALED
 from fmedge_converters.stored import Format
 
-FORMATS: tuple[Format, ...] = (PLAIN, SCALED)
+FORMATS: tuple[Format, ...] = (PLAIN, SCALED, AWQ, GPTQ, COMPRESSED_TENSORS, MXFP4, GGUF)
 
 
 def find_format(quantization: Mapping[str, Any]) -> Format:

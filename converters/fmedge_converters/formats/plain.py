@@ -18,6 +18,8 @@ INTEGERS: dict[str, np.dtype[np.generic]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+CODES = (".qweight", ".weight_packed", "_proj_blocks")
+"""Ends of the names that quantizers give to codes."""
 UNREADABLE = np.dtype("V1")
 """The dtype of a weight whose storage has no meaning by itself; asking for its numbers is an error."""
 
@@ -44,8 +46,13 @@ def _unreadable(tensor: StoredTensor) -> Weight:
 
 
 def decode_plain(storage: Storage) -> dict[str, Weight]:
-    """Each tensor as it is. Raises SourceError when scales lie beside the tensors, which only a quantization has."""
+    """Each tensor as it is. Raises SourceError for codes, or scales beside tensors, which only quantizers write."""
     for name, tensor in storage.tensors.items():
+        if name.endswith(CODES):
+            raise SourceError(
+                f"{tensor.file}: {name} holds a quantizer's codes, but config.json has no quantization_config "
+                "that says how to read them; copy config.json from where the weights came."
+            )
         scale = next((name + end for end in ("_scale_inv", "_scale") if name + end in storage.tensors), None)
         if tensor.dtype.startswith("F8") and scale is not None:
             raise SourceError(

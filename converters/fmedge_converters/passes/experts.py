@@ -12,7 +12,7 @@ import onnx_ir as ir
 from fmedge_converters.graph import DecoderGraph, replace
 from fmedge_converters.passes.linear import insert_linear
 from fmedge_converters.passes.mixture import ExpertLinear, Mixture, expert_linears, mixtures
-from fmedge_converters.weight import Weight
+from fmedge_converters.weight import Weight, selected
 
 
 def expand_experts(graph: DecoderGraph) -> None:
@@ -47,6 +47,7 @@ def _of_expert(weight: Weight, expert: int) -> Weight:
         weight.shape[1:],
         weight.dtype,
         lambda start, stop: weight.read(expert, expert + 1)[0][start:stop],
+        selected(weight, 0, np.array([expert])).packed,
         whole=True,
     )
 

@@ -7,23 +7,30 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
 
 from fmedge_converters.graph import MICROSOFT, DecoderGraph, constant, replace
 from fmedge_converters.passes.linear import Linear, insert_linear, linears
-from fmedge_converters.weight import Weight, concatenated, weight_from_array
+from fmedge_converters.weight import Weight, concatenated, joinable, weight_from_array
 
 
 def merge_projections(graph: DecoderGraph, _context: int) -> int:
-    """Merge Linear nodes that share their input."""
-    groups: dict[ir.Value, list[Linear]] = defaultdict(list)
+    """Merge Linear nodes that share their input; those with a source's codes only where the codes can be joined."""
+    groups: dict[ir.Value, list[list[Linear]]] = defaultdict(list)
     for linear in linears(graph):
-        if not linear.exact:
-            groups[linear.x].append(linear)
+        if linear.exact:
+            continue
+        weight, alike = graph.weights[linear.name], groups[linear.x]
+        group = next((group for group in alike if joinable(graph.weights[group[0].name], weight)), None)
+        if group is None:
+            alike.append([linear])
+        else:
+            group.append(linear)
     changed = 0
-    for group in groups.values():
+    for group in chain.from_iterable(groups.values()):
         if len(group) > 1 and not any(linear.output.is_graph_output() for linear in group):
             _merge(graph, group)
             changed += 1

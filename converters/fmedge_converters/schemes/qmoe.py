@@ -3,7 +3,8 @@
 The operator chooses the k largest of `router_probs`; given the model's own weights, scattered over all experts, that
 is what the model chose, and `router_weights` are the weights themselves. It drops a weight that is not positive, so a
 mixture whose weights could be negative keeps its plain form; so does one with an activation that the kernel lacks.
-Codes are those of MatMulNBits (weight_only.py). The rows of a gate and of its linear part alternate.
+Codes are those of MatMulNBits (weight_only.py), or the source's own if it is quantized and both products agree in bits
+and block size. The rows of a gate and of its linear part alternate.
 Operator: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +24,7 @@ from fmedge_converters.passes.sign import never_negative
 from fmedge_converters.schemes.scheme import SpellMixture
 from fmedge_converters.schemes.weight_only import BLOCK_SIZE, quantize_blocks
 from fmedge_converters.streamed_tensor import StreamedTensor
-from fmedge_converters.weight import Array, Weight, selected
+from fmedge_converters.weight import Array, PackedMatrix, Read, Weight, selected
 
 SMALLEST_BLOCK = 16
 
@@ -58,20 +59,45 @@ class QuantizedExperts:
             yield self._scales.pop(0)
 
 
-def _spell(graph: DecoderGraph, mixture: Mixture, *, block_size: int, bits: int, accuracy_level: int) -> None:
+def _kept(up: Weight, down: Weight) -> PackedMatrix | None:
+    """The form of the source's codes, if the operator can have those of both products."""
+    first, second = up.packed, down.packed
+    if first is None or second is None:
+        return None
+    alike = (first.bits, first.block_size) == (second.bits, second.block_size)
+    whole = up.shape[2] % first.block_size == 0 and down.shape[2] % first.block_size == 0
+    sorted_columns = first.columns is not None or second.columns is not None
+    same_zeros = (first.zero_points is None) == (second.zero_points is None)
+    return first if alike and whole and same_zeros and not sorted_columns else None
+
+
+def _spell(
+    graph: DecoderGraph, mixture: Mixture, *, block_size: int, bits: int, accuracy_level: int, zero_points: bool
+) -> None:
     down = expert_linear(graph, mixture.rows)
     up = _before(graph, down)
     if down is None or up is None:
         return
     activation = activation_between(graph, up.output, down.rows)
-    block = math.gcd(up.weight.shape[2], down.weight.shape[2], block_size or BLOCK_SIZE)
-    if activation is None or block < SMALLEST_BLOCK or not never_negative(graph, mixture.weights):
+    if activation is None or not never_negative(graph, mixture.weights):
+        return
+    if up.weight.packed is not None or down.weight.packed is not None:
+        kept = _kept(up.weight, down.weight)
+        if kept is None or (kept.zero_points is not None and not zero_points):
+            return  # the plain form keeps the codes of each matrix
+        bits, block = kept.bits, kept.block_size
+    else:
+        block = math.gcd(up.weight.shape[2], down.weight.shape[2], block_size or BLOCK_SIZE)
+    if block < SMALLEST_BLOCK:
         return
     routing = _routing(graph, mixture, up.weight.shape[0])
     inputs: list[ir.Value | None] = [mixture.x, routing]
+    zeros: list[ir.Value | None] = []
     for linear, gated in ((up, activation.gated and not activation.interleaved), (down, False)):
-        inputs += _weights(graph, linear, bits, block, alternate=gated)
-    inputs += [None] * 6 + [routing]
+        *parts, zero = _weights(graph, linear, bits, block, alternate=gated)
+        inputs += parts
+        zeros.append(zero)
+    inputs += [None] * 3 + zeros + [None, routing]
     (output,) = graph.insert(
         mixture.node,
         "QMoE",
@@ -131,27 +157,45 @@ def _routing(graph: DecoderGraph, mixture: Mixture, experts: int) -> ir.Value:
 def _weights(
     graph: DecoderGraph, linear: ExpertLinear, bits: int, block_size: int, *, alternate: bool
 ) -> list[ir.Value | None]:
-    """Initializers for codes, scales and bias; `alternate` puts the rows' second half between those of the first."""
+    """Initializers: codes, scales, bias, zero points; `alternate` puts the rows' second half between the first."""
     weight, bias = linear.weight, linear.bias
     if alternate:
         order = np.arange(weight.shape[1]).reshape(2, -1).T.reshape(-1)  # [N]
         weight = selected(weight, 1, order)
         bias = None if bias is None else selected(bias, 1, order)
     experts, rows, size = weight.shape
-    made = QuantizedExperts(weight, bits, block_size)
-    codes = StreamedTensor(
-        made.codes, np.dtype(np.uint8), (experts, rows, size * bits // 8), f"{linear.name}.int{bits}.codes"
-    )
-    scales = StreamedTensor(
-        made.scales, weight.dtype, (experts, rows, size // block_size), f"{linear.name}.int{bits}.scales"
-    )
+    byte, stem, blocks = np.dtype(np.uint8), f"{linear.name}.int{bits}", size // block_size
+    zeros: Callable[[], Iterator[Array]] | None = None
+    if weight.packed is None:
+        made = QuantizedExperts(weight, bits, block_size)
+        codes, scales = made.codes, made.scales
+    else:
+        codes, scales = _by_expert(weight.packed.codes, weight.shape), _by_expert(weight.packed.scales, weight.shape)
+        if weight.packed.zero_points is not None:
+            zeros = _by_expert(weight.packed.zero_points, weight.shape)
+    shape = (experts, rows, size * bits // 8)
+    zeros_shape = (experts, rows, -(-blocks * bits // 8))
     return [
-        graph.add_streamed(codes),
-        graph.add_streamed(scales),
+        graph.add_streamed(StreamedTensor(codes, byte, shape, f"{stem}.codes")),
+        graph.add_streamed(StreamedTensor(scales, weight.dtype, (experts, rows, blocks), f"{stem}.scales")),
         None if bias is None else graph.add_weight(f"{linear.name}.bias", bias),
+        None if zeros is None else graph.add_streamed(StreamedTensor(zeros, byte, zeros_shape, f"{stem}.zero_points")),
     ]
 
 
-def qmoe(bits: int, accuracy_level: int = 0) -> SpellMixture:
-    """Mixtures as QMoE. `accuracy_level` 4 lets the CPU multiply 4-bit weights in int8; with 8 bits it always does."""
-    return functools.partial(_spell, bits=bits, accuracy_level=accuracy_level)
+def _by_expert(read: Read, shape: tuple[int, ...]) -> Callable[[], Iterator[Array]]:
+    """Packed rows [E * N, ...] as [E, N, row], an expert at a time."""
+    experts, rows = shape[:2]
+
+    def pieces() -> Iterator[Array]:
+        for expert in range(experts):
+            yield np.ascontiguousarray(read(expert * rows, (expert + 1) * rows)).reshape(1, rows, -1)
+
+    return pieces
+
+
+def qmoe(bits: int, accuracy_level: int = 0, *, zero_points: bool = False) -> SpellMixture:
+    """Mixtures as QMoE. `accuracy_level` 4 lets the CPU multiply 4-bit weights in int8; with 8 bits it always does.
+    `zero_points` says that the target's kernel has them, for a source that does.
+    """
+    return functools.partial(_spell, bits=bits, accuracy_level=accuracy_level, zero_points=zero_points)

@@ -54,3 +54,5 @@ class Scheme:
     """Weights that share a scale unless --block-size says otherwise; 0 for a scheme without blocks."""
     mixture: SpellMixture | None = None
     """None leaves every mixture in its plain form, in which each expert's matrices are Linears of their own."""
+    keeps: tuple[int, ...] = ()
+    """Bits of the weights that are written with the codes of a source that is quantized already."""

@@ -17,6 +17,7 @@ import torch
 
 from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
+from fmedge_converters.schemes.kept_codes import kept_embedding_rows, spell_kept_linear
 from fmedge_converters.schemes.scheme import Embedding, Scheme, SpellMixture
 from fmedge_converters.weight import Array, Weight
 
@@ -105,6 +106,9 @@ def _spell_linear(
     accuracy_level: int,
 ) -> None:
     weight = graph.weights[linear.name]
+    if weight.packed is not None:
+        spell_kept_linear(graph, linear, weight.packed, accuracy_level)
+        return
     width = head_bits if is_head else bits
     codes, scales = _add_quantized(graph, f"{linear.name}.int{width}", weight, width, block_size, flat=False)
     inputs: list[ir.Value | None] = [linear.x, codes, scales]
@@ -132,19 +136,13 @@ def _spell_embedding(graph: DecoderGraph, embedding: Embedding, *, tied: bool, b
     del tied
     weight = graph.weights[str(embedding.weight.name)]
     size = weight.shape[1]
-    codes, scales = _add_quantized(
-        graph, f"{embedding.weight.name}.rows.int{head_bits}", weight, head_bits, block_size, flat=True
-    )
+    packed = weight.packed if weight.packed is not None and weight.packed.columns is None else None
+    if packed is not None:
+        block_size = packed.block_size
+        rows = kept_embedding_rows(graph, embedding, packed)
+    else:
+        rows = _embedding_rows(graph, embedding, weight, head_bits, block_size)
     padded = -(-size // block_size) * block_size
-    shape = [*list(embedding.output.shape or ())[:-1], padded]
-    (rows,) = graph.insert(
-        embedding.node,
-        "GatherBlockQuantized",
-        (codes, embedding.ids, scales),
-        [(embedding.output.dtype, shape)],
-        {"bits": head_bits, "block_size": block_size, "gather_axis": 0, "quantize_axis": 1},
-        MICROSOFT,
-    )
     if padded != size:
         numbers = [graph.add_constant(f"slice.{number}", np.array([number], np.int64)) for number in (0, size, 2)]
         (rows,) = graph.insert(
@@ -153,8 +151,31 @@ def _spell_embedding(graph: DecoderGraph, embedding: Embedding, *, tied: bool, b
     replace(embedding.output, rows)
 
 
+def _embedding_rows(graph: DecoderGraph, embedding: Embedding, weight: Weight, bits: int, block_size: int) -> ir.Value:
+    """Rows [B, S, E], E padded to whole blocks."""
+    name = f"{embedding.weight.name}.rows.int{bits}"
+    codes, scales = _add_quantized(graph, name, weight, bits, block_size, flat=True)
+    padded = -(-weight.shape[1] // block_size) * block_size
+    (rows,) = graph.insert(
+        embedding.node,
+        "GatherBlockQuantized",
+        (codes, embedding.ids, scales),
+        [(embedding.output.dtype, [*list(embedding.output.shape or ())[:-1], padded])],
+        {"bits": bits, "block_size": block_size, "gather_axis": 0, "quantize_axis": 1},
+        MICROSOFT,
+    )
+    return rows
+
+
 def weight_only(
-    name: str, summary: str, bits: int, head_bits: int, accuracy_level: int, mixture: SpellMixture
+    name: str,
+    summary: str,
+    bits: int,
+    *,
+    head_bits: int,
+    accuracy_level: int,
+    mixture: SpellMixture,
+    keeps: tuple[int, ...],
 ) -> Scheme:
     """A weight-only scheme. `accuracy_level` 4 lets the CPU multiply in int8; 0 keeps the activations' type."""
     return Scheme(
@@ -165,4 +186,5 @@ def weight_only(
         functools.partial(_spell_embedding, head_bits=head_bits),
         block_size=BLOCK_SIZE,
         mixture=mixture,
+        keeps=keeps,
     )
