@@ -19,6 +19,7 @@ from fmedge_converters.large_tensors import LARGE, LargeOnMeta
 from fmedge_converters.passes.expert_activation import Activation, activation_between
 from fmedge_converters.passes.mixture import expert_linears
 from fmedge_converters.passes.sign import never_negative
+from fmedge_converters.quantize import quantize
 from fmedge_converters.reduced import reduced_config
 from fmedge_converters.schemes.qmoe import QuantizedExperts, qmoe
 from fmedge_converters.schemes.weight_only import quantize_blocks, weight_only
@@ -147,6 +148,25 @@ def test_weights_that_may_be_negative_keep_the_plain_form(tmp_path: Path) -> Non
     x, index, weights = routing(9)
     routed = x, index, weights - np.float32(0.5)
     assert difference(session(made, tmp_path), routed, "silu", signed=True) < DIFFERENCES["int8"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_stack_of_products_becomes_one_for_each_matrix(transposed: bool, tmp_path: Path) -> None:
+    """As models write them that run every expert on every token."""
+    matrices = np.random.default_rng(0).standard_normal((3, 5, 4) if transposed else (3, 4, 5)).astype(np.float32)
+    swap = "m = Transpose<perm=[0, 2, 1]>(w) p = MatMul(x, m)" if transposed else "p = MatMul(x, w)"
+    shapes = "float[3, N, 4] x, float[3, 5, 6] other, float[3, 4, 5] w"
+    text = f"<ir_version: 10, opset_import: ['' : 21]> g ({shapes}) => (float[3, N, 6] y) {{ {swap} y = MatMul(p, other) }}"
+    made = DecoderGraph(ir.from_proto(onnx.parser.parse_model(text.replace("'", '"'))), {})
+    declared = made.graph.inputs.pop()
+    declared.replace_all_uses_with(made.add_weight("matrices", weight_from_array(matrices)))
+    quantize(made, FP32, 0)
+    assert operators(made) == {"Split": 1, "MatMul": 4, "Concat": 1}
+    random = np.random.default_rng(1)
+    x, other = (random.standard_normal(shape).astype(np.float32) for shape in ((3, 7, 4), (3, 5, 6)))
+    (found,) = session(made, tmp_path).run(None, {"x": x, "other": other})
+    wanted = x @ (matrices.transpose(0, 2, 1) if transposed else matrices) @ other
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(

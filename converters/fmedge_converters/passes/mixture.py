@@ -74,20 +74,30 @@ def _given(inputs: Iterable[ir.Value | None]) -> list[ir.Value]:
 
 def _read_linear(graph: DecoderGraph, node: ir.Node) -> ExpertLinear:
     rows, sizes, matrix, *bias = _given(node.inputs)
-    swap = produced_by(matrix, "Transpose")
-    stored = matrix if swap is None else swap.inputs[0]
-    weight = graph.weight(stored)
-    if stored is None or weight is None:
+    stack = stack_of_matrices(graph, matrix)
+    if stack is None:
         raise RuntimeError(f"the experts' weight {matrix.name} is no parameter")
-    return ExpertLinear(
-        node,
-        rows,
-        sizes,
-        str(stored.name),
-        weight if swap is None else permuted(weight, swap.attributes.get_ints("perm", [])),
-        _bias(graph, bias[0]) if bias else None,
-        node.outputs[0],
-    )
+    bound = _bias(graph, bias[0]) if bias else None
+    return ExpertLinear(node, rows, sizes, stack.name, stack.weight, bound, node.outputs[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A parameter of rank 3."""
+
+    name: str
+    weight: Weight
+
+
+def stack_of_matrices(graph: DecoderGraph, value: ir.Value | None) -> Stack | None:
+    """The parameter of rank 3 behind a value, itself or transposed; None if it is something else."""
+    swap = produced_by(value, "Transpose")
+    stored = value if swap is None else swap.inputs[0]
+    weight = graph.weight(stored)
+    axes = [0, 1, 2] if swap is None else list(swap.attributes.get_ints("perm", []))
+    if stored is None or weight is None or len(weight.shape) != 3 or axes[0] != 0:
+        return None
+    return Stack(str(stored.name), weight if swap is None else permuted(weight, axes))
 
 
 def _bias(graph: DecoderGraph, value: ir.Value) -> Weight:
@@ -100,11 +110,32 @@ def _bias(graph: DecoderGraph, value: ir.Value) -> Weight:
 
 
 def router_nodes(graph: DecoderGraph) -> set[ir.Node]:
-    """What computes the choice of experts and their weights from what a layer computes anyway."""
+    """What computes the choice of experts and their weights from what a layer computes anyway; in models that choose
+    without our experts function, the product whose largest results are taken."""
     found: set[ir.Node] = set()
     for mixture in mixtures(graph):
         trunk = _behind([mixture.x], set())
         found |= _behind([mixture.index, mixture.weights], trunk)
+    for node in graph.graph:
+        if node.op_type == "TopK":
+            found |= _products_behind(node)
+    return found
+
+
+def _products_behind(node: ir.Node) -> set[ir.Node]:
+    """The products that a node depends on without another in between."""
+    found: set[ir.Node] = set()
+    seen, waiting = {node}, [node]
+    while waiting:
+        for value in waiting.pop().inputs:
+            producer = None if value is None else value.producer()
+            if producer is None or producer in seen:
+                continue
+            seen.add(producer)
+            if producer.op_type in ("MatMul", "Gemm"):
+                found.add(producer)
+            else:
+                waiting.append(producer)
     return found
 
 
