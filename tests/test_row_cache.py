@@ -20,6 +20,7 @@ from fake_session import (
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import CacheMemoryError, RequestError
 from fmedge_runtimes.row_cache import GROWTH, STEP, RowCache, parts_of, resident
+from fmedge_runtimes.session import TensorSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -459,3 +460,33 @@ def test_a_cleared_cache_keeps_its_memory():
     assert cache.lengths.tolist() == [0, 0]
     cache.reserve(2, 64)
     assert session.allocations == len(PLAIN.parts)
+
+
+class OneTokenSession(FakeSession):
+    """A graph that takes one token of each row."""
+
+    @property
+    def inputs(self):
+        ids, *others = super().inputs
+        return TensorSpec("input_ids", ids.dtype, ("batch", 1)), *others
+
+    def run(self, feeds, results):
+        assert feeds["input_ids"].shape[1] == 1
+        return super().run(feeds, results)
+
+
+@ALL
+def test_a_graph_of_one_token_takes_a_prompt_token_by_token(layers):
+    tokens = [5, 1, 4, 2, 2, 7]
+    found = []
+    for kind in (FakeSession, OneTokenSession):
+        session = kind(layers=layers)
+        decoder = Decoder(session, text_facts(layers))
+        cache = decoder.new_cache()
+        scored = decoder.score(cache, tokens)
+        first = decoder.prefill(cache, 1, tokens[:4])
+        found.append((scored, first, decoder.verify(cache, 1, tokens[4:])))
+        assert cache.lengths[1] == len(tokens)
+    for any_number, one in zip(*found, strict=True):
+        np.testing.assert_array_equal(any_number, one)
+    assert session.runs == 2 * len(tokens)

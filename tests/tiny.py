@@ -137,6 +137,8 @@ CONSTRAINED: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 3},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3},
     "mamba2": {"num_heads": 8},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "gemma3n_text": {
         "num_hidden_layers": 6,
         "num_kv_shared_layers": 2,

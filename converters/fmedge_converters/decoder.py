@@ -35,7 +35,7 @@ from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.experts import IMPLEMENTATION as EXPERTS
 from fmedge_converters.kernels import recurrent_kernels
 from fmedge_converters.large_tensors import LargeOnMeta
-from fmedge_converters.own_past import OwnPast, Plain, find_own_past, plain_tensors, require_rows
+from fmedge_converters.own_past import OwnPast, Plain, find_own_past, plain_tensors, require_states
 from fmedge_converters.recording import PROBE_CAPACITY, LayerCache, LayerState, Recording, recording
 from fmedge_converters.rope import freeze_rope
 from fmedge_converters.traced_cache import TracedCache
@@ -136,16 +136,21 @@ class _Step(torch.nn.Module):
             dialect=self.dialect,
             step=step,
             past={cache.layer: pair for cache, pair in zip(layout.caches, past, strict=True)},
-            past_states={state.name: tensor for state, tensor in zip(layout.states, states, strict=True)},
+            # Code for one token writes into what it is given.
+            past_states={
+                state.name: tensor.clone() if layout.one_token else tensor
+                for state, tensor in zip(layout.states, states, strict=True)
+            },
             attended={cache.layer: cache for cache in layout.caches if cache.layer not in layout.bypassing},
             masked=set(layout.masked),
             bypassing=set(layout.bypassing),
         )
         output = _run(self.model, current, input_ids, logits_indices, layout.own)
+        left = {**current.past_states, **current.present_states}
         return (
             output.logits.squeeze(0),
             [current.present[cache.layer] for cache in layout.caches],
-            [current.present_states[state.name] for state in layout.states],
+            [left[state.name] for state in layout.states],
         )
 
 
@@ -226,7 +231,7 @@ def _look(model: PreTrainedModel, dialect: Dialect, context: int, before: Plain 
                 model, before, lambda cached: _run(model, Recording(positions), ids, asked, None, cached)
             )
         _run(model, seen, ids, asked, own)
-    require_rows(seen.present_states, batch)
+    require_states(seen.present_states, batch)
     bypassing = seen.bypassing | (seen.appended.keys() - seen.attended.keys())
     caches = []
     for layer in sorted(seen.attended.keys() | seen.appended.keys()):
@@ -267,8 +272,9 @@ def trace_decoder(
     Buffers become constants of the graph; those that `stored_buffers` names take its values first.
 
     Graph inputs: input_ids [B, S], position_ids [B, S], logits_indices [N] (positions, of B * S, whose logits are
-    asked), the dialect's own, past_key_values.L.key and .value [B, K, C, D]. Outputs: logits [N, V], present.L.key and
-    .value. Takes seconds and little memory, whatever the model's size: no weight exists.
+    asked), the dialect's own, past_key_values.L.key and .value [B, K, C, D], past_states.NAME [B, ...]. Outputs: logits
+    [N, V], present.L.key and .value, present_states.NAME. S is 1 where the model's code allows no more. Takes seconds
+    and little memory, whatever the model's size: no weight exists.
 
     Raises SourceError when the architecture cannot be traced, with the reason.
     """

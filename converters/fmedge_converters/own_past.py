@@ -68,7 +68,7 @@ class OwnPast:
         arguments: dict[str, Any] = {}
         if states:
             for name, attribute in self.on_layers.items():
-                attribute.put(states[name].clone())
+                attribute.put(states[name])
         if isinstance(self.returned, Cache):
             for name, value in _own_attributes(self.returned).items():
                 setattr(cache, name, _like(value, states, f"{self.argument}.{name}"))
@@ -130,11 +130,13 @@ def find_own_past(model: PreTrainedModel, before: Plain, run: Callable[[bool], M
     return OwnPast(on_layers, None, None) if on_layers else None
 
 
-def require_rows(states: Mapping[str, torch.Tensor], batch: int) -> None:
-    """Raise SourceError unless every state has the rows of the batch as its first axis."""
+def require_states(states: Mapping[str, torch.Tensor], batch: int) -> None:
+    """Raise SourceError unless every state is a tensor of numbers for each row, which may start as zeros."""
     for name, tensor in states.items():
         if tensor.dim() == 0 or tensor.shape[0] != batch:
             raise SourceError(f"the model keeps {name} {list(tensor.shape)}, which is not a tensor for each row.")
+        if not tensor.is_floating_point():
+            raise SourceError(f"the model keeps {name} as {str(tensor.dtype).removeprefix('torch.')}, not as numbers.")
 
 
 def _own_attributes(cache: Cache) -> dict[str, Any]:
@@ -166,10 +168,10 @@ def _tensors(thing: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _like(thing: Any, states: Mapping[str, torch.Tensor], name: str) -> Any:  # noqa: ANN401 - any nested containers
-    """The same containers with states in the place of tensors: copies, because models write into what they get."""
+    """The same containers with states in the place of tensors."""
     if isinstance(thing, torch.Tensor):
         # What is no state, such as a count of tokens, has no value on fake tensors; the parity check judges the result.
-        return states[name].clone() if name in states else torch.zeros(thing.shape, dtype=thing.dtype)
+        return states[name] if name in states else torch.zeros(thing.shape, dtype=thing.dtype)
     parts = _parts(thing)
     if parts is None:
         return thing

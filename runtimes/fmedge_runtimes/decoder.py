@@ -30,6 +30,7 @@ class Decoder:
         self.session = session
         self.facts = facts
         self._inputs = {spec.name for spec in session.inputs}
+        self._one_token = any(spec.name == "input_ids" and spec.shape[1:] == (1,) for spec in session.inputs)
         self._logits_dtype = next(spec.dtype for spec in session.outputs if spec.name == "logits")
 
     def new_cache(self, budget: int | None = None) -> RowCache:
@@ -88,6 +89,10 @@ class Decoder:
     ) -> npt.NDArray[np.floating]:
         """One step for the rows first : first + R with token ids [R, S]; logits [N, V] of the wanted of R * S."""
         rows, length = ids.shape
+        if self._one_token and length > 1:
+            # Several tokens are one row's, and this graph takes them one by one.
+            asked = (wanted[wanted == token] * 0 for token in range(length))
+            return np.concatenate([self._run(cache, first, ids[:, [token]], part) for token, part in enumerate(asked)])
         past = cache.lengths[first : first + rows]  # [R]
         step: dict[str, Array] = {
             "input_ids": ids,
