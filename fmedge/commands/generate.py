@@ -11,6 +11,8 @@ import typer
 from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.sampling import checked
 
+from fmedge.commands.byte_size import parse_bytes
+
 if TYPE_CHECKING:
     from fmedge_runtimes.completion import Delta
     from fmedge_runtimes.sampling import Sampling
@@ -159,6 +161,14 @@ def command(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's target unless given.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Rows that are decoded together at most.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the CPU; all cores unless given.")] = None,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_bytes,
+            metavar="SIZE",
+            help="What weights, working memory and cache may take (6GiB); what is free, if not given.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line for each completion.")] = False,
 ) -> None:
     """Complete prompts, all in one batch. Options that are not given are the bundle's own.
@@ -206,7 +216,11 @@ def command(
     changes = checked({name: value for name, value in given.items() if value is not None})
     lines = read_prompts(prompts or [], source)
     with load(
-        bundle, device=device, max_batch=DEFAULTS.max_batch if max_batch is None else max_batch, threads=threads
+        bundle,
+        device=device,
+        max_batch=DEFAULTS.max_batch if max_batch is None else max_batch,
+        threads=threads,
+        memory=memory,
     ) as model:
         base = replace(model.default_sampling, **changes)
         requests = [_prompt(model, line, chat=chat, system=system) for line in lines]
