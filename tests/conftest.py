@@ -54,7 +54,7 @@ def traced_once(traces: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None
     """Exports of the same configuration share a trace, which is most of the work for a tiny model."""
     from fmedge_converters import build
 
-    trace = build.trace_decoder
+    trace = build.trace_by_layers
 
     def trace_once(config: Any, dialect: Any, dtype: Any, context: int, *others: Any) -> Any:
         key = (config.to_json_string(), dialect.name, dtype, context)
@@ -62,4 +62,4 @@ def traced_once(traces: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None
             traces[key] = trace(config, dialect, dtype, context, *others)
         return replace(traces[key], model=traces[key].model.clone())
 
-    monkeypatch.setattr(build, "trace_decoder", trace_once)
+    monkeypatch.setattr(build, "trace_by_layers", trace_once)

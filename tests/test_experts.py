@@ -156,7 +156,8 @@ def test_a_stack_of_products_becomes_one_for_each_matrix(transposed: bool, tmp_p
     matrices = np.random.default_rng(0).standard_normal((3, 5, 4) if transposed else (3, 4, 5)).astype(np.float32)
     swap = "m = Transpose<perm=[0, 2, 1]>(w) p = MatMul(x, m)" if transposed else "p = MatMul(x, w)"
     shapes = "float[3, N, 4] x, float[3, 5, 6] other, float[3, 4, 5] w"
-    text = f"<ir_version: 10, opset_import: ['' : 21]> g ({shapes}) => (float[3, N, 6] y) {{ {swap} y = MatMul(p, other) }}"
+    head = "<ir_version: 10, opset_import: ['' : 21]> g"
+    text = f"{head} ({shapes}) => (float[3, N, 6] y) {{ {swap} y = MatMul(p, other) }}"
     made = DecoderGraph(ir.from_proto(onnx.parser.parse_model(text.replace("'", '"'))), {})
     declared = made.graph.inputs.pop()
     declared.replace_all_uses_with(made.add_weight("matrices", weight_from_array(matrices)))

@@ -7,11 +7,12 @@ import json
 import pytest
 import typer
 from fake_session import CONTEXT, HYBRID, make_bundle
-from fmedge.cli import app
-from fmedge.commands.byte_size import parse_bytes, show_bytes
 from fmedge_runtimes.bundle import write_manifest
 from fmedge_runtimes.plan import plan
 from typer.testing import CliRunner
+
+from fmedge.cli import app
+from fmedge.commands.byte_size import parse_bytes, show_bytes
 
 
 @pytest.fixture(scope="module")

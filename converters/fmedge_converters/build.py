@@ -13,12 +13,13 @@ import torch
 from transformers import PretrainedConfig
 
 from fmedge_converters.checkpoint import Checkpoint, Files
-from fmedge_converters.decoder import TracedDecoder, trace_decoder
+from fmedge_converters.decoder import TracedDecoder
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.in_place import updates_in_place
 from fmedge_converters.layouts.layout import Layout
 from fmedge_converters.quantize import Quantization, quantize
 from fmedge_converters.recording import LayerCache, LayerState
+from fmedge_converters.repeated_layers import trace_by_layers
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.targets import Target
 from fmedge_converters.weight import Weight
@@ -73,7 +74,7 @@ def build_decoder(
     target = options.target
     with Checkpoint(files, numpy_dtype(target.dtype)) as checkpoint:
         progress("tracing", 0, 0)
-        traced = trace_decoder(config, target.dialect, target.dtype, options.context, checkpoint.buffers)
+        traced = trace_by_layers(config, target.dialect, target.dtype, options.context, checkpoint.buffers)
         if options.layout is not None:
             options.layout.check_decoder(traced)
         graph = bind(traced, _keeping(checkpoint.weights(traced.module), options.scheme))

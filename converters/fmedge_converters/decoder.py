@@ -25,6 +25,7 @@ import torch
 from accelerate import init_empty_weights
 from fmedge_runtimes.errors import SourceError
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
@@ -32,17 +33,16 @@ from transformers.utils import logging as transformers_logging
 from fmedge_converters.attention_interface import IMPLEMENTATION, replaced_attention
 from fmedge_converters.complex_numbers import ComplexAsPairs
 from fmedge_converters.dialects.dialect import Dialect
+from fmedge_converters.example_step import SIZES, example_step
 from fmedge_converters.experts import IMPLEMENTATION as EXPERTS
 from fmedge_converters.kernels import recurrent_kernels
 from fmedge_converters.large_tensors import LargeOnMeta
 from fmedge_converters.own_past import OwnPast, Plain, find_own_past, plain_tensors, require_states
-from fmedge_converters.recording import PROBE_CAPACITY, LayerCache, LayerState, Recording, recording
+from fmedge_converters.recording import LayerCache, LayerState, Recording, recording
 from fmedge_converters.rope import freeze_rope
+from fmedge_converters.step_layout import Layout
 from fmedge_converters.traced_cache import TracedCache
 from fmedge_converters.translations import TRANSLATIONS
-
-# Sizes of 0 and 1, and equal sizes, would be taken for constants; these are all different.
-SIZES = {"batch": 3, "sequence": 5, "logits": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,22 +197,6 @@ def _run(
     return output
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What the layers of a model keep, and how they attend."""
-
-    caches: tuple[LayerCache, ...]
-    states: tuple[LayerState, ...]
-    bypassing: frozenset[int]
-    """Layers that need their whole cache in hand."""
-    masked: frozenset[int]
-    """Layers that attend behind a mask of their own."""
-    one_token: bool
-    """A step takes one token of each row."""
-    own: OwnPast | None
-    """Where a model keeps its past if not in the cache that it is given."""
-
-
 def _look(model: PreTrainedModel, dialect: Dialect, context: int, before: Plain | None = None) -> Layout:
     """Run the model on fake tensors to see what its layers keep.
 
@@ -278,6 +262,54 @@ def trace_decoder(
 
     Raises SourceError when the architecture cannot be traced, with the reason.
     """
+    with _on_fakes(config, dtype, context, stored_buffers) as model:
+        layout, program = _trace(model, dialect, dtype, context)
+    graph = program.model
+    parameters = {name: name.removeprefix("model.") for name in graph.graph.initializers if _is_fake(graph, name)}
+    return TracedDecoder(graph, model, layout.caches, layout.states, parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """One step of a decoder on fake tensors, without a trace."""
+
+    module: PreTrainedModel
+    layout: Layout
+    inputs: Mapping[str, torch.Tensor]
+    outputs: Mapping[str, torch.Tensor]
+
+
+def dry_run(
+    config: PretrainedConfig,
+    dialect: Dialect,
+    dtype: torch.dtype,
+    context: int,
+    watch: Callable[[PreTrainedModel], contextlib.AbstractContextManager[object]],
+    stored_buffers: Buffers = lambda _: {},
+) -> DryRun:
+    """Run the step of any number of tokens that `trace_decoder` traces while `watch(model)` looks on; a small part of
+    the time.
+
+    Raises SourceError when there is no such step.
+    """
+    with _on_fakes(config, dtype, context, stored_buffers) as model:
+        layout = _look(model, dialect, context)
+        example = example_step(dialect, layout, dtype)
+        with watch(model), torch.no_grad():
+            outputs = _Step(model, dialect, layout)(*example.arguments)
+    return DryRun(
+        model,
+        layout,
+        dict(zip(example.input_names, tree_leaves(example.arguments), strict=True)),
+        dict(zip(example.output_names, tree_leaves(outputs), strict=True)),
+    )
+
+
+@contextlib.contextmanager
+def _on_fakes(
+    config: PretrainedConfig, dtype: torch.dtype, context: int, stored_buffers: Buffers
+) -> Iterator[PreTrainedModel]:
+    """The model with fake parameters; whatever fails inside becomes a SourceError."""
     model = empty_model(config, dtype)
     if model.get_output_embeddings() is None:
         raise SourceError(f"{config.model_type} has no language-model head.")
@@ -287,14 +319,11 @@ def trace_decoder(
     try:
         with quiet_libraries(), FakeTensorMode(allow_non_fake_inputs=True):
             _fake_parameters(model, dtype)
-            layout, program = _trace(model, dialect, dtype, context)
+            yield model
     except SourceError as error:
         raise SourceError(f"{config.model_type} cannot be exported: {error}") from error
     except Exception as error:
         raise SourceError(f"{config.model_type} cannot be traced: {_reason(error)}") from error
-    graph = program.model
-    parameters = {name: name.removeprefix("model.") for name in graph.graph.initializers if _is_fake(graph, name)}
-    return TracedDecoder(graph, model, layout.caches, layout.states, parameters)
 
 
 def _trace(
@@ -342,59 +371,16 @@ def _is_fake(model: ir.Model, name: str) -> bool:
 
 
 def _export(model: PreTrainedModel, dialect: Dialect, layout: Layout, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
-    sizes = {**SIZES, "sequence": 1} if layout.one_token else dict(SIZES)
-    for cache in layout.caches:
-        sizes.setdefault(_capacity(cache), PROBE_CAPACITY + len(sizes))
-    axes = {name: torch.export.Dim(name) for name in sizes}
-
-    def example(kind: torch.dtype, *dims: str | int) -> torch.Tensor:
-        return torch.zeros([sizes[dim] if isinstance(dim, str) else dim for dim in dims], dtype=kind)
-
-    def dynamic(*dims: str | int) -> dict[int, Any]:
-        return {index: axes[dim] for index, dim in enumerate(dims) if isinstance(dim, str)}
-
-    ids: tuple[str | int, ...] = ("batch", 1 if layout.one_token else "sequence")
-    shapes: list[tuple[tuple[str | int, ...], ...]] = [
-        tuple(("batch", cache.kv_heads, _capacity(cache), size) for size in (cache.key_dim, cache.value_dim))
-        for cache in layout.caches
-    ]
-    arguments = (
-        example(torch.int64, *ids),
-        example(torch.int64, *ids),
-        example(torch.int64, "logits"),
-        {item.name: example(item.dtype, *item.axes) for item in dialect.step_inputs},
-        [tuple(example(dtype, *shape) for shape in pair) for pair in shapes],
-        [example(state.dtype, "batch", *state.shape) for state in layout.states],
-    )
-    dynamic_shapes = (
-        dynamic(*ids),
-        dynamic(*ids),
-        dynamic("logits"),
-        {item.name: dynamic(*item.axes) for item in dialect.step_inputs},
-        [tuple(dynamic(*shape) for shape in pair) for pair in shapes],
-        [dynamic("batch") for _ in layout.states],
-    )
-    cache_names = [f"{{}}.{cache.layer}.{part}" for cache in layout.caches for part in ("key", "value")]
+    example = example_step(dialect, layout, dtype)
     with torch.no_grad():
         program = torch.onnx.export(
             _Step(model, dialect, layout),
-            arguments,
+            example.arguments,
             dynamo=True,
-            dynamic_shapes=dynamic_shapes,
+            dynamic_shapes=example.dynamic_shapes,
             opset_version=dialect.opset,
-            input_names=[
-                "input_ids",
-                "position_ids",
-                "logits_indices",
-                *(item.name for item in dialect.step_inputs),
-                *(name.format("past_key_values") for name in cache_names),
-                *(f"past_states.{state.name}" for state in layout.states),
-            ],
-            output_names=[
-                "logits",
-                *(name.format("present") for name in cache_names),
-                *(f"present_states.{state.name}" for state in layout.states),
-            ],
+            input_names=example.input_names,
+            output_names=example.output_names,
             custom_translation_table=dict(TRANSLATIONS),
             optimize=False,
             verbose=False,
@@ -402,11 +388,7 @@ def _export(model: PreTrainedModel, dialect: Dialect, layout: Layout, dtype: tor
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     # torch names no axis at all once a list of inputs is empty.
-    named: list[Sequence[str | int]] = [ids, ids, ("logits",)]
-    named += [item.axes for item in dialect.step_inputs]
-    named += [shape for pair in shapes for shape in pair]
-    named += [("batch", *state.shape) for state in layout.states]
-    _name_axes(program, named)
+    _name_axes(program, example.axes)
     return program
 
 
@@ -418,8 +400,3 @@ def _name_axes(program: torch.onnx.ONNXProgram, inputs: Sequence[Sequence[str | 
             if isinstance(name, str):
                 names[str(symbol)] = name
     program.rename_axes(names)
-
-
-def _capacity(cache: LayerCache) -> str:
-    """The name of the axis of a cache's tokens; windows have buffers of their own length."""
-    return f"capacity_{cache.window}" if cache.rolling else "capacity"

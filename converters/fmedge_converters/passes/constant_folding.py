@@ -5,12 +5,15 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
-from onnxscript.rewriter import rewrite
+from onnxscript.rewriter import _DEFAULT_REWRITE_RULES, rewrite
+from onnxscript.rewriter.rules.common import slice_split_rule
 
 from fmedge_converters.graph import DecoderGraph
 
 LARGEST = 1 << 16
 """Elements of a constant that may be folded. Norm weights fold (gemma adds 1 to them); matrices never."""
+RULES = [rule for rule in _DEFAULT_REWRITE_RULES if rule is not slice_split_rule]
+"""Without the one that looks at all pairs of slices, which is quadratic, and whose form torch does not export."""
 
 
 def _reads_matrix(graph: DecoderGraph, node: ir.Node) -> bool:
@@ -34,7 +37,7 @@ def fold_constants(graph: DecoderGraph, _context: int) -> int:
     common.DeduplicateInitializersPass(size_limit=LARGEST)(graph.model)
     common.CommonSubexpressionEliminationPass()(graph.model)
     # The rules come last: they are slow, and most nodes are gone by now.
-    rewrite(graph.model)
+    rewrite(graph.model, RULES)
     common.IdentityEliminationPass()(graph.model)
     graph.remove_unused()
     for name in set(graph.weights) - set(graph.graph.initializers):
