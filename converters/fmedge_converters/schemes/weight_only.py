@@ -175,7 +175,7 @@ def weight_only(
     head_bits: int,
     accuracy_level: int,
     mixture: SpellMixture,
-    keeps: tuple[int, ...],
+    keeps: tuple[int, ...] = (),
 ) -> Scheme:
     """A weight-only scheme. `accuracy_level` 4 lets the CPU multiply in int8; 0 keeps the activations' type."""
     return Scheme(
