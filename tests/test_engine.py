@@ -74,7 +74,7 @@ class ByHand:
                 break
             self.step()
         engine = self.engine
-        assert (len(engine._slots), len(engine._waiting), engine._unfinished, engine._deadlines) == (0, 0, 0, {})
+        assert (len(engine._slots), len(engine._waiting), engine._unfinished, engine._requests) == (0, 0, 0, {})
 
 
 @pytest.fixture
@@ -410,7 +410,7 @@ def test_threads_and_cancellations_leave_nothing_behind(bundle, count):
     assert wrong == []
     engine = model._engine
     eventually(lambda: not (len(engine._slots) or engine._unfinished))
-    assert (len(engine._waiting), engine._deadlines) == (0, {})
+    assert (len(engine._waiting), engine._requests) == (0, {})
     assert session.peak <= row_bytes(8 * CONTEXT)
     # Nobody but the engine's own thread has come up.
     assert sum(thread.name == "fmedge-engine" and thread is engine._thread for thread in threading.enumerate()) == 1
@@ -513,6 +513,14 @@ def test_closing_ends_everything(bundle):
     model.close()
 
 
+def test_a_stream_of_a_model_that_was_closed_does_not_begin(bundle):
+    model = TextModel(bundle, FakeSession())
+    stream = model.stream("ab")
+    model.close()
+    with pytest.raises(RequestError, match="is closed"):
+        next(stream)
+
+
 def test_a_forgotten_model_ends_its_thread_but_not_while_it_is_used(bundle):
     session = FakeSession()
     model = TextModel(bundle, session)
@@ -572,6 +580,32 @@ def test_a_graph_that_fails_ends_those_of_the_step_alone(bundles, layers, failin
     again = driven.model.submit(["ab", "cd"], sampling)
     driven.finish()
     assert [facts(done) for done in again.result()] == expected(["ab", "cd"], [sampling] * 2, LAYERS[layers])
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_a_guest_does_not_take_the_room_that_a_long_prompt_needs(bundle):
+    # Three rows of that length do not fit, three short ones would.
+    driven = ByHand(bundle, FakeSession(room=row_bytes(2 * 192 + 150)), max_batch=3)
+    first = driven.model.submit("ab", LONG)
+    driven.step(2)
+    long = driven.model.submit([[1] * 150], Sampling(9))
+    driven.step(6)
+    short = driven.model.submit("cd", Sampling(9))
+    driven.finish()
+    assert facts(long.result()[0]) == alone([1] * 150, Sampling(9))
+    assert facts(short.result()[0]) == alone("cd", Sampling(9))
+    assert facts(first.result()[0]) == alone("ab", LONG)
+
+
+def test_an_error_where_a_request_ends_keeps_nobody_waiting(bundle, monkeypatch):
+    model = TextModel(bundle, Gated(), EngineOptions(max_batch=1))
+    requests = [model.submit(["ab", "cd", "ef"], LONG), model.submit("gh", LONG)]
+    monkeypatch.setattr("fmedge_runtimes.generation.TextStream.flush", lambda _: 1 / 0)
+    requests[0].cancel()
+    model._decoder.session.gate.release(1000)
+    for request in requests:
+        with pytest.raises(BackendError, match="ZeroDivisionError"):
+            request.result(timeout=10)
 
 
 def test_an_error_that_should_not_be_ends_all_and_the_engine_goes_on(bundle, monkeypatch):

@@ -7,6 +7,7 @@ prompt goes in pieces, and the rows of other requests get their token between an
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -68,7 +69,7 @@ class Engine:
         # Shared between threads, under the lock.
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._arrived: deque[tuple[Request, Sequence[Generation], float | None]] = deque()
+        self._arrived: deque[tuple[Request, Sequence[Generation], float]] = deque()
         self._stopped: deque[Request] = deque()
         self._unfinished = 0
         self._submitted = 0
@@ -76,7 +77,8 @@ class Engine:
         # The thread's own.
         self._waiting = FairQueue()
         self._slots = self._new_slots()
-        self._deadlines: dict[Request, float] = {}
+        self._requests: dict[Request, float] = {}
+        """All that are not done, and when they must be."""
         self._crowded = False
         """Memory does not suffice for another row; it is tried again when one leaves."""
         self._budget = SHARED_CHUNK
@@ -89,7 +91,7 @@ class Engine:
     def _new_slots(self) -> Slots:
         return Slots(self._decoder.new_cache(self._options.cache_bytes), reuse=self._options.prefix_reuse)
 
-    def submit(self, request: Request, generations: Sequence[Generation], deadline: float | None = None) -> None:
+    def submit(self, request: Request, generations: Sequence[Generation], deadline: float = math.inf) -> None:
         """Take on a request; it ends with "timeout" at the deadline (time.perf_counter).
 
         Raises QueueFullError, and RequestError when the engine is closed.
@@ -134,13 +136,17 @@ class Engine:
 
     def _serve(self) -> None:
         """The thread: one step after the other while there is work."""
-        while self._listen():
+        closed = False
+        while not closed:
             try:
-                self._step()
+                closed = not self._listen()
+                if closed:
+                    for request in list(self._requests):
+                        self._end(request, "cancelled")
+                else:
+                    self._step()
             except Exception as error:  # whatever it is, nobody may wait for ever
                 self._break_down(error)
-        for request in {generation.request for generation in self._all()}:
-            self._end(request, "cancelled")
         self._slots, self._last_prompt = self._new_slots(), None
 
     def _listen(self) -> bool:
@@ -152,19 +158,14 @@ class Engine:
             stopped, self._stopped = self._stopped, deque()
         for request, generations, deadline in arrived:
             self._waiting.add(request, generations)
-            if deadline is not None and generations:
-                self._deadlines[request] = deadline
+            if not request.done:
+                self._requests[request] = deadline
         for request in stopped:
             self._end(request, "cancelled")
-        if self._deadlines:
-            now = time.perf_counter()
-            for request in [request for request, deadline in self._deadlines.items() if deadline <= now]:
-                self._end(request, "timeout")
+        now = time.perf_counter()
+        for request in [request for request, deadline in self._requests.items() if deadline <= now]:
+            self._end(request, "timeout")
         return not self._closed
-
-    def _all(self) -> list[Generation]:
-        """Some generation of every request."""
-        return [*self._waiting, *(slot.served for slot in self._slots)]
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         """End what is unfinished of a request."""
@@ -173,7 +174,7 @@ class Engine:
             self._leave(slot)
         for generation in self._waiting.remove(request):
             generation.finish(reason)
-        self._deadlines.pop(request, None)
+        self._requests.pop(request, None)
 
     def _fail(self, slots: Sequence[Slot], error: FmedgeError) -> None:
         """End the requests of the rows of a step that failed; what these rows hold is not to be trusted."""
@@ -188,9 +189,8 @@ class Engine:
         """End everything after an error that should not be, and begin anew."""
         failure = BackendError(f"the engine failed ({type(error).__name__}: {error}); report this.")
         failure.__cause__ = error
-        requests = {generation.request for generation in self._all()}
+        requests, self._requests = self._requests, {}
         self._waiting, self._slots, self._last_prompt = FairQueue(), self._new_slots(), None
-        self._deadlines.clear()
         self._crowded = False
         for request in requests:
             request.fail(failure)
@@ -199,8 +199,11 @@ class Engine:
         request = slot.served.request
         self._slots.release(slot, keep=keep)
         self._crowded = False
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
         if request.done:
-            self._deadlines.pop(request, None)
+            self._requests.pop(request, None)
 
     def _step(self) -> None:
         """One step of the graph: a piece of a prompt, or a token for all rows that decode."""
@@ -261,6 +264,7 @@ class Engine:
             if not self._crowded:
                 self._waiting.take(generation)
                 generation.finish("error", error)
+                self._forget(generation.request)
             return None
         self._waiting.take(generation)
         logits = None

@@ -15,6 +15,7 @@ rounding can still change.
 
 from __future__ import annotations
 
+import math
 import operator
 import time
 import weakref
@@ -216,7 +217,7 @@ class TextModel:
         request.expect(len(generations) - dropped + len(refused), len(generations))
         for number, sampling, why in refused:
             refuse(request, number, sampling, started, why)
-        self._engine.submit(request, generations, None if timeout is None else started + timeout)
+        self._engine.submit(request, generations, math.inf if timeout is None else started + timeout)
         return request
 
     def _cancel(self, request: Request) -> None:
