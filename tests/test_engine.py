@@ -597,6 +597,20 @@ def test_a_guest_does_not_take_the_room_that_a_long_prompt_needs(bundle):
     assert facts(first.result()[0]) == alone("ab", LONG)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_rows_of_a_step_that_failed_are_not_used_again(bundles, name):
+    session = FakeSession(layers=LAYERS[name], fail_on=6)
+    driven = ByHand(bundles[name], session, max_batch=2)
+    failed = driven.model.submit([[1, 2, 3, 4], [5, 6, 7, 8]], LONG)
+    driven.finish()
+    with pytest.raises(BackendError):
+        failed.result()
+    again = driven.model.submit([[1, 2, 3, 4, 9], [5, 6, 7, 8, 9]], LONG)
+    driven.finish()
+    wanted = expected([[1, 2, 3, 4, 9], [5, 6, 7, 8, 9]], [LONG] * 2, LAYERS[name])
+    assert [facts(done) for done in again.result()] == wanted
+
+
 def test_an_error_where_a_request_ends_keeps_nobody_waiting(bundle, monkeypatch):
     model = TextModel(bundle, Gated(), EngineOptions(max_batch=1))
     requests = [model.submit(["ab", "cd", "ef"], LONG), model.submit("gh", LONG)]
