@@ -19,7 +19,7 @@ from fmedge import Sampling
 def run_generate(workload: Workload) -> None:
     """Through TextModel.generate, as a user runs it."""
     started = time.perf_counter()
-    # Every prompt and every token is computed, as by the peers: rounds repeat the same prompts, and texts repeat themselves.
+    # Every prompt and every token is computed: rounds repeat the same prompts, and texts repeat themselves.
     model = fmedge.load(
         workload.form,
         threads=workload.threads,
