@@ -107,7 +107,9 @@ def test_tokens_and_logprobs(bundle: Path) -> None:
     assert plain["logprobs"] is None
     first, second, third, _ = plain["tokens"]
     changed = json.loads(
-        fmedge(*call, "--logprobs", 2, "--ban", first, "--force", 7, "--force", 8, "--logit-bias", "9=1000").stdout
+        fmedge(
+            *call, "--logprobs", 2, "--ban", first, "--force-token", 7, "--force-token", 8, "--logit-bias", "9=1000"
+        ).stdout
     )
     assert changed["tokens"] == [7, 8, 9, 9]
     assert [len(one["top"]) for one in changed["logprobs"]] == [2] * 4

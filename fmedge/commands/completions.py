@@ -15,18 +15,29 @@ from fmedge_runtimes.completion import Completion, Delta
 from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.text import Prompt
 
+from fmedge.commands.prompts import LineId
 
-def write_completions(deltas: Iterable[Delta], prompts: Sequence[Prompt], *, output: str | None, as_json: bool) -> int:
+
+def write_completions(
+    deltas: Iterable[Delta],
+    prompts: Sequence[Prompt],
+    ids: Sequence[LineId | None],
+    *,
+    output: str | None,
+    as_json: bool,
+) -> int:
     """Write completions as they come; returns how many prompts failed, whose reasons are on stderr.
+
+    In JSON, a prompt that has an id gets it back.
 
     One prompt streams as plain text. Several appear side by side on a terminal, and one after the other, each when it
     is complete, elsewhere. A .jsonl file is complete or not there.
     """
     if output is not None and output != "-":
         with _complete_file(Path(output)) as file:
-            return _consume(deltas, on_completion=lambda completion: _json_line(completion, file))
+            return _consume(deltas, on_completion=lambda completion: _json_line(completion, ids, file))
     if as_json or output == "-":
-        return _consume(deltas, on_completion=lambda completion: _json_line(completion, sys.stdout))
+        return _consume(deltas, on_completion=lambda completion: _json_line(completion, ids, sys.stdout))
     if len(prompts) > 1 and sys.stdout.isatty():
         return _side_by_side(deltas, prompts)
     if len(prompts) > 1:
@@ -50,8 +61,9 @@ def _report_error(completion: Completion) -> int:
     return 1
 
 
-def _json_line(completion: Completion, file: TextIO) -> None:
-    record = asdict(completion)
+def _json_line(completion: Completion, ids: Sequence[LineId | None], file: TextIO) -> None:
+    identity = ids[completion.prompt_index]
+    record = ({} if identity is None else {"id": identity}) | asdict(completion)
     record["error"] = None if completion.error is None else str(completion.error)
     file.write(json.dumps(record, ensure_ascii=False) + "\n")
     file.flush()

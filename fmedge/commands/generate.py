@@ -31,6 +31,8 @@ EPILOG = """
 
   fmedge generate out/bundle --input prompts.jsonl --output completions.jsonl
 
+  fmedge generate out/bundle --input big.jsonl --output done.jsonl --resume
+
   cat prompts.txt | fmedge generate out/bundle --input - --json
 
   fmedge generate out/bundle "A person:" --json-schema person.schema.json
@@ -60,6 +62,10 @@ def command(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Write completions to a .jsonl file; - is stdout.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a job from --input to --output where it was interrupted.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output of an earlier job.")] = False,
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy; above 0 draws.", rich_help_panel=SHAPES)
     ] = None,
@@ -112,7 +118,7 @@ def command(
         list[int] | None,
         typer.Option(metavar="ID", help="Token that never comes; may be repeated.", rich_help_panel=TOKENS),
     ] = None,
-    force: Annotated[
+    force_token: Annotated[
         list[int] | None,
         typer.Option(metavar="ID", help="Token that completions begin with; may be repeated.", rich_help_panel=TOKENS),
     ] = None,
@@ -173,12 +179,17 @@ def command(
 ) -> None:
     """Complete prompts, all in one batch. Options that are not given are the bundle's own.
 
+    From a file to a file, prompts are read as rows get free, and results are written as they finish, with the "id" of
+    their line or its number: of any size, and --resume continues after an interruption.
+
     Exits with 1 if a prompt could not be served; the others are completed all the same.
     """
     from fmedge_runtimes.engine import DEFAULTS
     from fmedge_runtimes.load import load
 
     from fmedge.commands.completions import write_completions
+    from fmedge.commands.console import progress_bar
+    from fmedge.commands.job import examine, run_job
     from fmedge.commands.prompts import read_prompts
 
     if system is not None and not chat:
@@ -201,7 +212,7 @@ def command(
         "length_penalty": length_penalty,
         "logit_bias": dict(map(_bias, logit_bias)) if logit_bias else None,
         "banned_tokens": ban or None,
-        "forced_tokens": force or None,
+        "forced_tokens": force_token or None,
         "logprobs": logprobs,
         "min_new_tokens": min_new_tokens,
         "stop": stop or None,
@@ -214,7 +225,15 @@ def command(
     }
     # What can be refused without the model is refused before it is loaded.
     changes = checked({name: value for name, value in given.items() if value is not None})
-    lines = read_prompts(prompts or [], source)
+    job = source not in (None, "-") and output not in (None, "-") and not prompts
+    if (resume or force) and not job:
+        raise typer.BadParameter(
+            "--resume and --force are for jobs: --input FILE, --output FILE, and no other prompts."
+        )
+    if resume and force:
+        raise typer.BadParameter("--resume continues the output and --force replaces it; give one of them.")
+    done = examine(Path(str(source)), Path(str(output)), resume=resume, force=force) if job else None
+    lines = [] if job else read_prompts(prompts or [], source)
     with load(
         bundle,
         device=device,
@@ -223,10 +242,21 @@ def command(
         memory=memory,
     ) as model:
         base = replace(model.default_sampling, **changes)
-        requests = [_prompt(model, line, chat=chat, system=system) for line in lines]
-        samplings = [line.sampling(base) for line in lines]
-        deltas = _with_notes(model.stream(requests, samplings), samplings)
-        failed = write_completions(deltas, requests, output=output, as_json=as_json)
+
+        def ask(line: PromptLine) -> tuple[Prompt, Sampling]:
+            return _prompt(model, line, chat=chat, system=system), line.sampling(base)
+
+        if done is not None:
+            with progress_bar() as report:
+                run_job(model, Path(str(source)), Path(str(output)), done, ask, report)
+            failed = done.failed
+            if failed:
+                typer.echo(f'fmedge: {failed} of {done.count} prompts failed; see "error" in {output}.', err=True)
+        else:
+            asked = [ask(line) for line in lines]
+            requests, samplings = [prompt for prompt, _ in asked], [sampling for _, sampling in asked]
+            deltas = _with_notes(model.stream(requests, samplings), samplings)
+            failed = write_completions(deltas, requests, [line.id for line in lines], output=output, as_json=as_json)
     if failed:
         raise typer.Exit(1)
 

@@ -13,6 +13,8 @@ from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.sampling import Sampling, checked
 
 OVERRIDES = {item.name for item in fields(Sampling)}
+LineId = str | int
+"""What names a prompt to whoever wrote it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,10 @@ class PromptLine:
     """Fields of Sampling for this prompt alone."""
     where: str = ""
     """File and line of a prompt that has overrides."""
+    number: int = 0
+    """Of its line in the file, from 1."""
+    id: LineId | None = None
+    """That the line gives; it comes back with the result."""
 
     def sampling(self, base: Sampling) -> Sampling:
         """The options of this prompt. Raises RequestError, naming file and line, when they contradict each other."""
@@ -38,7 +44,7 @@ def read_prompts(arguments: Sequence[str], source: str | None) -> list[PromptLin
     """All prompts, those of the arguments first.
 
     A .jsonl file (or JSON lines on standard input) gives {"prompt": text or ids} or {"messages": [...]} on each line,
-    and any field of Sampling for that prompt alone. Raises RequestError naming file and line.
+    an "id" if wanted, and any field of Sampling for that prompt alone. Raises RequestError naming file and line.
     """
     lines = [PromptLine(argument, None, {}) for argument in arguments]
     if source is not None:
@@ -50,28 +56,46 @@ def read_prompts(arguments: Sequence[str], source: str | None) -> list[PromptLin
 
 def _read_source(source: str) -> list[PromptLine]:
     try:
-        text = sys.stdin.buffer.read().decode("utf-8") if source == "-" else Path(source).read_text("utf-8")
+        raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     except OSError as error:
         raise RequestError(f"cannot read {source}: {error.strerror}.") from error
+    text = decoded(source, raw)
+    rows = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    as_json = source.endswith(".jsonl") or (source == "-" and bool(rows) and rows[0][1].lstrip().startswith("{"))
+    return [parse_line(f"{source}:{number}", number, line, as_json=as_json) for number, line in rows]
+
+
+def decoded(where: str, raw: bytes) -> str:
+    """Bytes as text. Raises RequestError, naming the place, if they are none."""
+    try:
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"{source} is not UTF-8 text (byte {error.start}).") from error
-    rows = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    is_json = source.endswith(".jsonl") or (source == "-" and bool(rows) and rows[0][1].lstrip().startswith("{"))
-    if not is_json:
-        return [PromptLine(line, None, {}) for _, line in rows]
-    return [_from_json(f"{source}:{number}", line) for number, line in rows]
+        raise RequestError(f"{where} is not UTF-8 text (byte {error.start}).") from error
 
 
-def _from_json(where: str, line: str) -> PromptLine:
+def parse_line(where: str, number: int, line: str, *, as_json: bool) -> PromptLine:
+    """The prompt of a line that is not blank: the line itself, or what its JSON says.
+
+    Raises RequestError, naming the place.
+    """
+    if not as_json:
+        return PromptLine(line.rstrip("\r\n"), None, {}, where, number)
+    return _from_json(where, number, line)
+
+
+def _from_json(where: str, number: int, line: str) -> PromptLine:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{where} is not JSON ({error}).") from error
     if isinstance(record, str):
-        return PromptLine(record, None, {})
+        return PromptLine(record, None, {}, where, number)
     if not isinstance(record, dict):
         raise RequestError(f'{where} must be an object like {{"prompt": "..."}}.')
     prompt, messages = record.pop("prompt", None), record.pop("messages", None)
+    identity = record.pop("id", None)
+    if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int)):
+        raise RequestError(f'{where}: "id" must be a string or a whole number.')
     if (prompt is None) == (messages is None):
         raise RequestError(f'{where} needs either "prompt" or "messages".')
     ids = isinstance(prompt, list) and all(isinstance(token, int) for token in prompt)
@@ -82,9 +106,10 @@ def _from_json(where: str, line: str) -> PromptLine:
     unknown = sorted(set(record) - OVERRIDES)
     if unknown:
         raise RequestError(
-            f"{where} has the unknown key {unknown[0]!r}; known are prompt, messages, {', '.join(sorted(OVERRIDES))}."
+            f"{where} has the unknown key {unknown[0]!r}; known are id, prompt, messages, "
+            f"{', '.join(sorted(OVERRIDES))}."
         )
     try:
-        return PromptLine(prompt, messages, checked(record), where)
+        return PromptLine(prompt, messages, checked(record), where, number, identity)
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from error
