@@ -13,7 +13,7 @@ import typer
 from fmedge_runtimes.errors import FmedgeError
 from fmedge_runtimes.version import __version__
 
-from fmedge.commands import export, generate, inspect, plan, train, verify
+from fmedge.commands import chat, export, generate, inspect, plan, train, verify
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -23,6 +23,8 @@ EXAMPLES = """
   fmedge export out/model out/bundle --quantize int4
 
   fmedge generate out/bundle "The list type"
+
+  fmedge chat out/bundle
 
   fmedge plan out/bundle --slots 8 --memory 2GiB
 
@@ -41,6 +43,7 @@ app = typer.Typer(
 app.add_typer(train.app, name="train")
 app.command("export", epilog=export.EPILOG)(export.command)
 app.command("generate", epilog=generate.EPILOG)(generate.command)
+app.command("chat", epilog=chat.EPILOG)(chat.command)
 app.command("inspect")(inspect.command)
 app.command("plan", epilog=plan.EPILOG)(plan.command)
 app.command("verify")(verify.command)

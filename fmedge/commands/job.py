@@ -62,8 +62,8 @@ def fingerprint(identity: LineId) -> int:
 def examine(source: Path, output: Path, *, resume: bool, force: bool) -> Done:
     """What is in the output, which is not changed yet.
 
-    Raises RequestError if the input is not there, if there is an output and neither `resume` nor `force` says what to do
-    with it, or if it is not the output of a job.
+    Raises RequestError if the input is not there, if there is an output and neither `resume` nor `force` says what to
+    do with it, or if it is not the output of a job.
     """
     if not source.is_file():
         raise RequestError(f"cannot read {source}: {'it is no file' if source.exists() else 'there is no such file'}.")

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node, Scope
@@ -39,6 +40,12 @@ class ChatTemplate:
 
     source: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template reads the tools that it is given. Raises RequestError when it is faulty."""
+        environment = _compiled(self.source).environment
+        return "tools" in jinja2.meta.find_undeclared_variables(environment.parse(self.source))
 
     def render(
         self,

@@ -19,7 +19,7 @@ import math
 import operator
 import time
 import weakref
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -151,17 +151,22 @@ class TextModel:
         finally:
             request.cancel()
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def chat_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]] | None = None
+    ) -> list[int]:
         """A conversation as token ids, by the model's own template, ready to be completed.
 
-        Raises RequestError when the model has no chat template, or the template refuses the messages.
+        `tools` are JSON schemas of functions that the model may call. Raises RequestError when the model has no chat
+        template, the template has no place for tools, or it refuses the messages.
         """
         if self._template is None or self.tokenizer is None:
             raise RequestError(
                 f"{self.bundle.folder} has no chat template: this model completes text, it does not chat."
             )
+        if tools is not None and not self._template.takes_tools:
+            raise RequestError(f"the chat template of {self.bundle.folder} has no place for tools; leave them out.")
         # The template writes the special tokens itself.
-        return self.tokenizer.encode(self._template.render(messages), special=False)
+        return self.tokenizer.encode(self._template.render(messages, tools=tools), special=False)
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.floating]:
         """The logits [S, V] behind every token of a text, computed beside what the engine does. Raises RequestError."""
