@@ -13,7 +13,7 @@ import typer
 from fmedge_runtimes.errors import FmedgeError
 from fmedge_runtimes.version import __version__
 
-from fmedge.commands import chat, export, generate, inspect, plan, train, verify
+from fmedge.commands import bench, chat, export, generate, inspect, plan, train, verify
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -27,6 +27,8 @@ EXAMPLES = """
   fmedge chat out/bundle
 
   fmedge plan out/bundle --slots 8 --memory 2GiB
+
+  fmedge bench out/bundle
 
   fmedge inspect out/bundle
 """
@@ -46,6 +48,7 @@ app.command("generate", epilog=generate.EPILOG)(generate.command)
 app.command("chat", epilog=chat.EPILOG)(chat.command)
 app.command("inspect")(inspect.command)
 app.command("plan", epilog=plan.EPILOG)(plan.command)
+app.command("bench", epilog=bench.EPILOG)(bench.command)
 app.command("verify")(verify.command)
 
 

@@ -18,8 +18,8 @@ def parse_bytes(text: str) -> int:
     found = PATTERN.fullmatch(text.strip())
     if found is None or (not found[2] and found[3].upper() not in ("", "B")):
         raise typer.BadParameter(f"{text!r} is no amount of memory; write 6GiB, 512MiB or a number of bytes.")
-    base = 1000 if found[2] and found[3].upper() == "B" else 1024
-    amount = round(float(found[1]) * base ** UNITS[found[2].upper()])
+    base: int = 1000 if found[2] and found[3].upper() == "B" else 1024
+    amount = round(float(found[1]) * float(base ** UNITS[found[2].upper()]))
     if amount <= 0:
         raise typer.BadParameter(f"{text!r} is no memory at all; write 6GiB, 512MiB or a number of bytes.")
     return amount
