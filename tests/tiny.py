@@ -61,6 +61,7 @@ SIZES: dict[str, int] = {
     "max_target_positions": 256,
     "n_ctx": 256,
     "sliding_window": 16,
+    "window_size": 16,
     "attention_window_size": 16,
     "attention_chunk_size": 16,
     "num_experts": 4,
@@ -147,6 +148,7 @@ CONSTRAINED: dict[str, dict[str, Any]] = {
         "laurel_rank": 8,
         "intermediate_size": [96] * 6,
     },
+    "dots1": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "zaya": {"num_experts_per_tok": 1},
 }

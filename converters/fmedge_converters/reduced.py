@@ -23,7 +23,7 @@ MLP = 512
 MIN_LAYERS = 2
 WINDOW = 16
 """Shorter than the prompts of the comparison, so that a wrong window shows."""
-WINDOWS = ("sliding_window", "attention_chunk_size")
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
 MLP_SIZES = (
     "intermediate_size",
     "moe_intermediate_size",
