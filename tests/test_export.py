@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,12 +208,13 @@ def test_refusals_of_folders(llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
-@pytest.mark.parametrize("model_type", ["gptj", "bloom"])
-def test_architectures_beyond_the_attention_interface_are_refused(model_type: str, tmp_path: Path) -> None:
-    changes = {"n_embd": 64, "n_layer": 2, "n_head": 4} if model_type in ("gptj", "bloom") else {}
-    folder = make_model(tmp_path / "model", model_type, **changes)
-    with pytest.raises(SourceError, match=f"{model_type}.*(attention|traced|layers)"):
-        export(options(folder, tmp_path))
+@pytest.mark.parametrize("model_type", ["mpt", "xlnet"])
+def test_a_past_that_fmedge_cannot_carry_is_refused(model_type: str, tmp_path: Path) -> None:
+    from architectures import evaluate
+
+    outcome = evaluate(model_type, tmp_path)
+    assert outcome.kind == "refused"
+    assert "cannot be" in outcome.detail
     assert leftovers(tmp_path) == []
 
 
@@ -336,17 +339,19 @@ def test_tied_weights_with_two_values_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_proof_of_the_architecture_sees_a_wrong_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fmedge_converters import decoder
+    from fmedge_converters import attention_interface
     from fmedge_converters.evidence import graph_evidence
     from transformers import AutoConfig
 
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 9999}
     config = AutoConfig.for_model("mistral", num_hidden_layers=8, intermediate_size=128, sliding_window=4096, **sizes)
-    attend = decoder._attend
+    look = attention_interface._look
 
-    def wrong(*arguments: object, sliding_window: int | None = None, **others: object) -> object:
-        return attend(*arguments, sliding_window=sliding_window and sliding_window + 1, **others)
+    def wrong(recording: Any, layer: int, *others: Any) -> None:
+        look(recording, layer, *others)
+        cache = recording.attended[layer]
+        recording.attended[layer] = replace(cache, window=cache.window and cache.window + 1)
 
-    monkeypatch.setitem(decoder.AttentionInterface._global_mapping, decoder.INTERFACE, wrong)
+    monkeypatch.setattr(attention_interface, "_look", wrong)
     evidence = graph_evidence(config, lambda *_: None)
     assert not evidence.passed

@@ -51,7 +51,7 @@ def trace_by_layers(
 def _from_a_few_layers(
     config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype, context: int, stored_buffers: Buffers
 ) -> TracedDecoder | None:
-    if text_config(config).num_hidden_layers < FEWEST:
+    if getattr(text_config(config), "num_hidden_layers", 0) < FEWEST:
         return None
     whole = step_program(config, dialect, dtype, context, stored_buffers)
     wanted = _likeness(whole)

@@ -118,6 +118,10 @@ def open_source(
     facts = _gguf_facts(found.gguf) if found.gguf is not None else _folder_facts(folder)
     config = facts.config
     files = Files(folder, None if merged is None else merged.folder, allow_pickle, facts.wrapper, found.gguf)
+    if not isinstance(getattr(config.get_text_config(decoder=True), "num_hidden_layers", None), int):
+        raise SourceError(
+            f"{source} ({config.model_type}) does not say how many layers it has; its parts are not one decoder."
+        )
     if merged is not None:
         _untie(config, files)
     # The weights are read as plain numbers, whatever their form in the files.
