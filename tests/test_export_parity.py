@@ -83,9 +83,7 @@ def test_prompts_longer_than_a_prefill_chunk(tmp_path: Path, monkeypatch: pytest
     check(make_model(tmp_path / "model", "mistral", sliding_window=8), tmp_path)
 
 
-def test_dynamic_rotary_embedding_is_refused_beyond_its_first_length(tmp_path: Path) -> None:
-    from fmedge_runtimes.errors import SourceError
-
+def test_rotary_embeddings_that_change_with_the_length_take_the_form_of_the_context(tmp_path: Path) -> None:
     dim = 8
     rope = {
         "rope_type": "longrope",
@@ -98,11 +96,21 @@ def test_dynamic_rotary_embedding_is_refused_beyond_its_first_length(tmp_path: P
     folder = make_model(
         tmp_path / "model", "phi3", rope_parameters=rope, original_max_position_embeddings=64, pad_token_id=0
     )
+    # Within the first length the short form, beyond it the long one: transformers picks by the length of the text.
+    for context, length in ((64, 30), (None, 90)):
+        output = tmp_path / f"bundle{length}"
+        bundle = export(ExportOptions(str(folder), output, context=context, verify="graph")).folder
+        prompt = [1 + token % 300 for token in range(length)]
+        with load(bundle) as model:
+            (found,) = model.generate(prompt, Sampling(max_new_tokens=20, ignore_eos=True))
+        assert list(found.tokens) == greedy(folder, prompt, 20)
+
+
+def test_a_rotary_embedding_that_changes_with_every_token_is_refused_beyond_its_first_length(tmp_path: Path) -> None:
+    from fmedge_runtimes.errors import SourceError
+
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    folder = make_model(tmp_path / "model", rope_parameters=rope)
     with pytest.raises(SourceError, match="--context 64"):
         export(ExportOptions(str(folder), tmp_path / "bundle", verify="none"))
     assert not (tmp_path / "bundle").exists()
-    bundle = export(ExportOptions(str(folder), tmp_path / "bundle", context=64, verify="none")).folder
-    prompt = list(range(1, 30))
-    with load(bundle) as model:
-        (found,) = model.generate(prompt, Sampling(max_new_tokens=20, ignore_eos=True))
-    assert list(found.tokens) == greedy(folder, prompt, 20)

@@ -33,6 +33,7 @@ from fmedge_converters.checkpoint import Checkpoint, Files
 from fmedge_converters.decoder import empty_model, quiet_libraries
 from fmedge_converters.recording import LayerState
 from fmedge_converters.reduced import reduced_config, write_random_model
+from fmedge_converters.rope import freeze_rope
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.source import Source
@@ -133,6 +134,7 @@ def graph_evidence(config: PretrainedConfig, progress: Progress) -> Evidence:
         folder = Path(name)
         small = reduced_config(config)
         reference = write_random_model(small, folder / "model", seed=0)
+        freeze_rope(reference, GRAPH_CONTEXT)
         options = BuildOptions(target, FLOATING, block_size=0, context=GRAPH_CONTEXT)
         built = build_decoder(small, Files(folder / "model"), folder, options, lambda *_: None)
         decoder = Decoder(OnnxRuntimeSession(built.written.graph, "cpu", None), text_facts(built, GRAPH_CONTEXT))
@@ -288,6 +290,8 @@ def full_evidence(
     every greedy token must be PyTorch's own; otherwise KL divergence and perplexity must stay within TOLERANCES.
     """
     tolerance = TOLERANCES[precision]
+    # transformers picks a rotary embedding by the length of each text; the graph has that of its context.
+    freeze_rope(reference, decoder.facts.context)
     steps = min(FULL_STEPS, decoder.facts.context - max(len(prompt) for prompt in prompts))
     progress("generating", 0, 0)
     found = continue_greedily(decoder, prompts, [steps] * len(prompts))
