@@ -33,11 +33,8 @@ REPRESENTATIVES: dict[str, dict[str, Any]] = {
     "qwen3_next": {},  # gated delta rule
     "falcon_h1": {},  # attention and state space in one layer
     "zamba2": {},  # layers that share weights, with an adapter each
-    "minimax": {},  # a cache of its own class
-    "recurrent_gemma": {},  # states on its layers
-    "xlstm": {},  # states in an object of its own
 }
-OTHERS = {"bert": "not a text decoder", "mpt": "refused"}
+OTHERS = {"bert": "not a text decoder", "mpt": "refused", "rwkv": "refused"}
 
 
 @pytest.mark.medium
