@@ -343,7 +343,8 @@ def test_prescribed_bytes_become_exactly_these_bytes(made, name, data):
     tokens = vocabulary(wanted)
     assert b"".join(vocabulary.tokens[token] for token in tokens) == wanted
     assert not set(tokens) & set(vocabulary.special_token_ids)
-    if name in ("gpt-2", "llama 2", "mistral") and "</s>" not in text and "<tool>" not in text:
+    canonical = not any(piece in text for piece in ("</s>", "<tool>", "  "))
+    if name in ("gpt-2", "llama 2", "mistral") and canonical:
         # As the tokenizer itself goes on from a line break; byte by byte only where a character is cut.
         try:
             own = tokenizer.encode("\n" + wanted.decode(), special=False)
