@@ -34,7 +34,7 @@ REPRESENTATIVES: dict[str, dict[str, Any]] = {
     "falcon_h1": {},  # attention and state space in one layer
     "zamba2": {},  # layers that share weights, with an adapter each
 }
-OTHERS = {"bert": "not a text decoder", "mpt": "refused", "rwkv": "refused"}
+OTHERS = {"bert": "not a text decoder", "xlnet": "refused", "rwkv": "refused"}
 
 
 @pytest.mark.medium

@@ -208,7 +208,7 @@ def test_refusals_of_folders(llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
-@pytest.mark.parametrize("model_type", ["mpt", "xlnet"])
+@pytest.mark.parametrize("model_type", ["axk2", "xlnet"])
 def test_a_past_that_fmedge_cannot_carry_is_refused(model_type: str, tmp_path: Path) -> None:
     from architectures import evaluate
 
