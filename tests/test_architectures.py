@@ -18,7 +18,7 @@ REPRESENTATIVES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {},  # multi-query
     "gptj": {},  # attention in code of its own, one cache append
     "bloom": {},  # ALiBi
-    "falcon": {"alibi": True},  # another ALiBi
+    "falcon": {},  # multi-query, attention in code of its own
     "opt": {},  # learned positions with an offset
     "gpt_neox": {},  # needs a cache
     "mixtral": {},  # experts, merged from single tensors
