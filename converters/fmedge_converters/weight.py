@@ -20,7 +20,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Read = Callable[[int, int], Array]
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 4 << 20
 """What a reader of row blocks holds at once, in bytes of the weight's dtype; few enough for a processor's caches."""
 ACROSS_BYTES = 256 << 20
 """The same for weights of which any row costs all rows of another one."""

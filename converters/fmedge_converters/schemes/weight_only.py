@@ -37,10 +37,12 @@ def quantize_blocks(rows: Array, bits: int, block_size: int) -> tuple[Array, Arr
     if size != blocks * block_size:
         values = torch.nn.functional.pad(values, (0, blocks * block_size - size))
     values = values.view(count, blocks, block_size)  # [n, blocks, block_size]
-    lowest, highest = torch.aminmax(values, dim=-1, keepdim=True)
+    # Both extremes by themselves, and int8 before uint8: torch has no fast kernels for aminmax and for float to uint8.
+    lowest, highest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     scales = torch.where(-lowest > highest, lowest, highest) / -levels  # [n, blocks, 1]
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
-    codes = (values * inverse).round_().clamp_(max=levels - 1).add_(levels).to(torch.uint8)
+    signed = (values * inverse).round_().clamp_(max=levels - 1).to(torch.int8)
+    codes = signed.view(torch.uint8).add_(levels)  # which wraps around to the positive side
     if bits == 4:
         pairs = codes.view(torch.int16)  # the even code in the low byte
         codes = (pairs | (pairs >> 4)).to(torch.uint8)
