@@ -1,6 +1,6 @@
-"""A Llama-shaped checkpoint of any size with random bf16 weights, written tensor by tensor.
+"""A Llama checkpoint of any size with random bf16 weights, written tensor by tensor.
 
-write_checkpoint(Shape(hidden=4096, intermediate=14336, vocabulary=32000), layers=8, folder)
+write_checkpoint(SHAPES["8b"], layers=8, folder)
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-HEAD_DIM = 128
-QUERIES_PER_KEY = 4
 BLOCK = 1 << 22
 """Elements that are drawn at once."""
 SHARD_BYTES = 1 << 30
@@ -25,11 +23,17 @@ SHARD_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of a Llama, its head untied."""
+    """The sizes of a Llama."""
 
+    published: str
+    """The model whose shape this is, cut to fewer layers."""
     hidden: int
     intermediate: int
     vocabulary: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool
 
     def tensors(self, layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes in the order of the layers."""
@@ -38,16 +42,17 @@ class Shape:
             for name, shape in self._layer().items():
                 yield f"model.layers.{layer}.{name}.weight", shape
         yield "model.norm.weight", (self.hidden,)
-        yield "lm_head.weight", (self.vocabulary, self.hidden)
+        if not self.tied:
+            yield "lm_head.weight", (self.vocabulary, self.hidden)
 
     def _layer(self) -> dict[str, tuple[int, ...]]:
-        keys = self.hidden // QUERIES_PER_KEY
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "input_layernorm": (self.hidden,),
-            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.q_proj": (queries, self.hidden),
             "self_attn.k_proj": (keys, self.hidden),
             "self_attn.v_proj": (keys, self.hidden),
-            "self_attn.o_proj": (self.hidden, self.hidden),
+            "self_attn.o_proj": (self.hidden, queries),
             "post_attention_layernorm": (self.hidden,),
             "mlp.gate_proj": (self.intermediate, self.hidden),
             "mlp.up_proj": (self.intermediate, self.hidden),
@@ -74,19 +79,27 @@ class Shape:
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
             "num_hidden_layers": layers,
-            "num_attention_heads": self.hidden // HEAD_DIM,
-            "num_key_value_heads": self.hidden // HEAD_DIM // QUERIES_PER_KEY,
-            "head_dim": HEAD_DIM,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
             "hidden_act": "silu",
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
             "vocab_size": self.vocabulary,
             "max_position_embeddings": 4096,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": self.tied,
             "torch_dtype": "bfloat16",
             "bos_token_id": 1,
             "eos_token_id": 2,
         }
+
+
+SHAPES = {
+    "360m": Shape("SmolLM2-360M", 960, 2560, 49152, heads=15, kv_heads=5, head_dim=64, tied=True),
+    "1b": Shape("Llama-3.2-1B", 2048, 8192, 128256, heads=32, kv_heads=8, head_dim=64, tied=True),
+    "3b": Shape("Llama-3.2-3B", 3072, 8192, 128256, heads=24, kv_heads=8, head_dim=128, tied=True),
+    "8b": Shape("Llama-3.1-8B", 4096, 14336, 128256, heads=32, kv_heads=8, head_dim=128, tied=False),
+}
 
 
 def write_checkpoint(shape: Shape, layers: int, folder: Path) -> None:

@@ -16,9 +16,9 @@ import pytest
 import torch
 from fmedge_converters.checkpoint import Checkpoint
 from fmedge_converters.decoder import empty_model, quiet_libraries
-from fmedge_converters.evidence import load_reference
 from fmedge_converters.export import export
 from fmedge_converters.export_options import ExportOptions
+from fmedge_converters.reference import open_reference
 from fmedge_converters.source import open_source
 from fmedge_runtimes.errors import SourceError
 from fmedge_runtimes.load import load
@@ -216,10 +216,12 @@ def test_an_adapter_as_the_source_is_its_base_with_it(base: Path, lora: Path) ->
 
 def test_the_reference_of_the_comparison_has_the_adapter(base: Path, lora: Path, tmp_path: Path) -> None:
     merged_by_peft = make_adapter(base, tmp_path / "again", target_modules=ATTENTION)
-    reference = load_reference(open_source(str(base), adapter=str(lora)))
-    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    found: dict[int, np.ndarray] = {}
+    with open_reference(open_source(str(base), adapter=str(lora)), 0, 64) as reference:
+        reference.each_logits([[5, 6, 7, 8, 9]], found.__setitem__)
     with torch.no_grad():
-        torch.testing.assert_close(reference(ids).logits, merged_by_peft(ids).logits, atol=1e-5, rtol=1e-5)
+        wanted = merged_by_peft(torch.tensor([[5, 6, 7, 8, 9]])).logits[0]
+    torch.testing.assert_close(torch.from_numpy(found[0]), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_brings_its_tokenizer(base: Path, lora: Path, tmp_path: Path) -> None:

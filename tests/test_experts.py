@@ -21,12 +21,10 @@ from fmedge_converters.passes.mixture import expert_linears
 from fmedge_converters.passes.sign import never_negative
 from fmedge_converters.quantize import quantize
 from fmedge_converters.reduced import reduced_config
-from fmedge_converters.schemes.qmoe import QuantizedExperts, qmoe
-from fmedge_converters.schemes.weight_only import quantize_blocks, weight_only
-from fmedge_converters.streamed_tensor import StreamedTensor
+from fmedge_converters.schemes.qmoe import qmoe
+from fmedge_converters.schemes.weight_only import QuantizedMatrix, quantize_blocks, weight_only
 from fmedge_converters.targets import TARGETS
 from fmedge_converters.weight import Weight, weight_from_array
-from fmedge_converters.writer import write_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_model
@@ -187,7 +185,7 @@ def test_what_is_never_negative(text: str, answer: bool) -> None:
     assert never_negative(DecoderGraph(model, {}), model.graph.outputs[0]) is answer
 
 
-def test_experts_are_quantized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_experts_are_quantized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fmedge_converters.weight.CHUNK_BYTES", 2 * 24 * 64 * 4)
     weights = np.random.default_rng(0).standard_normal((5, 24, 64)).astype(np.float32)
     asked: list[int] = []
@@ -196,29 +194,13 @@ def test_experts_are_quantized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, 
         asked.append(stop - start)
         return weights[start:stop]
 
-    made = QuantizedExperts(Weight(weights.shape, weights.dtype, read), 4, 32)
-    wanted = quantize_blocks(weights.reshape(-1, 64), 4, 32)
-    assert np.array_equal(np.concatenate(list(made.codes())).reshape(-1, 2, 16), wanted[0])
-    assert np.array_equal(np.concatenate(list(made.scales())).reshape(-1, 2), wanted[1])
+    made = QuantizedMatrix(Weight(weights.shape, weights.dtype, read), 4, 32)
+    codes, scales = quantize_blocks(weights.reshape(-1, 64), 4, 32)
+    assert np.array_equal(np.concatenate(list(made.codes.blocks())), codes.reshape(5, 24, 2, 16))
+    assert np.array_equal(np.concatenate(list(made.scales.blocks())), scales.reshape(5, 24, 2))
     assert asked == [2, 2, 1]
-    # Asked for again, they are made again.
-    assert np.array_equal(np.concatenate(list(made.scales())).reshape(-1, 2), wanted[1])
-
-
-def test_streamed_tensors_are_written_whole_and_equal_ones_once(tmp_path: Path) -> None:
-    array = np.arange(4096, dtype=np.float32).reshape(64, 64)
-    made = DecoderGraph(ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 21}), ir_version=10), {})
-    tensors = [
-        made.add_streamed(StreamedTensor(lambda: iter((array[:40], array[40:])), array.dtype, array.shape, name))
-        for name in ("one", "other")
-    ]
-    tensors.append(made.add_weight("third", weight_from_array(array)))
-    made.graph.outputs.extend(tensors)
-    written = write_graph(made, tmp_path, "streamed", lambda *_: None)
-    assert written.weight_bytes == array.nbytes
-    read = {item.name: item for item in onnx.load(written.graph).graph.initializer}
-    for name in ("one", "other", "third"):
-        assert np.array_equal(onnx.numpy_helper.to_array(read[name]), array)
+    # Asked for again, or in other pieces, they are made again.
+    assert np.array_equal(made.scales.array(), scales.reshape(5, 24, 2))
 
 
 def test_large_tensors_are_not_allocated() -> None:

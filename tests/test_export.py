@@ -355,3 +355,12 @@ def test_the_proof_of_the_architecture_sees_a_wrong_window(monkeypatch: pytest.M
     monkeypatch.setattr(attention_interface, "_look", wrong)
     evidence = graph_evidence(config, lambda *_: None)
     assert not evidence.passed
+
+
+@pytest.mark.medium
+def test_two_exports_of_one_source_are_equal_byte_for_byte(llama: Path, tmp_path: Path) -> None:
+    made = [export(ExportOptions(str(llama), tmp_path / name, quantize="int4", verify="none")).folder for name in "ab"]
+    first, second = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in made)
+    assert first.keys() == second.keys()
+    for name, content in first.items():
+        assert content == second[name], name

@@ -2,7 +2,7 @@
 
 `graph`: a small model of the same architecture with random weights goes through the same trace and passes in fp32, and
 its greedy tokens are compared with PyTorch's. `full`: the written bundle is compared with PyTorch on the real weights.
-PyTorch is transformers' own eager model, loaded the ordinary way, so a wrong reading of the weights shows too.
+What PyTorch means here is in reference.py.
 """
 
 from __future__ import annotations
@@ -18,25 +18,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate.utils import set_module_tensor_to_device
 from fmedge_runtimes.bundle import CacheFacts, Evidence, Golden, SamplingFacts, StateFacts, TextFacts
 from fmedge_runtimes.decoder import Decoder
-from fmedge_runtimes.errors import SourceError
 from fmedge_runtimes.golden import continue_greedily, replay
-from fmedge_runtimes.memory import available_bytes
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from fmedge_runtimes.session import Session
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder, numpy_dtype
-from fmedge_converters.checkpoint import Checkpoint, Files
-from fmedge_converters.decoder import empty_model, quiet_libraries
+from fmedge_converters.checkpoint import Files
 from fmedge_converters.recording import LayerState
 from fmedge_converters.reduced import reduced_config, write_random_model
-from fmedge_converters.rope import freeze_rope
+from fmedge_converters.reference import Logits, Reference, ResidentReference, load_model
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
-from fmedge_converters.source import Source
 from fmedge_converters.targets import TARGETS
 
 GRAPH_CONTEXT = 192
@@ -49,6 +44,8 @@ GOLDENS = 2
 TEXT_TOKENS = 1024
 TEXT_WINDOW = 256
 """Tokens of the evaluation text, and of the pieces that it is scored in."""
+POSITIONS = 32
+"""Distributions that are compared at once: each takes megabytes for a large vocabulary."""
 PROMPTS = (
     "The",
     "def fibonacci(n):\n",
@@ -133,17 +130,15 @@ def graph_evidence(config: PretrainedConfig, progress: Progress) -> Evidence:
     with tempfile.TemporaryDirectory(prefix="fmedge-") as name:
         folder = Path(name)
         small = reduced_config(config)
-        reference = write_random_model(small, folder / "model", seed=0)
-        freeze_rope(reference, GRAPH_CONTEXT)
+        write_random_model(small, folder / "model", seed=0)
         options = BuildOptions(target, FLOATING, block_size=0, context=GRAPH_CONTEXT)
         built = build_decoder(small, Files(folder / "model"), folder, options, lambda *_: None)
-        decoder = Decoder(OnnxRuntimeSession(built.written.graph, "cpu", None), text_facts(built, GRAPH_CONTEXT))
         random = np.random.default_rng(0)
         prompts = [random.integers(1, built.vocabulary, length).tolist() for length in GRAPH_PROMPTS]
-        found = continue_greedily(decoder, prompts, GRAPH_STEPS)
-        decoder.session.close()
-        tokens = [[step.token for step in steps] for steps in found]
-        comparison = _compare_greedy(reference, prompts, tokens, TOLERANCES["float32", "none"].near_tie)
+        tokens = _generate(built, prompts)
+        # Only now, so that one of both models is in memory at a time.
+        comparison = _Greedy(prompts, tokens, TOLERANCES["float32", "none"].near_tie)
+        ResidentReference(load_model(folder / "model"), GRAPH_CONTEXT).each_logits(comparison.rows, comparison.add)
     return Evidence(
         name="graph",
         what=(
@@ -172,87 +167,50 @@ def weights_evidence(built: BuiltDecoder, scheme: Scheme) -> Evidence:
     )
 
 
-@dataclass(frozen=True, slots=True)
+def _generate(built: BuiltDecoder, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What a graph continues the prompts with, in one ragged batch."""
+    session = OnnxRuntimeSession(built.written.graph, "cpu", None)
+    try:
+        rows = continue_greedily(Decoder(session, text_facts(built, GRAPH_CONTEXT)), prompts, GRAPH_STEPS)
+    finally:
+        session.close()
+    return [[step.token for step in row] for row in rows]
+
+
 class _Greedy:
-    tokens: int
-    equal: int
-    """Tokens that PyTorch would have chosen too, near ties included."""
-    near_ties: int
-    worst: float
-    """The largest lead, in PyTorch's logits, of its own choice over ours."""
-
-
-def _compare_greedy(
-    reference: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    near_tie: float,
-) -> _Greedy:
-    """Whether PyTorch, given the prompt and our tokens so far, would choose each of our tokens.
+    """Whether PyTorch, given a prompt and our tokens so far, would choose each of our tokens.
 
     If it does at every position, its own greedy continuation is ours; one pass replaces one for each token.
     """
-    tokens = equal = ties = 0
-    worst = 0.0
-    for prompt, completion in zip(prompts, completions, strict=True):
-        logits = _reference_logits(reference, [*prompt, *completion[:-1]])[len(prompt) - 1 :]  # [T, V]
-        for row, token in zip(logits, completion, strict=True):
-            tokens += 1
+
+    def __init__(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], near_tie: float) -> None:
+        self.tokens = 0
+        self.equal = 0
+        """Tokens that PyTorch would have chosen too, near ties included."""
+        self.near_ties = 0
+        self.worst = 0.0
+        """The largest lead, in PyTorch's logits, of its own choice over ours."""
+        self._prompts = prompts
+        self._completions = completions
+        self._near_tie = near_tie
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """What PyTorch is to compute logits of."""
+        return [[*prompt, *tokens[:-1]] for prompt, tokens in zip(self._prompts, self._completions, strict=True)]
+
+    def add(self, number: int, logits: Logits) -> None:
+        """Compare a row, given PyTorch's logits [S, V]."""
+        asked = logits[len(self._prompts[number]) - 1 :]  # [T, V]
+        for row, token in zip(asked, self._completions[number], strict=True):
+            self.tokens += 1
             lead = float(row.max() - row[token])
-            worst = max(worst, lead)
+            self.worst = max(self.worst, lead)
             if lead == 0.0:
-                equal += 1
-            elif lead < near_tie:
-                equal += 1
-                ties += 1
-    return _Greedy(tokens, equal, ties, worst)
-
-
-def _reference_logits(reference: PreTrainedModel, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-    with torch.no_grad(), quiet_libraries():
-        logits = reference(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
-    array: npt.NDArray[np.float32] = logits.float().numpy()  # [S, V]
-    return array
-
-
-def require_memory(parameters: int, bits: int) -> None:
-    """Raise SourceError when memory cannot hold the source in fp32 beside the bundle."""
-    need, free = parameters * (4 + max(bits, 8) // 8), available_bytes()
-    if free is not None and need > free * 0.9:
-        raise SourceError(
-            f"comparing with PyTorch needs {need / 1e9:.1f} GB of memory for the original in fp32 and the bundle, "
-            f"{free / 1e9:.1f} GB are free; use --verify graph, which checks the architecture only."
-        )
-
-
-def load_reference(source: Source) -> PreTrainedModel:
-    """The source in fp32, as transformers loads it, or with the weights as fmedge reads them. Raises SourceError."""
-    if not source.loads_by_itself:
-        return _filled(source)
-    try:
-        with quiet_libraries():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                source.folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-            )
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SourceError(f"{source.folder}: transformers cannot load the model: {first}") from error
-    return model.eval()
-
-
-def _filled(source: Source) -> PreTrainedModel:
-    """The model of transformers with the weights of our own reader."""
-    model = empty_model(source.config, torch.float32)
-    model.set_attn_implementation("eager")
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
-    with Checkpoint(source.files, np.dtype(np.float32)) as checkpoint:
-        for name, value in checkpoint.buffers(model).items():
-            model.get_buffer(name).copy_(value)
-        for name, weight in checkpoint.weights(model).items():
-            set_module_tensor_to_device(model, name, "cpu", value=torch.from_numpy(weight.array()))
-    model.tie_weights()
-    return model.eval()
+                self.equal += 1
+            elif lead < self._near_tie:
+                self.equal += 1
+                self.near_ties += 1
 
 
 def estimate_seconds(parameters: int) -> float:
@@ -277,37 +235,49 @@ class FullEvidence:
 
 def full_evidence(
     decoder: Decoder,
-    reference: PreTrainedModel,
+    reference: Reference,
     prompts: Sequence[Sequence[int]],
     text: Sequence[int],
     precision: tuple[str, str],
     progress: Progress,
-    note: str = "",
 ) -> FullEvidence:
     """Compare the bundle's decoder with the source on the real weights.
 
-    `precision` is (compute type, quantization); `note` is what the evidence says of the reference's weights. In fp32
-    every greedy token must be PyTorch's own; otherwise KL divergence and perplexity must stay within TOLERANCES.
+    `precision` is (compute type, quantization). In fp32 every greedy token must be PyTorch's own; otherwise the KL
+    divergence and the perplexity must stay within TOLERANCES.
     """
     tolerance = TOLERANCES[precision]
-    # transformers picks a rotary embedding by the length of each text; the graph has that of its context.
-    freeze_rope(reference, decoder.facts.context)
     steps = min(FULL_STEPS, decoder.facts.context - max(len(prompt) for prompt in prompts))
     progress("generating", 0, 0)
     found = continue_greedily(decoder, prompts, [steps] * len(prompts))
     tokens = [[step.token for step in row] for row in found]
     progress("comparing with PyTorch", 0, 0)
+    exact = precision == ("float32", "none")
+    greedy = _Greedy(prompts, tokens, tolerance.near_tie)
+    window = min(TEXT_WINDOW, decoder.facts.context)
+    pieces = [list(text[start : start + window]) for start in range(0, len(text), window)]
+    divergence = _Divergence(decoder, prompts, [piece for piece in pieces if len(piece) > 1])
+    texts = [*(greedy.rows if exact else prompts), *divergence.pieces]
+
+    def compare(number: int, logits: Logits) -> None:
+        if number >= len(prompts):
+            divergence.add_piece(number - len(prompts), logits)
+        else:
+            divergence.add_prompt(number, logits)
+            if exact:
+                greedy.add(number, logits)
+        progress("comparing with PyTorch", number + 1, len(texts))
+
+    reference.each_logits(texts, compare)
     figures: dict[str, float | int | str | bool] = {}
     passed = True
-    if precision == ("float32", "none"):
-        greedy = _compare_greedy(reference, prompts, tokens, tolerance.near_tie)
+    if exact:
         figures |= {
             "greedy_tokens": greedy.tokens,
             "greedy_equal": greedy.equal,
             "greedy_near_ties": greedy.near_ties,
         }
         passed = greedy.equal == greedy.tokens
-    divergence = _divergence(decoder, reference, prompts, text, progress)
     figures |= divergence.figures()
     passed = passed and divergence.mean_kl <= tolerance.mean_kl
     passed = passed and divergence.perplexity <= divergence.source_perplexity * tolerance.perplexity_ratio
@@ -319,8 +289,7 @@ def full_evidence(
         for prompt, row in zip(chosen, rows, strict=True)
     )
     passed = passed and all(result.mismatch is None for result in replay(decoder, goldens))
-    compared = f"{len(prompts)} prompts, {divergence.tokens} tokens of text"
-    what = f"the exported weights against PyTorch in fp32{note}: {compared}"
+    what = f"the exported weights against {reference.how}: {len(prompts)} prompts, {divergence.tokens} tokens of text"
     return FullEvidence(Evidence(name="full", what=what, passed=passed, figures=figures), goldens)
 
 
@@ -341,63 +310,67 @@ def layout_evidence(name: str, session: Session, facts: TextFacts, goldens: Sequ
     )
 
 
-@dataclass(frozen=True, slots=True)
 class _Divergence:
-    tokens: int
-    mean_kl: float
-    top1: float
-    perplexity: float
-    source_perplexity: float
-    largest_logit_difference: float
+    """How far the bundle's distributions are from PyTorch's, over pieces of text."""
+
+    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], pieces: Sequence[Sequence[int]]) -> None:
+        self.pieces = pieces
+        self.tokens = 0
+        self._decoder = decoder
+        self._cache = decoder.new_cache()
+        self._prompts = prompts
+        self._kl = self._nats = self._source_nats = 0.0
+        self._agree = self._predicted = 0
+        self._largest_difference = 0.0
+
+    def add_piece(self, number: int, logits: Logits) -> None:
+        """Compare a piece, given PyTorch's logits [S, V]."""
+        piece = self.pieces[number]
+        scored = self._decoder.score(self._cache, piece)  # [S, V]
+        for start in range(0, len(piece), POSITIONS):
+            part = slice(start, start + POSITIONS)
+            ours, theirs = _log_softmax(scored[part]), _log_softmax(logits[part])  # [P, V]
+            self._kl += float((np.exp(theirs) * (theirs - ours)).sum())
+            self._agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            following = np.asarray(piece[start + 1 : start + POSITIONS + 1])
+            self._nats -= float(ours[np.arange(len(following)), following].sum())
+            self._source_nats -= float(theirs[np.arange(len(following)), following].sum())
+        self.tokens += len(piece)
+        self._predicted += len(piece) - 1
+
+    def add_prompt(self, number: int, logits: Logits) -> None:
+        """Compare the last logits of a prompt, given PyTorch's logits [S, V] of a row that begins with it."""
+        prompt = self._prompts[number]
+        mine = self._decoder.prefill(self._cache, 0, prompt)  # [V]
+        self._cache.clear()
+        difference = float(np.abs(mine - logits[len(prompt) - 1]).max())
+        self._largest_difference = max(self._largest_difference, difference)
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean KL divergence of PyTorch's distribution from ours, in nats per token."""
+        return _finite(self._kl / self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """Of the bundle."""
+        return _finite(math.exp(min(self._nats / self._predicted, 700.0)))
+
+    @property
+    def source_perplexity(self) -> float:
+        """Of PyTorch."""
+        return _finite(math.exp(min(self._source_nats / self._predicted, 700.0)))
 
     def figures(self) -> dict[str, float | int | str | bool]:
+        """What was found, as evidence has it."""
         return {
             "text_tokens": self.tokens,
             "mean_kl": self.mean_kl,
-            "top1_agreement": self.top1,
+            "top1_agreement": self._agree / self.tokens,
             "perplexity": self.perplexity,
             "source_perplexity": self.source_perplexity,
-            "prompt_logit_difference": self.largest_logit_difference,
+            "prompt_logit_difference": _finite(self._largest_difference),
         }
-
-
-def _divergence(
-    decoder: Decoder,
-    reference: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    text: Sequence[int],
-    progress: Progress,
-) -> _Divergence:
-    window = min(TEXT_WINDOW, decoder.facts.context)
-    pieces = [list(text[start : start + window]) for start in range(0, len(text), window)]
-    pieces = [piece for piece in pieces if len(piece) > 1]
-    cache = decoder.new_cache()
-    kl = nats = source_nats = 0.0
-    agree = count = 0
-    for number, piece in enumerate(pieces):
-        ours = _log_softmax(decoder.score(cache, piece))  # [S, V]
-        theirs = _log_softmax(_reference_logits(reference, piece))  # [S, V]
-        kl += float((np.exp(theirs) * (theirs - ours)).sum())
-        agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        following = np.asarray(piece[1:])
-        nats -= float(ours[np.arange(len(following)), following].sum())
-        source_nats -= float(theirs[np.arange(len(following)), following].sum())
-        count += len(piece)
-        progress("comparing with PyTorch", number + 1, len(pieces))
-    worst = 0.0
-    for prompt in prompts:
-        mine = decoder.prefill(cache, 0, prompt)
-        cache.clear()
-        worst = max(worst, float(np.abs(mine - _reference_logits(reference, prompt)[-1]).max()))
-    predicted = count - len(pieces)
-    return _Divergence(
-        tokens=count,
-        mean_kl=_finite(kl / count),
-        top1=agree / count,
-        perplexity=_finite(math.exp(min(nats / predicted, 700.0))),
-        source_perplexity=_finite(math.exp(min(source_nats / predicted, 700.0))),
-        largest_logit_difference=_finite(worst),
-    )
 
 
 def _finite(value: float) -> float:

@@ -5,13 +5,9 @@ export(ExportOptions("path/to/model", Path("out/bundle"), quantize="int4"))
 
 from __future__ import annotations
 
-import errno
-import os
 import platform
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -50,14 +46,14 @@ from fmedge_converters.evidence import (
     full_evidence,
     graph_evidence,
     layout_evidence,
-    load_reference,
-    require_memory,
     text_facts,
     weights_evidence,
 )
 from fmedge_converters.export_options import LONGEST_DEFAULT, ExportOptions
 from fmedge_converters.layouts import find_layout
 from fmedge_converters.layouts.layout import Finished, Layout
+from fmedge_converters.output_folder import flush, sweep, written_aside
+from fmedge_converters.reference import open_reference, require_memory
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.source import Source, open_source
 from fmedge_converters.targets import find_scheme, find_target
@@ -75,6 +71,7 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
     target = find_target(options.target)
     scheme = find_scheme(target, options.quantize)
     layout = find_layout(target, options.layout)
+    sweep(options.output)
     _check_output(options)
     source = open_source(options.source, options.revision, adapter=options.adapter, allow_pickle=options.allow_pickle)
     parameters = _parameters(source)
@@ -82,13 +79,13 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
     _check_block_size(scheme, options)
     _check_disk(options.output, parameters, scheme.bits)
     if options.verify == "full":
-        require_memory(parameters, scheme.bits)
+        require_memory(source, parameters, scheme.bits)
     evaluation_text = _evaluation_text(options.text)
     evidence: list[Evidence] = []
     if options.verify != "none":
         evidence.append(graph_evidence(source.config, progress))
         _judge(evidence[-1], options)
-    with _aside(options) as folder:
+    with written_aside(options.output) as folder:
         tokenizer = write_tokenizer(source.tokenizer_folder, folder, source.tokenizer_gguf)
         if layout is not None and tokenizer is not None:
             layout.check_tokenizer(folder / tokenizer.tokenizer)
@@ -102,13 +99,12 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
         if options.verify == "full":
             seconds = estimate_seconds(parameters)
             progress(f"comparing with PyTorch (about {seconds:.0f} s; --verify graph skips it)", 0, 0)
-            reference = load_reference(source)
-            session = OnnxRuntimeSession(built.written.graph, "cpu", None)
             prompts, text = _evaluation_tokens(evaluation_text, folder, facts)
             precision = (facts.cache_dtype, scheme.name)
-            note = "" if source.loads_by_itself else " on weights as fmedge reads them"
-            full = full_evidence(Decoder(session, facts), reference, prompts, text, precision, progress, note)
-            session.close()
+            with open_reference(source, parameters, context) as reference:
+                session = OnnxRuntimeSession(built.written.graph, "cpu", None)
+                full = full_evidence(Decoder(session, facts), reference, prompts, text, precision, progress)
+                session.close()
             evidence.append(full.evidence)
             goldens = full.goldens
             _judge(full.evidence, options)
@@ -138,10 +134,10 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
             evidence=tuple(evidence),
             golden=goldens,
             forced=not all(item.passed for item in evidence),
-            files=list_files(folder),
+            files=list_files(folder, {built.written.data: built.written.data_sha256}),
             made_by=_made_by(),
         )
-        _flush(folder)
+        flush(folder)
         # Last, so that a folder with a manifest is whole.
         write_manifest(folder, manifest)
     return open_bundle(options.output, checksums=False)
@@ -202,56 +198,6 @@ def _judge(evidence: Evidence, options: ExportOptions) -> None:
         f"the export does not compute what its source computes, so nothing was written ({evidence.name}: "
         f"{evidence.what}: {figures}); --force writes it all the same and records that in the manifest."
     )
-
-
-@contextmanager
-def _aside(options: ExportOptions) -> Iterator[Path]:
-    """A temporary sibling of the output that takes its place at the end, or disappears."""
-    output = options.output.absolute()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise ExportError(f"cannot write to {output.parent}: {error.strerror}.") from error
-    try:
-        yield folder
-        folder.chmod(0o777 & ~_umask())
-        _replace(folder, output)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ExportError(f"no space is left on the disk of {output.parent}; nothing was written.") from error
-        raise ExportError(f"writing to {output.parent} failed: {error}; nothing was written.") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _flush(folder: Path) -> None:
-    """Wait until the disk holds every file."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _replace(folder: Path, output: Path) -> None:
-    if not output.exists():
-        folder.rename(output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
-    output.rename(old / output.name)
-    try:
-        folder.rename(output)
-    except BaseException:
-        (old / output.name).rename(output)
-        old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _lay_out(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from fmedge_converters.streamed_tensor import StreamedTensor
 from fmedge_converters.weight import Array, Weight, weight_from_array
 
 MICROSOFT = "com.microsoft"
@@ -47,15 +46,6 @@ class DecoderGraph:
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
         self.graph.register_initializer(value)
         self.weights[name] = weight
-        return value
-
-    def add_streamed(self, tensor: StreamedTensor) -> ir.Value:
-        """Register a tensor that is made while it is written (once: the same name gives the same initializer)."""
-        name = str(tensor.name)
-        if name in self.graph.initializers:
-            return self.graph.initializers[name]
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-        self.graph.register_initializer(value)
         return value
 
     def add_constant(self, name: str, array: Array) -> ir.Value:

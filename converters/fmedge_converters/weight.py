@@ -7,7 +7,10 @@ weights out of old ones without reading anything, so the memory of an export is 
 from __future__ import annotations
 
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +20,12 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Read = Callable[[int, int], Array]
 
-CHUNK_BYTES = 64 << 20
-"""What a reader of row blocks holds at once, in bytes of the weight's dtype."""
+CHUNK_BYTES = 4 << 20
+"""What a reader of row blocks holds at once, in bytes of the weight's dtype; few enough for a processor's caches."""
+ACROSS_BYTES = 256 << 20
+"""The same for weights of which any row costs all rows of another one."""
+WORKERS = min(8, os.cpu_count() or 1)
+"""Threads that make blocks side by side."""
 
 RUNS = 16
 """As many runs of neighbouring rows are read one by one."""
@@ -58,8 +65,20 @@ class Weight:
     read: Read
     packed: PackedMatrix | None = None
     """The same matrix quantized, when the checkpoint has it so; what `read` returns is its exact dequantization."""
-    whole: bool = False
-    """A part costs as much to read as all of it: `blocks` gives it in one."""
+    step: int | None = None
+    """Rows to read at once, for weights whose rows take more to read than their own size."""
+    original: Read | None = None
+    """The `read` of the weight whose bytes these are under another shape."""
+
+    @property
+    def identity(self) -> Read:
+        """Weights of equal identity hold the same bytes in the same order."""
+        return self.original or self.read
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a block."""
+        return self.step or max(1, CHUNK_BYTES // max(1, self.nbytes // max(1, self.rows)))
 
     @property
     def rows(self) -> int:
@@ -75,12 +94,28 @@ class Weight:
         """The whole tensor."""
         return self.read(0, self.rows)
 
-    def blocks(self) -> Iterator[Array]:
-        """The tensor in order, as blocks of rows of about CHUNK_BYTES."""
-        row_bytes = max(1, self.nbytes // max(1, self.rows))
-        step = max(1, self.rows if self.whole else CHUNK_BYTES // row_bytes)
-        for start in range(0, self.rows, step):
-            yield self.read(start, min(start + step, self.rows))
+    def ranges(self) -> list[tuple[int, int]]:
+        """The rows of each block, start and stop: `rows_at_once` of them, in order."""
+        step = self.rows_at_once
+        return [(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
+
+    def blocks(self, workers: int = 1) -> Iterator[Array]:
+        """The tensor in order, block by block; while one is used, others are read by so many threads."""
+        ranges = self.ranges()
+        if workers == 1 or self.rows_at_once * self.nbytes > CHUNK_BYTES * self.rows:
+            yield from (self.read(*rows) for rows in ranges)
+            return
+        waiting: deque[Future[Array]] = deque()
+        pool = ThreadPoolExecutor(workers)
+        try:
+            for rows in ranges:
+                waiting.append(pool.submit(self.read, *rows))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def weight_from_array(array: Array) -> Weight:
@@ -92,9 +127,11 @@ def weight_from_array(array: Array) -> Weight:
 
 def equal(first: Weight, second: Weight) -> bool:
     """Whether two weights hold the same numbers. Reads both, block by block."""
-    return first.shape == second.shape and all(
-        np.array_equal(left, right) for left, right in zip(first.blocks(), second.blocks(), strict=True)
-    )
+    if first.shape != second.shape:
+        return False
+    step = min(first.rows_at_once, second.rows_at_once)
+    ranges = [(start, min(start + step, first.rows)) for start in range(0, first.rows, step)]
+    return all(np.array_equal(first.read(*rows), second.read(*rows)) for rows in ranges)
 
 
 def concatenated(weights: Sequence[Weight], axis: int = 0) -> Weight:
@@ -111,7 +148,7 @@ def concatenated(weights: Sequence[Weight], axis: int = 0) -> Weight:
     packed = _joined(weights, axis) if axis < len(shape) - 1 else None
     if axis == 0:
         read_below = _below([weight.read for weight in weights], [weight.rows for weight in weights])
-        return Weight(shape, first.dtype, read_below, packed)
+        return Weight(shape, first.dtype, read_below, packed, _step(weights))
 
     def read(start: int, stop: int) -> Array:
         result = np.empty((stop - start, *shape[1:]), first.dtype)
@@ -122,7 +159,12 @@ def concatenated(weights: Sequence[Weight], axis: int = 0) -> Weight:
             place = end
         return result
 
-    return Weight(shape, first.dtype, read, packed)
+    return Weight(shape, first.dtype, read, packed, _step(weights))
+
+
+def _step(weights: Sequence[Weight]) -> int | None:
+    """Rows to read at once of what reads the same rows of all of these."""
+    return max((weight.step for weight in weights if weight.step is not None), default=None)
 
 
 def _below(reads: Sequence[Read], rows: Sequence[int]) -> Read:
@@ -215,12 +257,15 @@ def permuted(weight: Weight, axes: Sequence[int]) -> Weight:
         place = list(axes).index(0)
         asked = (*(slice(None),) * first, slice(start, stop))
         row = 0
-        for block in weight.blocks():
+        for block in weight.blocks(WORKERS):
             result[(*(slice(None),) * place, slice(row, row + len(block)))] = block[asked].transpose(axes)
             row += len(block)
         return result
 
-    return Weight(shape, weight.dtype, read_rows if first == 0 else read_across)
+    if first == 0:
+        return Weight(shape, weight.dtype, read_rows, step=weight.step)
+    row_bytes = weight.nbytes // max(1, shape[0])
+    return Weight(shape, weight.dtype, read_across, step=max(1, ACROSS_BYTES // max(1, row_bytes)))
 
 
 def transposed(weight: Weight) -> Weight:
@@ -247,7 +292,9 @@ def reshaped(weight: Weight, shape: Sequence[int]) -> Weight:
         offset = first // old_row * old_row
         return flat[first - offset : last - offset].reshape(wanted)
 
-    return Weight(shape, weight.dtype, read, weight.packed if shape[-1:] == weight.shape[-1:] else None)
+    packed = weight.packed if shape[-1:] == weight.shape[-1:] else None
+    step = None if weight.step is None else max(1, weight.step * old_row // max(1, new_row))
+    return Weight(shape, weight.dtype, read, packed, step, original=weight.identity)
 
 
 def selected(weight: Weight, axis: int, indices: Array) -> Weight:
@@ -258,12 +305,12 @@ def selected(weight: Weight, axis: int, indices: Array) -> Weight:
         places = np.arange(math.prod(weight.shape[:-1])).reshape(weight.shape[:-1])
         packed = _packed_rows(weight.packed, places.take(indices, axis))
     if axis == 0:
-        return Weight(shape, weight.dtype, _picked(weight.read, indices), packed)
+        return Weight(shape, weight.dtype, _picked(weight.read, indices), packed, weight.step)
 
     def read(start: int, stop: int) -> Array:
         return np.ascontiguousarray(weight.read(start, stop).take(indices, axis))
 
-    return Weight(shape, weight.dtype, read, packed)
+    return Weight(shape, weight.dtype, read, packed, weight.step)
 
 
 def _picked(read: Read, indices: Array) -> Read:
@@ -300,4 +347,4 @@ def mapped(
     def read(start: int, stop: int) -> Array:
         return function(*(weight.read(start, stop) for weight in weights))
 
-    return Weight(first.shape, first.dtype if dtype is None else dtype, read)
+    return Weight(first.shape, first.dtype if dtype is None else dtype, read, step=_step(weights))

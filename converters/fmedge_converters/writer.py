@@ -1,23 +1,28 @@
-"""Write a graph and its weights to disk, one tensor at a time.
+"""Write a graph and its weights to disk, block by block.
 
 `model.onnx` holds the graph, `model.onnx.data` the initializers as external data. Weights are read, converted and
-quantized when their turn comes, and equal tensors share their bytes (a head and an embedding that are tied).
+quantized when their turn comes, a block of rows on each processor, while blocks before them are on their way to the
+disk. Equal tensors share their bytes (a head and an embedding that are tied).
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common
 
 from fmedge_converters.graph import DecoderGraph
-from fmedge_converters.streamed_tensor import StreamedTensor
-from fmedge_converters.weight import Array
+from fmedge_converters.weight import WORKERS, Weight, weight_from_array
 
 ALIGNMENT = 64
 """Every tensor starts at a multiple of this, which suits vector loads on a mapped file."""
@@ -32,6 +37,7 @@ class WrittenGraph:
     graph: Path
     data: Path
     weight_bytes: int
+    data_sha256: str
 
 
 def write_graph(graph: DecoderGraph, folder: Path, stem: str, progress: Callable[[int, int], None]) -> WrittenGraph:
@@ -43,8 +49,13 @@ def write_graph(graph: DecoderGraph, folder: Path, stem: str, progress: Callable
     initializers = list(graph.graph.initializers.values())
     total = sum(value.const_value.nbytes for value in initializers if value.const_value is not None)
     done = 0
-    written: dict[tuple[int, bytes], int] = {}
-    with data_path.open("wb") as file:
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    with _data_file(data_path) as data:
         for value in initializers:
             tensor = value.const_value
             if tensor is None:
@@ -52,39 +63,78 @@ def write_graph(graph: DecoderGraph, folder: Path, stem: str, progress: Callable
             if tensor.nbytes <= INLINE_BYTES:
                 value.const_value = ir.tensor(np.asarray(tensor.numpy(), order="C"), name=value.name)
                 continue
-            before = file.tell()
-            file.write(b"\0" * (-before % ALIGNMENT))
-            start, digest = file.tell(), hashlib.sha256()
-            for piece in _pieces(tensor):
-                content = np.ascontiguousarray(piece).reshape(-1).data.cast("B")
-                digest.update(content)
-                file.write(content)
-                done += len(content)
-                progress(done, total)
-                del piece, content
-            length = file.tell() - start
-            offset = written.setdefault((length, digest.digest()), start)
-            if offset != start:
-                file.seek(before)
-                file.truncate()
+            weight = graph.weight(value) or weight_from_array(np.ascontiguousarray(tensor.numpy()))
             value.const_value = ir.ExternalTensor(
                 data_path.name,
-                offset,
-                length,
+                data.place(weight, advance),
+                weight.nbytes,
                 tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()),
+                shape=ir.Shape(weight.shape),
                 name=str(value.name),
                 base_dir=folder,
             )
-        size = file.tell()
     # Traces carry the exporter's file names and line numbers, which are nobody's business on the device.
     common.ClearMetadataAndDocStringPass()(graph.model)
     graph_path.write_bytes(ir.to_proto(graph.model).SerializeToString())
-    return WrittenGraph(graph_path, data_path, size)
+    return WrittenGraph(graph_path, data_path, data.size, data.digest.hexdigest())
 
 
-def _pieces(tensor: ir.TensorProtocol) -> Iterator[Array]:
-    if isinstance(tensor, StreamedTensor):
-        yield from tensor.pieces()
-    else:
-        yield tensor.numpy()
+class _DataFile:
+    """A file that grows by tensors."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.size = 0
+        self.digest = hashlib.sha256()
+        self._file = file
+        self._offsets: dict[object, int] = {}
+
+    def place(self, weight: Weight, advance: Callable[[int], None]) -> int:
+        """The offset of a weight's bytes, which are written unless they are there already; `advance` counts them."""
+        if weight.identity in self._offsets:
+            advance(weight.nbytes)
+            return self._offsets[weight.identity]
+        contents = _contents(weight)
+        first = next(contents)
+        # Two tensors that begin alike are compared before one is left out.
+        beginning = (weight.nbytes, hashlib.sha256(first).digest())
+        offset = self._offsets.get(beginning)
+        if offset is not None and self._holds(weight, offset):
+            advance(weight.nbytes)
+        else:
+            self._append(b"\0" * (-self.size % ALIGNMENT))
+            offset = self.size
+            for content in chain([first], contents):
+                self._append(content)
+                advance(len(content))
+        self._offsets[weight.identity] = self._offsets[beginning] = offset
+        return offset
+
+    def _append(self, content: bytes | memoryview) -> None:
+        self._file.write(content)
+        self.digest.update(content)
+        self.size += len(content)
+
+    def _holds(self, weight: Weight, offset: int) -> bool:
+        """Whether the file has a weight's bytes at an offset."""
+        self._file.seek(offset)
+        try:
+            return all(self._file.read(len(content)) == content for content in _contents(weight))
+        finally:
+            self._file.seek(0, os.SEEK_END)
+
+
+@contextmanager
+def _data_file(path: Path) -> Iterator[_DataFile]:
+    threads = torch.get_num_threads()
+    # Blocks side by side instead of operations in pieces, whose threads would wait for each other.
+    torch.set_num_threads(1)
+    try:
+        with path.open("w+b") as file:
+            yield _DataFile(file)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _contents(weight: Weight) -> Iterator[memoryview]:
+    """The bytes of a weight, block by block."""
+    return (np.ascontiguousarray(block).reshape(-1).view(np.uint8).data for block in weight.blocks(WORKERS))

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -309,10 +310,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
 
 
-def list_files(folder: Path) -> dict[str, FileFacts]:
-    """Size and checksum of every file below a folder, but the manifest."""
+def list_files(folder: Path, known: Mapping[Path, str] = MappingProxyType({})) -> dict[str, FileFacts]:
+    """Size and checksum of every file below a folder, but the manifest; `known` are checksums that need not be made."""
     return {
-        path.relative_to(folder).as_posix(): FileFacts(bytes=path.stat().st_size, sha256=sha256_of(path))
+        path.relative_to(folder).as_posix(): FileFacts(
+            bytes=path.stat().st_size, sha256=known.get(path) or sha256_of(path)
+        )
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }

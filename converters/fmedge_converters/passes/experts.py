@@ -69,7 +69,7 @@ def _of_expert(weight: Weight, expert: int) -> Weight:
         weight.dtype,
         lambda start, stop: weight.read(expert, expert + 1)[0][start:stop],
         selected(weight, 0, np.array([expert])).packed,
-        whole=True,
+        step=weight.shape[1],
     )
 
 

@@ -6,8 +6,6 @@ with one scale, so rows of a batch influence each other's rounding; docs/quantiz
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -16,7 +14,7 @@ from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
 from fmedge_converters.schemes.qmoe import qmoe
 from fmedge_converters.schemes.scheme import Embedding, Scheme
-from fmedge_converters.weight import Array, Weight
+from fmedge_converters.weight import Array, Weight, transposed
 
 
 def quantize_rows(rows: Array) -> tuple[Array, Array]:
@@ -28,43 +26,40 @@ def quantize_rows(rows: Array) -> tuple[Array, Array]:
     return codes.numpy(), scales.numpy()
 
 
-class QuantizedColumns:
-    """Codes [K, N] and scales [N] of one weight [N, K], made together when the first of them is read."""
+class QuantizedRows:
+    """Codes and scales of the rows of one weight [N, K]; the scales of rows whose codes were read are kept until they
+    are read."""
 
     def __init__(self, weight: Weight) -> None:
-        self.weight = weight
-        self._made: dict[str, Array] = {}
+        self._weight = weight
+        self._kept: dict[tuple[int, int], Array] = {}
 
-    def read(self, part: str) -> ir.TensorProtocol:
-        """The "codes" or the "scales", each handed out once."""
-        if part not in self._made:
-            pieces = [quantize_rows(rows) for rows in self.weight.blocks()]
-            codes = np.concatenate([codes for codes, _ in pieces])  # [N, K]
-            self._made["codes"] = np.ascontiguousarray(codes.T)  # [K, N]
-            self._made["scales"] = np.concatenate([scales for _, scales in pieces])  # [N]
-        return ir.tensor(self._made.pop(part))
+    @property
+    def codes(self) -> Weight:
+        """Codes int8 [N, K]."""
+        return Weight(self._weight.shape, np.dtype(np.int8), self._codes, step=self._weight.rows_at_once)
+
+    @property
+    def scales(self) -> Weight:
+        """Scales [N]."""
+        step = self._weight.rows_at_once
+        return Weight(self._weight.shape[:1], np.dtype(np.float32), self._scales, step=step)
+
+    def _codes(self, start: int, stop: int) -> Array:
+        codes, self._kept[start, stop] = quantize_rows(self._weight.read(start, stop))
+        return codes
+
+    def _scales(self, start: int, stop: int) -> Array:
+        if (start, stop) not in self._kept:
+            self._codes(start, stop)
+        return self._kept.pop((start, stop))
 
 
 def _add_quantized(graph: DecoderGraph, name: str, weight: Weight) -> tuple[ir.Value, ir.Value]:
-    existing = [graph.graph.initializers.get(f"{name}.int8.{part}") for part in ("codes", "scales")]
-    if existing[0] is not None and existing[1] is not None:
-        return existing[0], existing[1]
-    columns = QuantizedColumns(weight)
-    values = []
-    for part, shape, dtype in (
-        ("codes", weight.shape[::-1], ir.DataType.INT8),
-        ("scales", weight.shape[:1], ir.DataType.FLOAT),
-    ):
-        tensor = ir.LazyTensor(
-            functools.partial(columns.read, part),
-            dtype=dtype,
-            shape=ir.Shape(shape),
-            name=f"{name}.int8.{part}",
-        )
-        value = ir.Value(name=tensor.name, type=ir.TensorType(dtype), shape=tensor.shape, const_value=tensor)
-        graph.graph.register_initializer(value)
-        values.append(value)
-    return values[0], values[1]
+    """Initializers for codes [K, N] and scales [N]."""
+    rows = QuantizedRows(weight)
+    codes = graph.add_weight(f"{name}.int8.codes", transposed(rows.codes))
+    return codes, graph.add_weight(f"{name}.int8.scales", rows.scales)
 
 
 def spell_linear(graph: DecoderGraph, linear: Linear, *, is_head: bool, block_size: int) -> None:
@@ -97,26 +92,10 @@ def spell_embedding(graph: DecoderGraph, embedding: Embedding, *, tied: bool, bl
 
 def _gather_rows(graph: DecoderGraph, embedding: Embedding, weight: Weight) -> None:
     """Rows of int8 codes [V, E] times their scales."""
-    name = str(embedding.weight.name)
-    columns = QuantizedColumns(weight)
-    codes_tensor = ir.LazyTensor(
-        lambda: ir.tensor(np.ascontiguousarray(columns.read("codes").numpy().T)),
-        dtype=ir.DataType.INT8,
-        shape=ir.Shape(weight.shape),
-        name=f"{name}.rows.int8.codes",
-    )
-    scales_tensor = ir.LazyTensor(
-        functools.partial(columns.read, "scales"),
-        dtype=ir.DataType.FLOAT,
-        shape=ir.Shape(weight.shape[:1]),
-        name=f"{name}.rows.int8.scales",
-    )
-    codes, scales = (
-        ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-        for tensor in (codes_tensor, scales_tensor)
-    )
-    graph.graph.register_initializer(codes)
-    graph.graph.register_initializer(scales)
+    name = f"{embedding.weight.name}.rows.int8"
+    quantized = QuantizedRows(weight)
+    codes = graph.add_weight(f"{name}.codes", quantized.codes)
+    scales = graph.add_weight(f"{name}.scales", quantized.scales)
     like = (ir.DataType.INT8, embedding.output.shape)
     (rows,) = graph.insert(embedding.node, "Gather", (codes, embedding.ids), [like], {"axis": 0})
     _scale(graph, embedding, rows, scales)

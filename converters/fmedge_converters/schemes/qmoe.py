@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -22,41 +21,10 @@ from fmedge_converters.passes.expert_activation import Activation, activation_be
 from fmedge_converters.passes.mixture import ExpertLinear, Mixture, expert_linear
 from fmedge_converters.passes.sign import never_negative
 from fmedge_converters.schemes.scheme import SpellMixture
-from fmedge_converters.schemes.weight_only import BLOCK_SIZE, quantize_blocks
-from fmedge_converters.streamed_tensor import StreamedTensor
+from fmedge_converters.schemes.weight_only import BLOCK_SIZE, QuantizedMatrix, joined_blocks
 from fmedge_converters.weight import Array, PackedMatrix, Read, Weight, selected
 
 SMALLEST_BLOCK = 16
-
-
-class QuantizedExperts:
-    """Codes and scales of the matrices [E, N, K], made a few experts at a time.
-
-    The scales are kept while the codes are handed out, because both come from one reading of the weight.
-    """
-
-    def __init__(self, weight: Weight, bits: int, block_size: int) -> None:
-        self.weight = weight
-        self.bits = bits
-        self.block_size = block_size
-        self._scales: list[Array] = []
-
-    def codes(self) -> Iterator[Array]:
-        """The codes [E, N, K * bits / 8] in pieces of axis 0."""
-        self._scales.clear()
-        for block in self.weight.blocks():
-            experts, rows, size = block.shape
-            codes, scales = quantize_blocks(block.reshape(-1, size), self.bits, self.block_size)
-            self._scales.append(scales.reshape(experts, rows, -1).astype(self.weight.dtype))
-            yield codes.reshape(experts, rows, -1)
-
-    def scales(self) -> Iterator[Array]:
-        """The scales [E, N, K / block_size] in pieces of axis 0, each handed out once."""
-        if not self._scales:
-            for _ in self.codes():
-                pass
-        while self._scales:
-            yield self._scales.pop(0)
 
 
 def _kept(up: Weight, down: Weight) -> PackedMatrix | None:
@@ -164,34 +132,32 @@ def _weights(
         weight = selected(weight, 1, order)
         bias = None if bias is None else selected(bias, 1, order)
     experts, rows, size = weight.shape
-    byte, stem, blocks = np.dtype(np.uint8), f"{linear.name}.int{bits}", size // block_size
-    zeros: Callable[[], Iterator[Array]] | None = None
+    stem, blocks, zeros = f"{linear.name}.int{bits}", size // block_size, None
     if weight.packed is None:
-        made = QuantizedExperts(weight, bits, block_size)
-        codes, scales = made.codes, made.scales
+        made = QuantizedMatrix(weight, bits, block_size)
+        codes, scales = joined_blocks(made.codes), made.scales
     else:
-        codes, scales = _by_expert(weight.packed.codes, weight.shape), _by_expert(weight.packed.scales, weight.shape)
-        if weight.packed.zero_points is not None:
-            zeros = _by_expert(weight.packed.zero_points, weight.shape)
-    shape = (experts, rows, size * bits // 8)
-    zeros_shape = (experts, rows, -(-blocks * bits // 8))
+        packed, byte = weight.packed, np.dtype(np.uint8)
+        codes = _by_expert(packed.codes, byte, (experts, rows, size * bits // 8))
+        scales = _by_expert(packed.scales, weight.dtype, (experts, rows, blocks))
+        if packed.zero_points is not None:
+            zeros = _by_expert(packed.zero_points, byte, (experts, rows, -(-blocks * bits // 8)))
     return [
-        graph.add_streamed(StreamedTensor(codes, byte, shape, f"{stem}.codes")),
-        graph.add_streamed(StreamedTensor(scales, weight.dtype, (experts, rows, blocks), f"{stem}.scales")),
+        graph.add_weight(f"{stem}.codes", codes),
+        graph.add_weight(f"{stem}.scales", scales),
         None if bias is None else graph.add_weight(f"{linear.name}.bias", bias),
-        None if zeros is None else graph.add_streamed(StreamedTensor(zeros, byte, zeros_shape, f"{stem}.zero_points")),
+        None if zeros is None else graph.add_weight(f"{stem}.zero_points", zeros),
     ]
 
 
-def _by_expert(read: Read, shape: tuple[int, ...]) -> Callable[[], Iterator[Array]]:
-    """Packed rows [E * N, ...] as [E, N, row], an expert at a time."""
-    experts, rows = shape[:2]
+def _by_expert(read: Read, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> Weight:
+    """Packed rows [E * N, ...] as [E, N, row]."""
+    rows = shape[1]
 
-    def pieces() -> Iterator[Array]:
-        for expert in range(experts):
-            yield np.ascontiguousarray(read(expert * rows, (expert + 1) * rows)).reshape(1, rows, -1)
+    def read_experts(start: int, stop: int) -> Array:
+        return np.ascontiguousarray(read(start * rows, stop * rows)).reshape(stop - start, *shape[1:])
 
-    return pieces
+    return Weight(shape, dtype, read_experts)
 
 
 def qmoe(bits: int, accuracy_level: int = 0, *, zero_points: bool = False) -> SpellMixture:

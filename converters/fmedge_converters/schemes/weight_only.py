@@ -19,7 +19,7 @@ from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
 from fmedge_converters.schemes.kept_codes import kept_embedding_rows, spell_kept_linear
 from fmedge_converters.schemes.scheme import Embedding, Scheme, SpellMixture
-from fmedge_converters.weight import Array, Weight
+from fmedge_converters.weight import Array, Weight, reshaped
 
 BLOCK_SIZE = 128
 """The default, by measurement: docs/quantization.md."""
@@ -34,65 +34,68 @@ def quantize_blocks(rows: Array, bits: int, block_size: int) -> tuple[Array, Arr
     blocks = -(-size // block_size)
     levels = 1 << (bits - 1)
     values = torch.from_numpy(rows).to(torch.float32)
-    values = torch.nn.functional.pad(values, (0, blocks * block_size - size))
+    if size != blocks * block_size:
+        values = torch.nn.functional.pad(values, (0, blocks * block_size - size))
     values = values.view(count, blocks, block_size)  # [n, blocks, block_size]
-    largest = values.abs().argmax(-1, keepdim=True)
-    scales = values.gather(-1, largest) / -levels  # [n, blocks, 1]
+    # Both extremes by themselves, and int8 before uint8: torch has no fast kernels for aminmax and for float to uint8.
+    lowest, highest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    scales = torch.where(-lowest > highest, lowest, highest) / -levels  # [n, blocks, 1]
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
-    codes = (values * inverse).round_().clamp_(-levels, levels - 1).add_(levels).to(torch.uint8)
+    signed = (values * inverse).round_().clamp_(max=levels - 1).to(torch.int8)
+    codes = signed.view(torch.uint8).add_(levels)  # which wraps around to the positive side
     if bits == 4:
-        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+        pairs = codes.view(torch.int16)  # the even code in the low byte
+        codes = (pairs | (pairs >> 4)).to(torch.uint8)
     return codes.numpy(), scales.squeeze(-1).numpy()
 
 
 class QuantizedMatrix:
-    """Bytes and scales of one matrix, quantized together by blocks of rows when the first of them is read.
+    """Codes and scales of a matrix [N, K], or of matrices [E, N, K], which are read by blocks of axis 0.
 
-    Each is handed out once and then forgotten, so what stays in memory is one quantized matrix at most.
+    The scales of what was read as codes are kept until they are read, so that nothing is quantized twice when all codes
+    are read before the scales.
     """
 
     def __init__(self, weight: Weight, bits: int, block_size: int) -> None:
-        self.weight = weight
-        self.bits = bits
-        self.block_size = block_size
-        self.blocks = -(-weight.shape[1] // block_size)
-        self._made: dict[str, Array] = {}
+        self._weight = weight
+        self._bits = bits
+        self._block_size = block_size
+        self._kept: dict[tuple[int, int], Array] = {}
+        self._blocks = -(-weight.shape[-1] // block_size)
 
-    def read(self, part: str) -> Array:
-        """The "codes" [N, blocks, block_size * bits / 8] or the "scales" [N, blocks]."""
-        if part not in self._made:
-            pieces = [quantize_blocks(rows, self.bits, self.block_size) for rows in self.weight.blocks()]
-            self._made["codes"] = np.concatenate([codes for codes, _ in pieces])
-            self._made["scales"] = np.concatenate([scales for _, scales in pieces]).astype(self.weight.dtype)
-        return self._made.pop(part)
+    @property
+    def codes(self) -> Weight:
+        """Packed bytes [..., N, blocks, block_size * bits / 8]."""
+        shape = (*self._weight.shape[:-1], self._blocks, self._block_size * self._bits // 8)
+        return Weight(shape, np.dtype(np.uint8), self._codes, step=self._weight.rows_at_once)
+
+    @property
+    def scales(self) -> Weight:
+        """Scales [..., N, blocks] in the dtype of the matrix."""
+        shape = (*self._weight.shape[:-1], self._blocks)
+        return Weight(shape, self._weight.dtype, self._scales, step=self._weight.rows_at_once)
+
+    def _codes(self, start: int, stop: int) -> Array:
+        rows = self._weight.read(start, stop)
+        codes, scales = quantize_blocks(rows.reshape(-1, rows.shape[-1]), self._bits, self._block_size)
+        self._kept[start, stop] = scales.astype(self._weight.dtype).reshape(*rows.shape[:-1], -1)
+        return codes.reshape(*rows.shape[:-1], *codes.shape[1:])
+
+    def _scales(self, start: int, stop: int) -> Array:
+        if (start, stop) not in self._kept:
+            self._codes(start, stop)
+        return self._kept.pop((start, stop))
 
 
-def _add_quantized(
-    graph: DecoderGraph, name: str, weight: Weight, bits: int, block_size: int, flat: bool
-) -> tuple[ir.Value, ir.Value]:
-    """Initializers for codes and scales; `flat` joins the blocks of a row, which the embedding's operator wants."""
+def joined_blocks(codes: Weight) -> Weight:
+    """Codes [..., N, blocks, bytes] as [..., N, blocks * bytes]; the bytes are the same."""
+    return reshaped(codes, (*codes.shape[:-2], codes.shape[-2] * codes.shape[-1]))
+
+
+def _add_quantized(graph: DecoderGraph, name: str, weight: Weight, bits: int, block_size: int) -> list[ir.Value]:
+    """Initializers for codes [N, blocks, bytes] and scales."""
     matrix = QuantizedMatrix(weight, bits, block_size)
-    rows, row_bytes = weight.shape[0], block_size * bits // 8
-    codes_shape = (rows, matrix.blocks * row_bytes) if flat else (rows, matrix.blocks, row_bytes)
-    values = []
-    for part, shape, dtype in (
-        ("codes", codes_shape, np.dtype(np.uint8)),
-        ("scales", (rows, matrix.blocks), weight.dtype),
-    ):
-        tensor = ir.LazyTensor(
-            functools.partial(_tensor_of, matrix, part, shape),
-            dtype=ir.DataType.from_numpy(dtype),
-            shape=ir.Shape(shape),
-            name=f"{name}.{part}",
-        )
-        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-        graph.graph.register_initializer(value)
-        values.append(value)
-    return values[0], values[1]
-
-
-def _tensor_of(matrix: QuantizedMatrix, part: str, shape: tuple[int, ...]) -> ir.TensorProtocol:
-    return ir.tensor(matrix.read(part).reshape(shape))
+    return [graph.add_weight(f"{name}.codes", matrix.codes), graph.add_weight(f"{name}.scales", matrix.scales)]
 
 
 def _spell_linear(
@@ -110,7 +113,7 @@ def _spell_linear(
         spell_kept_linear(graph, linear, weight.packed, accuracy_level)
         return
     width = head_bits if is_head else bits
-    codes, scales = _add_quantized(graph, f"{linear.name}.int{width}", weight, width, block_size, flat=False)
+    codes, scales = _add_quantized(graph, f"{linear.name}.int{width}", weight, width, block_size)
     inputs: list[ir.Value | None] = [linear.x, codes, scales]
     if linear.bias is not None:
         inputs += [None, None, linear.bias]
@@ -132,8 +135,8 @@ def _spell_linear(
 
 
 def _spell_embedding(graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int, head_bits: int) -> None:
-    """The same codes as the head's when both are tied: the writer stores equal bytes once."""
-    del tied
+    """The head's codes when both are tied, without their axis of blocks: the writer stores equal bytes once."""
+    del tied  # codes have names: those that the head has made are found
     weight = graph.weights[str(embedding.weight.name)]
     size = weight.shape[1]
     packed = weight.packed if weight.packed is not None and weight.packed.columns is None else None
@@ -153,8 +156,9 @@ def _spell_embedding(graph: DecoderGraph, embedding: Embedding, *, tied: bool, b
 
 def _embedding_rows(graph: DecoderGraph, embedding: Embedding, weight: Weight, bits: int, block_size: int) -> ir.Value:
     """Rows [B, S, E], E padded to whole blocks."""
-    name = f"{embedding.weight.name}.rows.int{bits}"
-    codes, scales = _add_quantized(graph, name, weight, bits, block_size, flat=True)
+    name = f"{embedding.weight.name}.int{bits}"
+    codes, scales = _add_quantized(graph, name, weight, bits, block_size)
+    codes = graph.add_weight(f"{name}.rows", joined_blocks(graph.weights[str(codes.name)]))
     padded = -(-weight.shape[1] // block_size) * block_size
     (rows,) = graph.insert(
         embedding.node,

@@ -1,0 +1,58 @@
+"""Lookups and products with a matrix that is read piece by piece, for parameters on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from fmedge_converters.weight import Weight
+
+
+class Pieces(TorchFunctionMode):
+    """While it is active, `embedding` and `linear` with one of these parameters, known by their ids, read it."""
+
+    def __init__(self, weights: Mapping[int, Weight]) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - the result of any torch function
+        del types
+        if func is torch.nn.functional.embedding:
+            return self._embedding(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear:
+            return self._linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _embedding(self, ids: torch.Tensor, table: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401 - torch's options
+        """Rows of a table [V, E] at ids [...]; the options are of training."""
+        weight = self._weight(table)
+        if weight is None:
+            return torch.nn.functional.embedding(ids, table, *args, **kwargs)
+        found = sorted(set(ids.flatten().tolist()))
+        rows = torch.cat([torch.from_numpy(weight.read(row, row + 1)) for row in found])  # [U, E]
+        return rows[torch.searchsorted(torch.tensor(found), ids)]  # [..., E]
+
+    def _linear(self, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Product of x [..., K] and the transpose of a matrix [N, K], plus a bias [N]."""
+        weight = self._weight(matrix)
+        if weight is None:
+            return torch.nn.functional.linear(x, matrix, bias)
+        product = x.new_empty((*x.shape[:-1], weight.shape[0]))  # [..., N]
+        for (start, stop), block in zip(weight.ranges(), weight.blocks(), strict=True):
+            product[..., start:stop] = torch.nn.functional.linear(x, torch.from_numpy(block))
+        if bias is None:
+            return product
+        added = self._weight(bias)
+        return product.add_(bias if added is None else torch.from_numpy(added.array()))
+
+    def _weight(self, parameter: torch.Tensor) -> Weight | None:
+        return self._weights.get(id(parameter)) if parameter.is_meta else None

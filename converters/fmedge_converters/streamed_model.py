@@ -1,0 +1,227 @@
+"""Run a PyTorch model of any size whose weights are never in memory together.
+
+Parameters stay on the meta device; a part of the model gets its weights when it is about to run and loses them when
+another one does. Every pass over the parts reads the whole checkpoint, so all rows share one pass: each row runs the
+model's own forward in a thread that waits in front of every part, and the parts are loaded one after the other. One
+thread runs at a time, each row alone in its batch: the numbers are those of the ordinary model. Embeddings and heads
+of large vocabularies are never loaded: their lookups and products read them piece by piece (pieces.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from fmedge_converters.layers import layer_list
+from fmedge_converters.pieces import Pieces
+from fmedge_converters.weight import Weight
+
+PIECES_BYTES = 256 << 20
+"""In fp32; what is larger, and in no layer, is read in pieces."""
+
+Consume = Callable[[int, torch.Tensor], None]
+"""Takes the number of a row and its logits [S, V], which are gone afterwards."""
+
+
+class StreamedModel:
+    """A model whose parameters are on the meta device, and where to read them."""
+
+    def __init__(self, model: PreTrainedModel, weights: Mapping[str, Weight]) -> None:
+        self._model = model
+        self._weights = weights
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._pieces = {id(value): weights[name] for name, value in model.named_parameters(remove_duplicate=False)}
+        self._parts: list[torch.nn.Module] = []
+        self._divide(parts(model), [*parts(model), *in_pieces(model)])
+
+    def run(self, rows: Sequence[Sequence[int]], consume: Consume) -> None:
+        """Compute the logits of each row. Raises what the model or a reader of weights raises."""
+        try:
+            self._pass(rows, consume)
+        except (NotImplementedError, RuntimeError) as error:
+            layers = _layers(self._model)
+            if "meta" not in str(error) or len(layers) == len(self._parts):
+                raise
+            # Something outside the layers uses the weights of a module without running it, or in ways of its own.
+            self._divide(layers, layers)
+            self._pass(rows, consume)
+
+    def _divide(self, found: list[torch.nn.Module], later: list[torch.nn.Module]) -> None:
+        """Load these parts one by one, and now what is not in a module of `later`."""
+        self._parts = found
+        inside = {id(parameter) for module in later for parameter in module.parameters()}
+        for module in self._model.modules():
+            self._fill(module, inside)
+
+    def _pass(self, rows: Sequence[Sequence[int]], consume: Consume) -> None:
+        workers = [_Worker(self._model, row, Pieces(self._pieces)) for row in rows]
+        hooks = [part.register_forward_pre_hook(self._wait) for part in self._parts]
+        try:
+            self._take_turns(workers, consume)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for worker in workers:
+                worker.end()
+
+    @staticmethod
+    def _wait(part: torch.nn.Module, _args: object) -> None:
+        worker = threading.current_thread()
+        if isinstance(worker, _Worker):
+            worker.wait_for(part)
+
+    def _take_turns(self, workers: Sequence[_Worker], consume: Consume) -> None:
+        order = {part: number for number, part in enumerate(self._parts)}
+        running = list(enumerate(workers))
+        for _, worker in running:
+            worker.proceed()
+        while running:
+            waiting = [worker.part for _, worker in running if worker.part is not None]
+            with self._loaded(min(waiting, key=order.__getitem__)) if waiting else contextlib.nullcontext() as part:
+                for number, worker in list(running):
+                    while worker.part is not None and worker.part is part:
+                        worker.proceed()
+                    if worker.part is None:
+                        consume(number, worker.result())
+                        running.remove((number, worker))
+
+    @contextlib.contextmanager
+    def _loaded(self, part: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """A part while it has its weights."""
+        empty = [item for module in part.modules() for item in self._fill(module, frozenset())]
+        try:
+            yield part
+        finally:
+            for module, name, parameter in empty:
+                module.register_parameter(name, parameter)
+
+    def _fill(
+        self, module: torch.nn.Module, without: Container[int]
+    ) -> list[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
+        """Give a module's own parameters their values, but those with these ids; returns what was there before."""
+        before = []
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.is_meta and id(parameter) not in without:
+                before.append((module, name, parameter))
+                full = f"{self._names[id(module)]}.{name}".removeprefix(".")
+                module.register_parameter(name, _read(self._weights[full]))
+        return before
+
+
+class _Worker(threading.Thread):
+    """The forward pass of one row. It runs only while its owner waits for it, and the other way round."""
+
+    def __init__(self, model: PreTrainedModel, row: Sequence[int], pieces: Pieces) -> None:
+        super().__init__(daemon=True)
+        self.part: torch.nn.Module | None = None
+        """The part in front of which it waits; None once it has ended."""
+        self._model = model
+        self._row = row
+        self._pieces = pieces
+        self._turn = threading.Semaphore(0)
+        self._stopped = threading.Semaphore(0)
+        self._cancelled = False
+        self._logits: torch.Tensor | None = None
+        self._error: BaseException | None = None
+
+    def proceed(self) -> None:
+        """Let it run up to the next part, or to the end. Raises what it raises."""
+        if self.ident is None:
+            self.start()
+        else:
+            self._turn.release()
+        self._stopped.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def result(self) -> torch.Tensor:
+        """The logits [S, V]; once."""
+        if self._logits is None:
+            raise RuntimeError("a row without logits")
+        logits, self._logits = self._logits, None
+        return logits
+
+    def end(self) -> None:
+        """Stop it where it waits."""
+        if self.is_alive():
+            self._cancelled = True
+            self._turn.release()
+            self.join()
+
+    def wait_for(self, part: torch.nn.Module) -> None:
+        """Called by the thread itself in front of a part."""
+        self.part = part
+        self._stopped.release()
+        self._turn.acquire()
+        if self._cancelled:
+            raise _Cancelled
+
+    def run(self) -> None:
+        """The thread."""
+        try:
+            with torch.no_grad(), self._pieces:
+                output: Any = self._model(input_ids=torch.tensor([list(self._row)]), use_cache=False)
+            if output.logits.is_meta:
+                raise RuntimeError("logits on the meta device")
+            self._logits = output.logits[0]
+        except BaseException as error:
+            self._error = error
+        self.part = None
+        self._stopped.release()
+
+
+class _Cancelled(BaseException):
+    """The owner does not need the row any more."""
+
+
+def parts(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """What gets its weights at once, in the order in which it runs: the layers, and every module without children
+    elsewhere (norms, small embeddings and heads). Parameters of other modules stay in memory."""
+    layers = {id(layer) for layer in _layers(model)}
+    leaves = {id(leaf) for leaf in _leaves(model)} - {id(leaf) for leaf in in_pieces(model)}
+    return [module for module in model.modules() if id(module) in layers | leaves]
+
+
+def in_pieces(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Embeddings and heads that are too large to be loaded."""
+    return [leaf for leaf in _leaves(model) if any(_is_large(parameter) for parameter in leaf.parameters())]
+
+
+def _is_large(parameter: torch.nn.Parameter) -> bool:
+    return parameter.dim() == 2 and parameter.numel() * 4 > PIECES_BYTES
+
+
+def _leaves(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The modules with parameters and without children that are in no layer."""
+    inside = {id(module) for layer in _layers(model) for module in layer.modules()}
+    modules = (module for module in model.modules() if id(module) not in inside)
+    return [module for module in modules if not list(module.children()) and list(module.parameters())]
+
+
+def _layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    listed = layer_list(model)
+    return [] if listed is None else list(model.get_submodule(listed).children())
+
+
+def largest_part(model: PreTrainedModel) -> int:
+    """Numbers in the parameters of the part with most of them."""
+    return max((sum(parameter.numel() for parameter in part.parameters()) for part in parts(model)), default=0)
+
+
+def _read(weight: Weight) -> torch.nn.Parameter:
+    """A weight as a parameter, read block by block."""
+    whole = np.empty(weight.shape, weight.dtype)
+    row = 0
+    for block in weight.blocks():
+        if weight.shape:
+            whole[row : row + len(block)] = block
+            row += len(block)
+        else:
+            whole[...] = block
+    return torch.nn.Parameter(torch.from_numpy(whole), requires_grad=False)
