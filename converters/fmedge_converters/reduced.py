@@ -24,6 +24,8 @@ MIN_LAYERS = 2
 WINDOW = 16
 """Shorter than the prompts of the comparison, so that a wrong window shows."""
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+LAYER_COUNTS = ("num_blocks",)
+"""Which configurations have beside num_hidden_layers."""
 MLP_SIZES = (
     "intermediate_size",
     "moe_intermediate_size",
@@ -41,28 +43,40 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "se
 
 
 def reduced_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration with few layers, a small vocabulary and small MLPs."""
+    """The configuration with few layers, a small vocabulary and small MLPs.
+
+    Raises SourceError when transformers cannot build the model.
+    """
+    layers = text_config(config).num_hidden_layers
+    keep = _layers_to_keep(config, layers)
+    while True:
+        small = _with_layers(config, layers, keep)
+        try:
+            empty_model(small, torch.float32)
+        except SourceError:
+            # Some layers need another of their kind: they share its weights.
+            if keep >= layers:
+                raise
+            keep += 1
+        else:
+            return small
+
+
+def _with_layers(config: PretrainedConfig, layers: int, keep: int) -> PretrainedConfig:
     small = copy.deepcopy(config)
     text = text_config(small)
-    layers = text.num_hidden_layers
-    keep = _layers_to_keep(config, layers)
     for name, value in list(vars(text).items()):
         if isinstance(value, list | tuple) and len(value) == layers and not name.startswith("_"):
             setattr(text, name, type(value)(value[:keep]))
     text.num_hidden_layers = keep
-    for name in WINDOWS:
-        size = getattr(text, name, None)
-        if isinstance(size, int) and size > WINDOW:
-            setattr(text, name, WINDOW)
-    for name in MLP_SIZES:
-        size = getattr(text, name, None)
-        if isinstance(size, int) and size > MLP:
-            setattr(text, name, MLP)
-    few = _experts_to_keep(text)
-    for name in EXPERT_COUNTS:
-        size = getattr(text, name, None)
-        if isinstance(size, int) and size > few:
-            setattr(text, name, few)
+    for name in LAYER_COUNTS:
+        if getattr(text, name, None) == layers:
+            setattr(text, name, keep)
+    for names, limit in ((WINDOWS, WINDOW), (MLP_SIZES, MLP), (EXPERT_COUNTS, _experts_to_keep(text))):
+        for name in names:
+            size = getattr(text, name, None)
+            if isinstance(size, int) and size > limit:
+                setattr(text, name, limit)
     text.vocab_size = min(text.vocab_size, VOCABULARY)
     for holder in (small, text):
         for name in TOKEN_IDS:
