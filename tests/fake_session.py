@@ -25,11 +25,11 @@ from fmedge_runtimes.bundle import (
     CacheFacts,
     FileFacts,
     GraphFacts,
-    Manifest,
     SamplingFacts,
     SourceFacts,
     StateFacts,
     TextFacts,
+    TextManifest,
     sha256_of,
 )
 from fmedge_runtimes.errors import BackendError
@@ -415,7 +415,7 @@ def make_bundle(folder, *, tokenizer=True, chat_template=None, layers: Layers = 
         for path in sorted(folder.iterdir())
         if path.name != "fmedge.json"
     }
-    manifest = Manifest(
+    manifest = TextManifest(
         format=FORMAT,
         kind="text",
         source=SourceFacts(id="fake", revision=None, architecture="FakeForCausalLM", licence=None),

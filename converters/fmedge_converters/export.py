@@ -20,11 +20,11 @@ from fmedge_runtimes.bundle import (
     Evidence,
     Golden,
     GraphFacts,
-    Manifest,
     SamplingFacts,
     SourceFacts,
     TensorFacts,
     TextFacts,
+    TextManifest,
     list_files,
     open_bundle,
     write_manifest,
@@ -115,7 +115,7 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
             evidence += proofs
             for proof in proofs:
                 _judge(proof, options)
-        manifest = Manifest(
+        manifest = TextManifest(
             format=FORMAT,
             kind="text",
             source=SourceFacts(

@@ -3,7 +3,7 @@
 `fmedge.json` is the manifest; docs/bundle.md describes it and docs/bundle.schema.json is its JSON Schema, made from the
 classes below. Unknown keys are errors: a bundle is read by a version that understands all of it, or not at all.
 
-    bundle = open_bundle(Path("out/bundle"))
+    bundle = open_bundle(Path("out/bundle"))  # or open_image_bundle
     bundle.manifest.text.context
 """
 
@@ -17,12 +17,14 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fmedge_runtimes.errors import BundleDamagedError, BundleError, BundleFormatError
 
 FORMAT: Literal[1] = 1
 MANIFEST = "fmedge.json"
+MODEL_INDEX = "model_index.json"
+"""Of an image bundle: the pipeline's class and its parts, as diffusers writes it."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
@@ -123,10 +125,46 @@ class TextFacts(_Record):
     sampling: SamplingFacts
 
 
-class Evidence(_Record):
-    """One comparison of the bundle with its source; `weights`: which of a quantized source's codes it has."""
+class ImageFacts(_Record):
+    """What the image runtime needs to know of a pipeline, beside the files that diffusers' own layout has.
 
-    name: Literal["weights", "graph", "full", "layout"]
+    Sizes of latents, scaling factors and the like are read from each part's config.json, the trajectory from
+    scheduler/scheduler_config.json, as diffusers does.
+    """
+
+    pipeline: str
+    """The class in model_index.json, which says how the parts work together."""
+    height: Positive
+    """In pixels, when a request names no size."""
+    width: Positive
+    steps: Positive
+    """When a request names none: what the authors recommend, else the pipeline's own default."""
+    guidance: float
+
+
+class ImageGolden(_Record):
+    """An image that every runtime of this bundle must reproduce, within a tolerance."""
+
+    prompt: str
+    seed: Count
+    steps: Positive
+    guidance: float
+    height: Positive
+    width: Positive
+    file: str
+    """PNG of what came out where the bundle was made."""
+    tolerance: float
+    """Largest mean absolute difference of a pixel's channel, in levels of 0 to 255."""
+
+
+class Evidence(_Record):
+    """One comparison of the bundle with its source.
+
+    Text: `weights` (which of a quantized source's codes it has), `graph`, `full`, `layout`. Images: `parts` (each graph
+    against its module), `image` (the pipeline's images against the source's).
+    """
+
+    name: Literal["weights", "graph", "full", "layout", "parts", "image"]
     what: str
     passed: bool
     figures: dict[str, float | int | str | bool]
@@ -156,30 +194,48 @@ class FileFacts(_Record):
 
 
 class Manifest(_Record):
-    """The content of fmedge.json."""
+    """What fmedge.json says of any bundle."""
 
     format: Literal[1]
-    kind: Literal["text"]
     source: SourceFacts
     target: str
     precision: str
     block_size: Positive | None
     graphs: dict[str, GraphFacts]
-    text: TextFacts
     evidence: tuple[Evidence, ...]
-    golden: tuple[Golden, ...]
     forced: bool
     """True if the bundle was written although the evidence spoke against it."""
     files: dict[str, FileFacts]
     made_by: dict[str, str]
 
 
+class TextManifest(Manifest):
+    """The content of fmedge.json for a decoder."""
+
+    kind: Literal["text"]
+    text: TextFacts
+    golden: tuple[Golden, ...]
+
+
+class ImageManifest(Manifest):
+    """The content of fmedge.json for a text-to-image pipeline."""
+
+    kind: Literal["image"]
+    image: ImageFacts
+    golden: tuple[ImageGolden, ...]
+
+
+AnyManifest = Annotated[TextManifest | ImageManifest, Field(discriminator="kind")]
+MANIFESTS: TypeAdapter[TextManifest | ImageManifest] = TypeAdapter(AnyManifest)
+"""Reads either kind, and gives the JSON Schema of both."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An opened bundle: its folder and what the manifest says."""
+    """An opened text bundle: its folder and what the manifest says."""
 
     folder: Path
-    manifest: Manifest
+    manifest: TextManifest
     exporter: str | None = None
     """Who wrote the folder, if it was not fmedge: it has no manifest of its own then, no checksums and no evidence."""
 
@@ -215,17 +271,51 @@ class Bundle:
         return str(found)
 
 
-def open_bundle(folder: Path, *, checksums: bool = True) -> Bundle:
+@dataclass(frozen=True, slots=True)
+class ImageBundle:
+    """An opened image bundle: its folder and what the manifest says."""
+
+    folder: Path
+    manifest: ImageManifest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(facts.bytes for facts in self.manifest.files.values())
+
+    def file(self, name: str) -> Path:
+        """The path of one of the bundle's files."""
+        return self.folder / name
+
+
+def open_any_bundle(folder: Path, *, checksums: bool = True) -> Bundle | ImageBundle:
     """Read the manifest and check the files: their sizes always, their SHA-256 if `checksums`.
 
     Raises BundleError (no bundle), BundleFormatError (manifest), BundleDamagedError (files).
     """
-    bundle = Bundle(folder, read_manifest(folder))
+    manifest = read_manifest(folder)
+    bundle = Bundle(folder, manifest) if isinstance(manifest, TextManifest) else ImageBundle(folder, manifest)
     check_files(bundle, checksums=checksums)
     return bundle
 
 
-def read_manifest(folder: Path) -> Manifest:
+def open_bundle(folder: Path, *, checksums: bool = True) -> Bundle:
+    """A text bundle, opened as open_any_bundle does. Raises BundleError for an image bundle, too."""
+    bundle = open_any_bundle(folder, checksums=checksums)
+    if not isinstance(bundle, Bundle):
+        raise BundleError(f"{folder} makes images, not text; give a text bundle.")
+    return bundle
+
+
+def open_image_bundle(folder: Path, *, checksums: bool = True) -> ImageBundle:
+    """An image bundle, opened as open_any_bundle does. Raises BundleError for a text bundle, too."""
+    bundle = open_any_bundle(folder, checksums=checksums)
+    if not isinstance(bundle, ImageBundle):
+        raise BundleError(f"{folder} writes text, it makes no images; give an image bundle.")
+    return bundle
+
+
+def read_manifest(folder: Path) -> TextManifest | ImageManifest:
     """Read and validate fmedge.json."""
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -244,7 +334,7 @@ def read_manifest(folder: Path) -> Manifest:
     if isinstance(found, int) and found > FORMAT:
         raise BundleFormatError(f"{path} has format {found}, this fmedge reads up to {FORMAT}; update fmedge.")
     try:
-        manifest = Manifest.model_validate_json(json.dumps(raw))
+        manifest = MANIFESTS.validate_json(json.dumps(raw))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the manifest"
@@ -256,9 +346,12 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _check_names(path: Path, manifest: Manifest) -> None:
+def _check_names(path: Path, manifest: TextManifest | ImageManifest) -> None:
     named = [graph.file for graph in manifest.graphs.values()]
-    named += [name for name in (manifest.text.tokenizer, manifest.text.chat_template) if name is not None]
+    if isinstance(manifest, TextManifest):
+        named += [name for name in (manifest.text.tokenizer, manifest.text.chat_template) if name is not None]
+    else:
+        named += [MODEL_INDEX, *(golden.file for golden in manifest.golden)]
     for name in (*manifest.files, *named):
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or "\\" in name or ".." in parts or ":" in name:
@@ -268,11 +361,13 @@ def _check_names(path: Path, manifest: Manifest) -> None:
     for name in named:
         if name not in manifest.files:
             raise BundleFormatError(f"{path}: {name} is used but not listed under files; export the bundle again.")
-    if "decoder" not in manifest.graphs:
+    if isinstance(manifest, TextManifest) and "decoder" not in manifest.graphs:
         raise BundleFormatError(f"{path}: a text bundle needs a graph named decoder; export the bundle again.")
 
 
-def check_files(bundle: Bundle, *, checksums: bool, progress: Callable[[int, int], None] | None = None) -> None:
+def check_files(
+    bundle: Bundle | ImageBundle, *, checksums: bool, progress: Callable[[int, int], None] | None = None
+) -> None:
     """Compare the files with the manifest. Raises BundleDamagedError at the first that differs."""
     root = bundle.folder.resolve()
     done = 0
@@ -305,7 +400,7 @@ def sha256_of(path: Path) -> str:
         raise BundleError(f"cannot read {path}: {error.strerror}.") from error
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: TextManifest | ImageManifest) -> None:
     """Write fmedge.json."""
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
 

@@ -11,7 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fmedge_runtimes.backends import open_session
-from fmedge_runtimes.bundle import FORMAT, MANIFEST, Bundle, GraphFacts, Manifest, SourceFacts, TensorFacts, TextFacts
+from fmedge_runtimes.bundle import (
+    FORMAT,
+    MANIFEST,
+    Bundle,
+    GraphFacts,
+    SourceFacts,
+    TensorFacts,
+    TextFacts,
+    TextManifest,
+)
 from fmedge_runtimes.errors import BackendError, BundleDamagedError
 from fmedge_runtimes.foreign_check import adapt
 from fmedge_runtimes.foreign_folder import ForeignFolder, chat_template_file, special_tokens
@@ -82,7 +91,7 @@ def _bundle(foreign: ForeignFolder, session: Session, graph: ForeignGraph) -> Bu
         tuple(TensorFacts(name=spec.name, dtype=spec.dtype, shape=spec.shape) for spec in specs)
         for specs in (session.inputs, session.outputs)
     )
-    manifest = Manifest(
+    manifest = TextManifest(
         format=FORMAT,
         kind="text",
         source=SourceFacts(id=str(folder), revision=None, architecture=foreign.architecture, licence=None),

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from fmedge_runtimes.backends import open_session
-from fmedge_runtimes.bundle import Bundle, check_files, read_manifest
+from fmedge_runtimes.bundle import check_files, open_bundle
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import BundleError, ParityError
 from fmedge_runtimes.foreign import find_foreign
@@ -42,7 +42,7 @@ def verify(
             f"{folder} was written by {foreign.exporter} and has neither checksums nor golden continuations, so there "
             "is nothing to verify; `fmedge export` its source, which writes them."
         )
-    bundle = Bundle(folder, read_manifest(folder))
+    bundle = open_bundle(folder, checksums=False)
     check_files(bundle, checksums=True, progress=partial(progress, "checksums"))
     device = device or bundle.manifest.target
     tokens = near_ties = 0
