@@ -45,11 +45,11 @@ def start(seed=11):
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
-def theirs_of(values: dict[str, Any]):
+def theirs_of(values: dict[str, Any], class_name: str | None = None, **fields):
+    """diffusers' scheduler for a config; of another class where one is named, and with other fields."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        kind = getattr(diffusers, values["_class_name"])
-        return kind(**{name: value for name, value in values.items() if not name.startswith("_")})
+        warnings.simplefilter("ignore")  # diffusers under a newer numpy
+        return getattr(diffusers, class_name or values["_class_name"]).from_config(values, **fields)
 
 
 def their_timesteps(scheduler, steps, strength, options):

@@ -32,7 +32,7 @@ class DPMMultistepSettings(ZeroSnrSettings, DPMSettings):
     steps_offset: Count = 0
 
     @model_validator(mode="after")
-    def _one_spacing(self) -> Self:
+    def _lambdas_alone(self) -> Self:
         if self.use_lu_lambdas and (self.respaced or self.use_flow_sigmas):
             raise ValueError(
                 "use_lu_lambdas goes without use_karras_sigmas, use_exponential_sigmas and use_flow_sigmas"

@@ -7,9 +7,9 @@ are implemented. Others are refused when the config is read.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fmedge_runtimes.schedulers.noise_schedule import BetaSchedule, NoiseSchedule
 
@@ -89,6 +89,12 @@ class SigmaSettings(BaseModel):
     use_beta_sigmas: Literal[False] | None = False
     sigma_min: PositiveFloat | None = None
     sigma_max: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _one_spacing(self) -> Self:
+        if self.use_karras_sigmas and self.use_exponential_sigmas:
+            raise ValueError("only one of use_karras_sigmas and use_exponential_sigmas can be used")
+        return self
 
     @property
     def respaced(self) -> bool:
