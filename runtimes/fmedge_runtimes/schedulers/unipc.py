@@ -111,6 +111,8 @@ class UniPC:
         levels, newest = self._levels, self._values[0]
         begin = end - 1
         h = levels.log[end] - levels.log[begin]
+        if h == 0:
+            return start.copy()  # with sigma_min the last interval may be empty
         hh = -h if self._settings.predict_x0 else h
         alpha, sigma = levels.alpha[end], levels.sigma[end]
         if self._settings.predict_x0:
