@@ -170,6 +170,18 @@ def test_lms(fields, quadrature):
         check(with_betas("LMSDiscreteScheduler", fields), steps)
 
 
+def test_lms_starts_an_image_at_order_1():
+    # diffusers takes weights of order 4 for the one slope that is there.
+    lms, euler = (
+        open_scheduler(parse_config(with_betas(name, {})), 10, strength=0.5)
+        for name in ("LMSDiscreteScheduler", "EulerDiscreteScheduler")
+    )
+    output, sample = start(1), start(2)
+    first = lms.step(output, 0, sample, start).sample
+    assert relative(euler.step(output, 0, sample, start).sample, first) <= 1e-6
+    assert relative(euler.step(output, 1, first, start).sample, lms.step(start(3), 1, first, start).sample) > 1e-3
+
+
 LEARNED = [
     ("DDPMScheduler", {"variance_type": "learned"}),
     ("DDPMScheduler", {"variance_type": "learned_range"}),
@@ -292,6 +304,8 @@ def test_random_configs(data):
     if name == "PNDMScheduler":
         values["skip_prk_steps"] = True
     assume(values.get("beta_schedule") != "exp" and not values.get("rescale_betas_zero_snr"))
+    # diffusers mixes up its tables there and stops.
+    assume(not (name.endswith("SinglestepScheduler") and "thresholding" in values and values.get("algorithm_type")))
     try:
         config_of(values)
     except BundleFormatError:
