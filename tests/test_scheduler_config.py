@@ -126,6 +126,13 @@ REFUSED = [
          "solver_type": "heun"},
         "heun diverges",
     ),
+    ({**STABLE_DIFFUSION_XL, "beta_start": 0.0}, "beta_start 0.0 is not supported"),
+    ({**STABLE_DIFFUSION_XL, "trained_betas": []}, "trained_betas"),
+    ({**STABLE_DIFFUSION_XL, "beta_end": float("nan")}, "beta_end nan is not supported"),
+    ({**STABLE_DIFFUSION_XL, "sigma_min": 2.0, "sigma_max": 1.0}, "sigma_min must be below sigma_max"),
+    ({**FLUX, "max_image_seq_len": 256}, "base_image_seq_len must be below"),
+    ({**FLUX, "max_shift": float("inf")}, "max_shift inf is not supported"),
+    ({**STABLE_DIFFUSION_3, "shift_terminal": 1.0}, "shift_terminal 1.0 is not supported"),
     ({**SANA, "use_karras_sigmas": True}, "use_flow_sigmas goes without use_karras_sigmas"),
 ]  # fmt: skip
 
@@ -257,6 +264,16 @@ def test_schedulers_that_do_not_fit_are_refused(values, name, words):
         (STABLE_DIFFUSION_3, {"steps": 2, "mu": 1.0}, "only where the config says use_dynamic_shifting"),
         (FLUX, {"steps": 2}, "needs mu"),
         (FLUX, {"steps": 2, "mu": float("inf")}, "mu is inf"),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "timestep_spacing": "leading"},
+            {"steps": 1000},
+            "need 1001 timesteps",
+        ),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": 99.0, "timestep_spacing": "trailing"},
+            {"steps": 3},
+            "leaves no timesteps",
+        ),
         (SANA, {"steps": 2, "mu": 1.0}, "use_dynamic_shifting"),
         ({"_class_name": "LCMScheduler"}, {"steps": 51}, "51 steps exceed the 50"),
         ({"_class_name": "LCMScheduler"}, {"steps": 26, "respaced": True, "strength": 0.5}, "26 steps exceed the 25"),

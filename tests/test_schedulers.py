@@ -134,6 +134,15 @@ def test_trajectories(values, counts):
         check(values, steps)
 
 
+@pytest.mark.parametrize(
+    "fields", [ORDER_3, {**ORDER_3, **SIGMA_MIN}, {**ORDER_3, **SIGMA_MIN, "lower_order_final": True}]
+)
+@pytest.mark.parametrize("steps", [3, 4, 6, 14, 15, 16])
+def test_orders_at_the_end_depend_on_the_number_of_steps(fields, steps):
+    check(with_betas("DPMSolverSinglestepScheduler", fields), steps)
+    check(with_betas("DPMSolverMultistepScheduler", fields), steps)
+
+
 @pytest.mark.parametrize("fields", [{}, V, {"set_alpha_to_one": True}, {"timestep_spacing": "linspace"}])
 @pytest.mark.parametrize("steps", [4, 5, 20])
 def test_pndm_with_the_warm_up_of_runge_and_kutta(fields, steps):
