@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fmedge_converters.weight import Weight
 
-DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]  # torch's getters have one
+DEVICE = torch.Tensor.device.__get__
 
 
 class NotLoadedError(RuntimeError):
