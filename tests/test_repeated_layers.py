@@ -80,6 +80,14 @@ def content(value: ir.Value) -> bytes | None:
     return None if value.const_value is None else value.const_value.tobytes()
 
 
+def attributes(node: ir.Node) -> dict[str, Any]:
+    """Tensors by their content; the trace gives them names."""
+    return {
+        name: item.value.tobytes() if isinstance(item.value, ir.TensorProtocol) else str(item)
+        for name, item in node.attributes.items()
+    }
+
+
 def same(found: ir.Graph, wanted: ir.Graph, weights: Container[str]) -> None:
     """Node for node: operators, attributes, types and shapes, and operands that correspond. `weights` are told apart
     by their names, other constants by their content; copies share those, where a trace has one for each layer."""
@@ -98,7 +106,7 @@ def same(found: ir.Graph, wanted: ir.Graph, weights: Container[str]) -> None:
             assert value is twin
         elif constant(value):
             assert constant(twin)
-            assert str(value.producer().attributes) == str(twin.producer().attributes)
+            assert attributes(value.producer()) == attributes(twin.producer())
         elif value.is_initializer() and (value not in twins or value.name not in weights):
             assert twin.is_initializer()
             assert (value.dtype, str(value.shape)) == (twin.dtype, str(twin.shape))
