@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import PRXTransformer2DModel
+from diffusers import SD3Transformer2DModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -16,8 +18,8 @@ from fmedge.training.image_presets import ImagePreset
 from fmedge.training.objectives import Objective
 from fmedge.training.pixel_pipeline import PixelDiffusionPipeline
 
-ROTARY_BASE = 100
-"""Of the angles that tell patches their places: there are few patches, so that 10000 would leave most angles unused."""
+CHANNELS = 3
+INDEX = "model_index.json"
 DEFAULT_STEPS = 10
 DEFAULT_GUIDANCE = 1.0
 
@@ -25,7 +27,7 @@ DEFAULT_GUIDANCE = 1.0
 class Denoiser(nn.Module):
     """The two parts that are trained together: from noisy pictures, times and captions to the prediction."""
 
-    def __init__(self, preset: ImagePreset, *, vocabulary: int, start: int, end: int, length: int) -> None:
+    def __init__(self, preset: ImagePreset, *, vocabulary: int, start: int, end: int, length: int, size: int) -> None:
         super().__init__()
         self.text_encoder = CLIPTextModel(
             CLIPTextConfig(
@@ -41,29 +43,41 @@ class Denoiser(nn.Module):
                 pad_token_id=end,
             )
         )
-        head = preset.width // preset.heads
-        self.transformer = PRXTransformer2DModel(
-            in_channels=3,
+        self.transformer = SD3Transformer2DModel(
+            sample_size=size,
             patch_size=preset.patch,
-            context_in_dim=preset.text_width,
-            hidden_size=preset.width,
-            mlp_ratio=preset.mlp_ratio,
-            num_heads=preset.heads,
-            depth=preset.layers,
-            axes_dim=[head // 2, head // 2],
-            theta=ROTARY_BASE,
-            time_factor=1.0,  # The schedulers' own times, 0 to 1000.
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
+            num_layers=preset.layers,
+            attention_head_dim=preset.width // preset.heads,
+            num_attention_heads=preset.heads,
+            joint_attention_dim=preset.text_width,
+            caption_projection_dim=preset.width,
+            pooled_projection_dim=preset.text_width,
+            pos_embed_max_size=size // preset.patch,
         )
-        last = self.transformer.final_layer
-        for layer in (last.linear, last.adaLN_modulation[1]):  # A first prediction of zero, as in DiT (arXiv 2212.09748).
+        for layer in _zero_at_first(self.transformer):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, noisy: torch.Tensor, times: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
         """Predict from noisy pictures [B, 3, S, S], times [B] and caption tokens [B, L]."""
-        embedded = self.text_encoder(input_ids=captions).last_hidden_state  # [B, L, D]
-        prediction: torch.Tensor = self.transformer(noisy, times, embedded, return_dict=False)[0]
+        text = self.text_encoder(input_ids=captions)
+        prediction: torch.Tensor = self.transformer(
+            noisy,
+            encoder_hidden_states=text.last_hidden_state,  # [B, L, D]
+            pooled_projections=text.pooler_output,  # [B, D]
+            timestep=times,
+            return_dict=False,
+        )[0]
         return prediction
+
+
+def _zero_at_first(transformer: SD3Transformer2DModel) -> Iterator[nn.Linear]:
+    """The layers that DiT (Peebles and Xie 2022, arXiv 2212.09748) begins with zeros, so that each block is the identity."""
+    for block in transformer.transformer_blocks:
+        yield from (block.norm1.linear, block.norm1_context.linear)
+    yield from (transformer.norm_out.linear, transformer.proj_out)
 
 
 def pipeline_from_denoiser(
@@ -83,12 +97,27 @@ def pipeline_from_denoiser(
     return pipeline
 
 
+def read_pipeline(folder: Path) -> PixelDiffusionPipeline:
+    """Load what `write_pipeline` saved, without running the folder's code: it is ours."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    scheduler = getattr(diffusers, index["scheduler"][1])
+    pipeline = PixelDiffusionPipeline(
+        transformer=SD3Transformer2DModel.from_pretrained(folder / "transformer"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        scheduler=scheduler.from_pretrained(folder / "scheduler"),
+        **{name: index[name] for name in ("default_sample_size", "default_steps", "default_guidance")},
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def write_pipeline(pipeline: PixelDiffusionPipeline, folder: Path) -> None:
     """Save the parts, the pipeline's code, and an index that names it."""
     pipeline.save_pretrained(folder)
     code = folder / "pipeline.py"
     shutil.copyfile(pixel_pipeline.__file__, code)
-    index = folder / "model_index.json"
+    index = folder / INDEX
     content = json.loads(index.read_text(encoding="utf-8"))
     content["_class_name"] = [code.stem, PixelDiffusionPipeline.__name__]
     index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

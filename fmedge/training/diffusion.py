@@ -147,6 +147,7 @@ class _Run:
             start=training.start,
             end=training.end,
             length=training.length,
+            size=training.size,
         )
         optimizer = torch.optim.AdamW(
             self.denoiser.parameters(), lr=training.learning_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=True

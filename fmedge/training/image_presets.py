@@ -1,6 +1,6 @@
 """Sizes of text-to-image models to train, with the batch and the learning rate that suit them.
 
-All are `PRXTransformer2DModel`s of diffusers over patches of pixels, and `CLIPTextModel`s of transformers, trained together.
+All are `SD3Transformer2DModel`s of diffusers over patches of pixels, and `CLIPTextModel`s of transformers, trained together.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ class ImagePreset:
     width: int
     layers: int
     heads: int
-    mlp_ratio: float
-    """Of the gated feed-forward layer's inner width to `width`."""
     patch: int
     """Pixels of a patch's side."""
     text_width: int
@@ -33,9 +31,9 @@ class ImagePreset:
 
 IMAGE_PRESETS: Mapping[str, ImagePreset] = MappingProxyType(
     {
-        "tiny": ImagePreset(128, 4, 4, 2.5, 8, 128, 1, 4, batch=48, learning_rate=2e-3),
-        "small": ImagePreset(384, 8, 6, 2.5, 8, 256, 4, 4, batch=64, learning_rate=5e-4),
-        "base": ImagePreset(768, 12, 12, 2.5, 8, 512, 6, 8, batch=64, learning_rate=2e-4),
+        "tiny": ImagePreset(128, 4, 4, 8, 128, 1, 4, batch=48, learning_rate=2e-3),
+        "small": ImagePreset(384, 8, 6, 8, 256, 4, 4, batch=64, learning_rate=5e-4),
+        "base": ImagePreset(768, 12, 12, 8, 512, 6, 8, batch=64, learning_rate=2e-4),
     }
 )
 

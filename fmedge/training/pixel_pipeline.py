@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, PRXTransformer2DModel, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, SD3Transformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -28,13 +28,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
 
     def __init__(
         self,
-        transformer: PRXTransformer2DModel,
+        transformer: SD3Transformer2DModel,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         scheduler: SchedulerMixin,
-        default_sample_size: int,
-        default_steps: int,
-        default_guidance: float,
+        default_sample_size: int = 32,  # diffusers takes parameters without a default for parts.
+        default_steps: int = 10,
+        default_guidance: float = 1.0,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -47,8 +47,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
-    def encode_prompt(self, prompt: list[str]) -> torch.Tensor:
-        """Embed prompts, padded or cut to the tokenizer's length: [B, L, D]."""
+    def encode_prompt(self, prompt: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed prompts, padded or cut to the tokenizer's length: each token [B, L, D], and the whole [B, D]."""
         ids = self.tokenizer(
             prompt,
             padding="max_length",
@@ -56,8 +56,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        embedded: torch.Tensor = self.text_encoder(ids.to(self._execution_device)).last_hidden_state
-        return embedded
+        text = self.text_encoder(ids.to(self._execution_device))
+        return text.last_hidden_state, text.pooler_output
 
     @torch.no_grad()
     def __call__(
@@ -89,13 +89,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         guidance = self.config.default_guidance if guidance_scale is None else guidance_scale
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
 
-        embedded = self.encode_prompt(prompts)
-        if guidance != 1:
-            embedded = torch.cat([self.encode_prompt(negative), embedded])
-        embedded = embedded.repeat_interleave(num_images_per_prompt, dim=0)  # [B or 2 B, L, D]
+        texts = [*negative, *prompts] if guidance != 1 else prompts
+        tokens, pooled = (part.repeat_interleave(num_images_per_prompt, dim=0) for part in self.encode_prompt(texts))
         shape = (len(prompts) * num_images_per_prompt, self.transformer.config.in_channels, height, width)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=embedded.dtype)
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=tokens.dtype)
             latents = latents * self.scheduler.init_noise_sigma
         latents = latents.to(self._execution_device)
 
@@ -104,7 +102,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
             rows = self.scheduler.scale_model_input(latents, time)  # [B, C, H, W]
             if guidance != 1:
                 rows = torch.cat([rows, rows])
-            output = self.transformer(rows, time.to(embedded.dtype).expand(len(rows)), embedded, return_dict=False)[0]
+            output = self.transformer(
+                rows,
+                encoder_hidden_states=tokens,
+                pooled_projections=pooled,
+                timestep=time.to(tokens.dtype).expand(len(rows)),
+                return_dict=False,
+            )[0]
             if guidance != 1:
                 without, following = output.chunk(2)
                 output = without + guidance * (following - without)

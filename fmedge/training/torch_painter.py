@@ -14,6 +14,7 @@ from fmedge_runtimes.errors import SourceError
 from numpy.typing import NDArray
 
 from fmedge.caption_accuracy import Painter
+from fmedge.training.denoiser import INDEX, read_pipeline
 from fmedge.training.pixel_pipeline import PixelDiffusionPipeline
 from fmedge.training.quiet import quiet, quiet_diffusers
 
@@ -37,11 +38,11 @@ def painter_from_folder(folder: Path, steps: int | None, guidance: float | None)
 
 
 def _pipeline(folder: Path) -> DiffusionPipeline:
-    name = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+    name = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("_class_name")
     ours = isinstance(name, list) and name[-1] == PixelDiffusionPipeline.__name__
     with quiet(), quiet_diffusers():
         try:
-            pipeline = (PixelDiffusionPipeline if ours else DiffusionPipeline).from_pretrained(folder)
+            pipeline = read_pipeline(folder) if ours else DiffusionPipeline.from_pretrained(folder)
         except Exception as error:  # Each part has its own ways to fail.
             reason = " ".join(str(error).split()) or type(error).__name__
             raise SourceError(f"{folder}: diffusers cannot load it: {reason}") from error
