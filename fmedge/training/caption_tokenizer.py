@@ -16,7 +16,6 @@ from transformers import CLIPTokenizer
 MOST_WORDS = 8192
 LONGEST = 77
 """Tokens of a caption, as in CLIP; the rest of longer ones is cut off."""
-LENGTH_MULTIPLE = 4
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 
@@ -43,12 +42,13 @@ def train_caption_tokenizer(captions: Sequence[str]) -> CaptionTokenizer:
     vocabulary, merges = _bpe(captions)
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
     lengths = [len(ids) for ids in tokenizer(list(captions)).input_ids]
-    length = min(-(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, LONGEST)
+    length = min(max(lengths), LONGEST)
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
-    padded = tokenizer([*captions, ""], padding="max_length", truncation=True).input_ids
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    # After saving: a tokenizer keeps the padding that it was called with.
+    padded = tokenizer([*captions, ""], padding="max_length", truncation=True).input_ids
     return CaptionTokenizer(
         files=files,
         vocabulary=len(vocabulary),

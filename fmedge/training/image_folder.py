@@ -87,17 +87,15 @@ def _captions_from_metadata(folder: Path, names: list[str]) -> tuple[dict[str, s
             continue
         try:
             name, caption = _entry(line)
+            if name in captions:
+                raise _UnusableError(f"{name} has a caption already")
+            if not (folder / name).is_file():
+                raise _UnusableError(f"there is no file {name}")
         except _UnusableError as error:
             problems.append(f"{METADATA}, line {number}: {error}")
-            continue
-        if name in captions:
-            problems.append(f"{METADATA}, line {number}: {name} has a caption already")
-        elif not (folder / name).is_file():
-            problems.append(f"{METADATA}, line {number}: there is no file {name}")
         else:
             captions[name] = caption
-    named = captions.keys() | {problem.rpartition(" ")[2] for problem in problems}
-    problems += [f"{name}: {METADATA} has no caption for it" for name in names if name not in named]
+    problems += [f"{name}: {METADATA} has no caption for it" for name in names if name not in captions]
     return captions, problems
 
 
@@ -116,7 +114,7 @@ def _entry(line: str) -> tuple[str, str]:
         raise _UnusableError(f'has no "text" for {name}')
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise _UnusableError(f"names a file outside of the folder: {name}")
-    return Path(name).as_posix(), caption.strip()
+    return Path(name).as_posix(), " ".join(caption.split())
 
 
 def _captions_beside(folder: Path, names: list[str]) -> tuple[dict[str, str], list[str]]:
