@@ -13,6 +13,11 @@ from fmedge_runtimes.errors import BackendError, DataError, RequestError, Source
 from fmedge.commands.console import progress_bar
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
     from fmedge.caption_accuracy import Accuracy, CaptionAccuracy, Painter
 
 EPILOG = """
@@ -80,7 +85,17 @@ def _of_painter(paint: Painter, per_combination: int, seed: int, batch: int) -> 
 
 
 def _bundle_painter(bundle: Path, steps: int | None, guidance: float | None) -> Painter:
-    raise NotImplementedError
+    import numpy as np
+
+    import fmedge
+
+    model = fmedge.load_image(bundle)
+
+    def paint(captions: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
+        made = model.generate(list(captions), fmedge.Diffusion(steps=steps, guidance=guidance, seed=tuple(seeds)))
+        return [np.asarray(one.image.convert("RGB")) for one in made]
+
+    return paint
 
 
 def _folder_painter(folder: Path, steps: int | None, guidance: float | None) -> Painter:
