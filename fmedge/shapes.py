@@ -95,7 +95,8 @@ class Shape:
 
 
 def _circle(x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.hypot(x, y) - np.float32(1)
+    distance: NDArray[np.float32] = np.hypot(x, y) - np.float32(1)
+    return distance
 
 
 def _square(x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -141,10 +141,10 @@ def test_a_folder_that_diffusers_cannot_load_is_named(tmp_path, monkeypatch):
 
 def test_a_trained_folder_is_painted_with_torch(tmp_path, monkeypatch):
     """A model that was hardly trained gets almost everything wrong, and the figures say so."""
-    from fmedge.training import image_presets, image_preparation
+    from fmedge.training import image_preparation, image_presets
     from fmedge.training.image import ImageTraining, train_image
 
-    minute = image_presets.ImagePreset(32, 1, 2, 8, 16, 1, 2, batch=8, learning_rate=4e-3)
+    minute = image_presets.ImagePreset(32, 1, 2, 2.5, 8, 16, 1, 2, batch=8, learning_rate=4e-3)
     monkeypatch.setattr(image_presets, "IMAGE_PRESETS", {"minute": minute})
     monkeypatch.setattr(image_preparation, "VARIANTS", 1)
     train_image(ImageTraining(output=tmp_path / "model", preset="minute", size=24, steps=2, sample_minutes=0))

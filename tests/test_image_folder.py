@@ -42,7 +42,10 @@ def test_captions_may_stand_beside_the_pictures(tmp_path):
     save(tmp_path, ".hidden/three.png")
     (tmp_path / "README.txt").write_text("not a caption")
     found = read_image_folder(tmp_path, 40)
-    assert dict(zip(found.files, found.captions, strict=True)) == {"one.PNG": "first picture", "more/two.webp": "second"}
+    assert dict(zip(found.files, found.captions, strict=True)) == {
+        "one.PNG": "first picture",
+        "more/two.webp": "second",
+    }
 
 
 def test_pictures_are_scaled_and_cropped_around_their_middle(tmp_path):
@@ -143,5 +146,5 @@ def test_without_a_size_all_pictures_must_have_one(tmp_path):
     with pytest.raises(DataError, match="several sizes: 40x40, 48x48"):
         read_image_folder(tmp_path, None)
     save(tmp_path, "b.png", size=(48, 40), caption="b")
-    with pytest.raises(DataError, match="b.png: is 48x40 and not square"):
+    with pytest.raises(DataError, match=r"b\.png: is 48x40 and not square"):
         read_image_folder(tmp_path, None)

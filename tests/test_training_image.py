@@ -16,11 +16,11 @@ from fmedge_runtimes.errors import DataError, TrainingError
 from PIL import Image
 from safetensors.numpy import load_file
 
-from fmedge.training import image_presets, image_preparation
+from fmedge.training import image_preparation, image_presets
 from fmedge.training.image import ImageTraining, train_image
 from fmedge.training.image_presets import ImagePreset
 
-MINUTE = ImagePreset(32, 1, 2, 8, 16, 1, 2, batch=8, learning_rate=4e-3)
+MINUTE = ImagePreset(32, 1, 2, 2.5, 8, 16, 1, 2, batch=8, learning_rate=4e-3)
 """A preset that takes milliseconds a step."""
 
 
@@ -69,7 +69,7 @@ def killed_at(step):
 
 
 def test_a_run_learns_and_diffusers_opens_its_folder_and_samples(options):
-    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SD3Transformer2DModel
+    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PRXTransformer2DModel
 
     reports = []
     result = train_image(options, reports.append)
@@ -84,9 +84,11 @@ def test_a_run_learns_and_diffusers_opens_its_folder_and_samples(options):
 
     pipeline = DiffusionPipeline.from_pretrained(options.output, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
-    assert isinstance(pipeline.transformer, SD3Transformer2DModel)
+    assert isinstance(pipeline.transformer, PRXTransformer2DModel)
     assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
-    images = pipeline(["a small red circle in the left", "a large blue square in the top"], num_inference_steps=3).images
+    images = pipeline(
+        ["a small red circle in the left", "a large blue square in the top"], num_inference_steps=3
+    ).images
     assert [image.size for image in images] == [(24, 24)] * 2
     assert sum(parameter.numel() for parameter in pipeline.transformer.parameters()) < result.parameters
 

@@ -111,7 +111,7 @@ def text(
     )
     with _progress("tokens") as report:
         result = train_text(options, report)
-    _print(result, _text_summary(result), as_json=json_)
+    _print(result, lambda: _text_summary(result), as_json=json_)
 
 
 @app.command()
@@ -135,9 +135,9 @@ def image(
     steps: Annotated[
         int | None, typer.Option(help="Train for so many steps; the same seed then gives the same weights.")
     ] = IMAGE["steps"],
-    batch: Annotated[int | None, typer.Option(help="Pictures of a step on one device; the preset's without it.")] = IMAGE[
-        "batch"
-    ],
+    batch: Annotated[
+        int | None, typer.Option(help="Pictures of a step on one device; the preset's without it.")
+    ] = IMAGE["batch"],
     learning_rate: Annotated[float | None, typer.Option(help="At its highest; the preset's without it.")] = IMAGE[
         "learning_rate"
     ],
@@ -150,7 +150,9 @@ def image(
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: bfloat16 on a GPU that has it.")
     ] = IMAGE["precision"],
-    seed: Annotated[int, typer.Option(help="For the first weights, the order of the data and the noise.")] = IMAGE["seed"],
+    seed: Annotated[int, typer.Option(help="For the first weights, the order of the data and the noise.")] = IMAGE[
+        "seed"
+    ],
     sample_minutes: Annotated[
         float, typer.Option(help="Draw a grid of pictures so often, into OUTPUT.training/samples; 0: at the end only.")
     ] = IMAGE["sample_minutes"],
@@ -195,7 +197,7 @@ def image(
     )
     with _progress("pictures") as report:
         result = train_image(options, report)
-    _print(result, _image_summary(result), as_json=json_)
+    _print(result, lambda: _image_summary(result), as_json=json_)
 
 
 def _is_first() -> bool:
@@ -211,10 +213,10 @@ def _progress(unit: str) -> Iterator[Report | None]:
         yield _report_from_bar(bar, unit)
 
 
-def _print(result: TextTrainingResult | ImageTrainingResult, summary: str, *, as_json: bool) -> None:
+def _print(result: TextTrainingResult | ImageTrainingResult, summary: Callable[[], str], *, as_json: bool) -> None:
     if _is_first():
         record = {**dataclasses.asdict(result), "output": str(result.output)}
-        typer.echo(json.dumps(record) if as_json else summary)
+        typer.echo(json.dumps(record) if as_json else summary())
 
 
 def _report_from_bar(bar: Callable[[str, int, int], None], unit: str) -> Report:

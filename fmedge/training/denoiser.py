@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import PRXTransformer2DModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -19,8 +18,8 @@ from fmedge.training.objectives import Objective
 from fmedge.training.pixel_pipeline import PixelDiffusionPipeline
 
 CHANNELS = 3
-LONGEST_WAVE = 10.0
-"""In patches, by 2 pi: a little longer than the grids that are trained here."""
+ROTARY_BASE = 10
+"""Of the angles that tell patches their places. Patches are few: the usual 10000 would leave most angles unused."""
 INDEX = "model_index.json"
 DEFAULT_STEPS = 10
 DEFAULT_GUIDANCE = 1.0
@@ -29,7 +28,7 @@ DEFAULT_GUIDANCE = 1.0
 class Denoiser(nn.Module):
     """The two parts that are trained together: from noisy pictures, times and captions to the prediction."""
 
-    def __init__(self, preset: ImagePreset, *, vocabulary: int, start: int, end: int, length: int, size: int) -> None:
+    def __init__(self, preset: ImagePreset, *, vocabulary: int, start: int, end: int, length: int) -> None:
         super().__init__()
         self.text_encoder = CLIPTextModel(
             CLIPTextConfig(
@@ -45,58 +44,32 @@ class Denoiser(nn.Module):
                 pad_token_id=end,
             )
         )
-        self.transformer = SD3Transformer2DModel(
-            sample_size=size,
-            patch_size=preset.patch,
+        head = preset.width // preset.heads
+        self.transformer = PRXTransformer2DModel(
             in_channels=CHANNELS,
-            out_channels=CHANNELS,
-            num_layers=preset.layers,
-            attention_head_dim=preset.width // preset.heads,
-            num_attention_heads=preset.heads,
-            joint_attention_dim=preset.text_width,
-            caption_projection_dim=preset.width,
-            pooled_projection_dim=preset.text_width,
-            pos_embed_max_size=size // preset.patch,
+            patch_size=preset.patch,
+            context_in_dim=preset.text_width,
+            hidden_size=preset.width,
+            mlp_ratio=preset.mlp_ratio,
+            num_heads=preset.heads,
+            depth=preset.layers,
+            axes_dim=[head // 2, head // 2],
+            theta=ROTARY_BASE,
+            time_factor=1.0,  # The schedulers' own times, 0 to 1000.
         )
-        for layer in _zero_at_first(self.transformer):
+        last = self.transformer.final_layer
+        for layer in (
+            last.linear,
+            last.adaLN_modulation[1],
+        ):  # A first prediction of zero, as in DiT (arXiv 2212.09748).
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        _learn_positions(self.transformer)
 
     def forward(self, noisy: torch.Tensor, times: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
         """Predict from noisy pictures [B, 3, S, S], times [B] and caption tokens [B, L]."""
-        text = self.text_encoder(input_ids=captions)
-        prediction: torch.Tensor = self.transformer(
-            noisy,
-            encoder_hidden_states=text.last_hidden_state,  # [B, L, D]
-            pooled_projections=text.pooler_output,  # [B, D]
-            timestep=times,
-            return_dict=False,
-        )[0]
+        embedded = self.text_encoder(input_ids=captions).last_hidden_state  # [B, L, D]
+        prediction: torch.Tensor = self.transformer(noisy, times, embedded, return_dict=False)[0]
         return prediction
-
-
-def _zero_at_first(transformer: SD3Transformer2DModel) -> Iterator[nn.Linear]:
-    """The layers that DiT (Peebles and Xie 2022, arXiv 2212.09748) begins with zeros, so that each block is the identity."""
-    for block in transformer.transformer_blocks:
-        yield from (block.norm1.linear, block.norm1_context.linear)
-    yield from (transformer.norm_out.linear, transformer.proj_out)
-
-
-def _learn_positions(transformer: SD3Transformer2DModel) -> None:
-    """Train the embedding of the patches' places, a buffer of fixed waves in the stock class, under the same name.
-
-    It begins with waves no longer than the grid. The stock ones are made for hundreds of patches; of a few, they make
-    the places so alike that pictures fell into patches that knew their content but not their place.
-    """
-    embedding = transformer.pos_embed
-    side, width = embedding.pos_embed_max_size, embedding.pos_embed.shape[-1]
-    rates = LONGEST_WAVE ** -torch.linspace(0, 1, width // 4)  # [W / 4]
-    places = torch.arange(side, dtype=torch.float32)[:, None] * rates  # [G, W / 4]
-    waves = torch.cat([places.sin(), places.cos()], dim=1)  # [G, W / 2]
-    grid = torch.cat([waves.repeat_interleave(side, 0), waves.repeat(side, 1)], dim=1)  # [G * G, W], rows first
-    del embedding.pos_embed
-    embedding.pos_embed = nn.Parameter(grid[None])
 
 
 def pipeline_from_denoiser(
@@ -121,7 +94,7 @@ def read_pipeline(folder: Path) -> PixelDiffusionPipeline:
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     scheduler = getattr(diffusers, index["scheduler"][1])
     pipeline = PixelDiffusionPipeline(
-        transformer=SD3Transformer2DModel.from_pretrained(folder / "transformer"),
+        transformer=PRXTransformer2DModel.from_pretrained(folder / "transformer"),
         text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         scheduler=scheduler.from_pretrained(folder / "scheduler"),

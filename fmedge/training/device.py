@@ -37,7 +37,8 @@ def agreed(seconds: float, device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.getdevice_name(device) if device.type == "cuda" else device.type
+    """The model of a GPU; else what kind of device it is."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def diverged(step: int) -> TrainingError:

@@ -147,7 +147,6 @@ class _Run:
             start=training.start,
             end=training.end,
             length=training.length,
-            size=training.size,
         )
         optimizer = torch.optim.AdamW(
             self.denoiser.parameters(), lr=training.learning_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=True
@@ -267,7 +266,7 @@ class _Run:
         self.work.samples.mkdir(exist_ok=True)
         captions = list(self.training.sample_captions)
         noise = torch.Generator().manual_seed(SAMPLE_SEED)
-        images = self._pipeline()(captions, generator=noise, output_type="np").images  # [N, S, S, 3]
+        (images,) = self._pipeline()(captions, generator=noise, output_type="np", return_dict=False)  # [N, S, S, 3]
         pictures = [np.rint(image * 255).astype(np.uint8) for image in images]
         grid_from_pictures(pictures).save(self.work.samples / f"step-{self.step:06}.png")
 

@@ -1,8 +1,8 @@
 """A folder of pictures with captions: read, checked as a whole, and cut to one size.
 
 Captions stand in metadata.jsonl (`{"file_name": "a.png", "text": "a red circle"}` a line, as in Hugging Face's image
-folders), or in a .txt file beside each picture. Nothing is trained unless every picture can be used: DataError names the
-first few that cannot, and says how many there are.
+folders), or in a .txt file beside each picture. Nothing is trained unless every picture can be used: DataError names
+the first few that cannot, and says how many there are.
 """
 
 from __future__ import annotations

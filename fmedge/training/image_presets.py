@@ -1,6 +1,7 @@
 """Sizes of text-to-image models to train, with the batch and the learning rate that suit them.
 
-All are `SD3Transformer2DModel`s of diffusers over patches of pixels, and `CLIPTextModel`s of transformers, trained together.
+All are `PRXTransformer2DModel`s of diffusers over patches of pixels, and `CLIPTextModel`s of transformers, trained
+together. What a patch attends to by its place alone is the captions' tokens, whose keys are not rotated.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ class ImagePreset:
     width: int
     layers: int
     heads: int
+    mlp_ratio: float
+    """Of the gated feed-forward layer's inner width to `width`."""
     patch: int
     """Pixels of a patch's side."""
     text_width: int
@@ -31,9 +34,9 @@ class ImagePreset:
 
 IMAGE_PRESETS: Mapping[str, ImagePreset] = MappingProxyType(
     {
-        "tiny": ImagePreset(128, 4, 4, 8, 128, 1, 4, batch=48, learning_rate=2e-3),
-        "small": ImagePreset(384, 8, 6, 8, 256, 4, 4, batch=64, learning_rate=5e-4),
-        "base": ImagePreset(768, 12, 12, 8, 512, 6, 8, batch=64, learning_rate=2e-4),
+        "tiny": ImagePreset(128, 4, 4, 2.5, 8, 128, 1, 4, batch=32, learning_rate=2e-3),
+        "small": ImagePreset(384, 8, 6, 2.5, 8, 256, 4, 4, batch=64, learning_rate=5e-4),
+        "base": ImagePreset(768, 12, 12, 2.5, 8, 512, 6, 8, batch=64, learning_rate=2e-4),
     }
 )
 

@@ -1,12 +1,12 @@
 """What a diffusion model learns to predict: one row for each objective.
 
-Forward diffusion makes of a clean picture and noise the noisy picture `signal * clean + noise_level * noise`, at a time
-from 0 (clean) to 1000 (noise). The model sees the noisy picture and the time, and predicts the target. Reverse diffusion
-is the scheduler's: `diffusers.DPMSolverMultistepScheduler` (Lu et al. 2022, arXiv 2211.01095), configured to read the same
-times and the same prediction.
+Forward diffusion makes of a clean picture and noise the noisy picture `signal * clean + noise_level * noise`, at a
+time from 0 (clean) to 1000 (noise). The model sees the noisy picture and the time, and predicts the target. Reverse
+diffusion is the scheduler's: `diffusers.DPMSolverMultistepScheduler` (Lu et al. 2022, arXiv 2211.01095), configured to
+read the same times and the same prediction.
 
-- flow-x: rectified flow (Liu et al. 2022, arXiv 2209.03003) whose model predicts the clean picture while its loss is that
-  of the velocity, which suits patches with more values than the model is wide (Li and He 2025, arXiv 2511.13720)
+- flow-x: rectified flow (Liu et al. 2022, arXiv 2209.03003) whose model predicts the clean picture while its loss is
+  that of the velocity, which suits patches with more values than the model is wide (Li and He 2025, arXiv 2511.13720)
 - flow-v: rectified flow, predicting the velocity noise - clean
 - ddpm-epsilon: DDPM (Ho et al. 2020, arXiv 2006.11239), predicting the noise, with the cosine schedule of Nichol and
   Dhariwal (2021, arXiv 2102.09672)
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 TIMES = 1000
 SMALLEST_NOISE = 0.05
 """The velocity divides by the noise level, and pictures with less noise than this must not rule the loss."""
+MORE_NOISE = 0.5
 FLOW = {"use_flow_sigmas": True, "solver_order": 2, "final_sigmas_type": "zero"}
 DDPM = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing", "solver_order": 2}
 
@@ -72,9 +73,13 @@ class Draw:
 
 
 def _logit_normal(random: np.random.Generator, count: int) -> NDArray[np.float32]:
-    """Most in the middle, where a prediction is hardest (Esser et al. 2024, arXiv 2403.03206)."""
-    normal = random.standard_normal(count, dtype=np.float32)
-    return np.float32(TIMES) / (1 + np.exp(-normal))
+    """Few times near the ends (Esser et al. 2024, arXiv 2403.03206), and more of much noise than of little.
+
+    Where there is much noise, only the caption says where things are, and a model that does not learn it there draws
+    pieces that do not fit.
+    """
+    normal = random.standard_normal(count, dtype=np.float32) + np.float32(MORE_NOISE)
+    return (TIMES / (1 + np.exp(-normal))).astype(np.float32)
 
 
 def _uniform(random: np.random.Generator, count: int) -> NDArray[np.float32]:

@@ -103,7 +103,9 @@ def _batch(
     objective: Objective,
     device: torch.device,
 ) -> Batch:
-    clean = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).to(device, torch.float32) / 127.5 - 1  # [B, 3, S, S]
+    clean = (
+        torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).to(device, torch.float32) / 127.5 - 1
+    )  # [B, 3, S, S]
     times = torch.from_numpy(objective.times(random, len(pictures)))
     noise = torch.from_numpy(random.standard_normal(clean.shape, dtype=np.float32))
     return Batch(

@@ -3,9 +3,9 @@
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipe("a small red circle in the left").images[0]
 
-It denoises pixels: there is no VAE. Its parts are classes of diffusers and transformers, and it hands each output of the
-transformer to the scheduler as it is; the scheduler's configuration says what the transformer predicts. This file imports
-nothing of fmedge.
+It denoises pixels: there is no VAE. Its parts are classes of diffusers and transformers, and it hands each output of
+the transformer to the scheduler as it is; the scheduler's configuration says what the transformer predicts. This file
+imports nothing of fmedge.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, SD3Transformer2DModel
+from diffusers import DiffusionPipeline, ImagePipelineOutput, PRXTransformer2DModel, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -28,7 +28,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
 
     def __init__(
         self,
-        transformer: SD3Transformer2DModel,
+        transformer: PRXTransformer2DModel,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         scheduler: SchedulerMixin,
@@ -47,8 +47,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
-    def encode_prompt(self, prompt: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed prompts, padded or cut to the tokenizer's length: each token [B, L, D], and the whole [B, D]."""
+    def encode_prompt(self, prompt: list[str]) -> torch.Tensor:
+        """Embed prompts, padded or cut to the tokenizer's length: [B, L, D]."""
         ids = self.tokenizer(
             prompt,
             padding="max_length",
@@ -56,8 +56,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        text = self.text_encoder(ids.to(self._execution_device))
-        return text.last_hidden_state, text.pooler_output
+        embedded: torch.Tensor = self.text_encoder(ids.to(self._execution_device)).last_hidden_state
+        return embedded
 
     @torch.no_grad()
     def __call__(
@@ -90,10 +90,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
 
         texts = [*negative, *prompts] if guidance != 1 else prompts
-        tokens, pooled = (part.repeat_interleave(num_images_per_prompt, dim=0) for part in self.encode_prompt(texts))
+        embedded = self.encode_prompt(texts).repeat_interleave(num_images_per_prompt, dim=0)  # [B or 2 B, L, D]
         shape = (len(prompts) * num_images_per_prompt, self.transformer.config.in_channels, height, width)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=tokens.dtype)
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=embedded.dtype)
             latents = latents * self.scheduler.init_noise_sigma
         latents = latents.to(self._execution_device)
 
@@ -102,13 +102,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
             rows = self.scheduler.scale_model_input(latents, time)  # [B, C, H, W]
             if guidance != 1:
                 rows = torch.cat([rows, rows])
-            output = self.transformer(
-                rows,
-                encoder_hidden_states=tokens,
-                pooled_projections=pooled,
-                timestep=time.to(tokens.dtype).expand(len(rows)),
-                return_dict=False,
-            )[0]
+            output = self.transformer(rows, time.to(embedded.dtype).expand(len(rows)), embedded, return_dict=False)[0]
             if guidance != 1:
                 without, following = output.chunk(2)
                 output = without + guidance * (following - without)

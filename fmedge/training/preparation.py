@@ -22,6 +22,7 @@ from fmedge.training.workfolder import WorkFolder
 if TYPE_CHECKING:
     from fmedge.training.text import TextTraining
 
+
 @dataclass(frozen=True, slots=True)
 class Preparation:
     """What is settled before training; run.json holds it."""
@@ -93,7 +94,9 @@ def prepare(options: TextTraining, work: WorkFolder, report: Report) -> None:
         validation_bytes=corpus.validation_bytes,
         sha256=corpus.sha256,
     )
-    work.write_preparation(dataclasses.asdict(preparation), text_tokenizer.files, {"train": train, "validation": validation})
+    work.write_preparation(
+        dataclasses.asdict(preparation), text_tokenizer.files, {"train": train, "validation": validation}
+    )
 
 
 def _tokenizer(options: TextTraining, preset: Preset, config: dict[str, Any], corpus: Corpus) -> TextTokenizer:

@@ -20,7 +20,7 @@ from fmedge.training.quiet import quiet, quiet_diffusers
 
 
 def painter_from_folder(folder: Path, steps: int | None, guidance: float | None) -> Painter:
-    """Load a pipeline; None: as the pipeline itself has it. No code of the folder runs: that of `fmedge train` is ours."""
+    """Load a pipeline; None: as it has it itself. The folder's code does not run: what `fmedge train` wrote is ours."""
     pipeline = _pipeline(folder)
     options: dict[str, Any] = {}
     if steps is not None:
