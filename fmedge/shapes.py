@@ -105,7 +105,8 @@ def _square(x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float3
 
 def _triangle(x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:
     side = (2 * np.abs(x) - y - 1) / np.float32(math.sqrt(5))  # From (0, -1) to (1, 1).
-    return np.maximum(side, y - np.float32(1))
+    distance: NDArray[np.float32] = np.maximum(side, y - np.float32(1))
+    return distance
 
 
 SQUARE = 0.9

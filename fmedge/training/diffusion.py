@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from fmedge_runtimes.errors import DataError
@@ -281,4 +282,5 @@ def _accelerator(precision: Precision | None) -> Accelerator:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     # On the CPU these models are too small for bfloat16 to pay: see image_presets.py.
     chosen = precision or (best_precision(device) if device.type == "cuda" else "float32")
+    AcceleratorState._reset_state()  # A run before this one may have had another precision; transformers does it, too.
     return Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if chosen == "bfloat16" else "no")

@@ -79,7 +79,8 @@ def _logit_normal(random: np.random.Generator, count: int) -> NDArray[np.float32
     pieces that do not fit.
     """
     normal = random.standard_normal(count, dtype=np.float32) + np.float32(MORE_NOISE)
-    return (TIMES / (1 + np.exp(-normal))).astype(np.float32)
+    times: NDArray[np.float32] = TIMES / (1 + np.exp(-normal))
+    return times
 
 
 def _uniform(random: np.random.Generator, count: int) -> NDArray[np.float32]:
