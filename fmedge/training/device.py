@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 import torch
+from accelerate import PartialState
 from fmedge_runtimes.errors import TrainingError
 
 from fmedge.training.schedule import Budget
@@ -25,6 +26,11 @@ def reproducible(budget: Budget) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def processes() -> PartialState:
+    """The processes of torchrun, joined; alone, one. accelerate must be told that they have no accelerator."""
+    return PartialState(cpu=torch.accelerator.current_accelerator(check_available=True) is None)
 
 
 def agreed(seconds: float, device: torch.device) -> float:

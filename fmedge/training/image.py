@@ -148,12 +148,11 @@ def _require_packages() -> None:
 
 def _train(options: ImageTraining, work: WorkFolder, report: Report) -> ImageTrainingResult:
     """Train what was prepared, and write all of the output but its name."""
-    from accelerate import PartialState
-
+    from fmedge.training.device import processes
     from fmedge.training.diffusion import DiffusionTraining, diffuse
     from fmedge.training.image_preparation import read_image_preparation
 
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     preparation = read_image_preparation(work)
     training = DiffusionTraining(
         preset=image_preset_named(options.preset),
@@ -175,7 +174,7 @@ def _train(options: ImageTraining, work: WorkFolder, report: Report) -> ImageTra
     interval = CheckpointInterval(options.checkpoint_minutes, options.checkpoint_steps)
     diffused = diffuse(training, work, interval, options.sample_minutes or math.inf, report)
     result = _result(options, preparation, diffused)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         work.write_report(_report_from_run(preparation, result))
     return result
 

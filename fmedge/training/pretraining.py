@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate import PartialState
 from fmedge_runtimes.errors import DataError, TrainingError
 from numpy.typing import NDArray
 from transformers import (
@@ -32,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fmedge.training.device import agreed, device_name, diverged, reproducible
+from fmedge.training.device import agreed, device_name, diverged, processes, reproducible
 from fmedge.training.perplexity import mean_loss
 from fmedge.training.precision import Precision, best_precision
 from fmedge.training.progress import Progress, Report
@@ -219,12 +218,12 @@ class _Pilot(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
 def join_processes() -> None:
     """Wait until every process of torchrun is here; alone, do nothing."""
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
 
 
 def is_main_process() -> bool:
     """Whether this process is the one that writes."""
-    return bool(PartialState().is_main_process)
+    return bool(processes().is_main_process)
 
 
 def _arguments(pretraining: Pretraining, work: WorkFolder) -> TrainingArguments:
