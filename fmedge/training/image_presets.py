@@ -2,6 +2,18 @@
 
 All are `PRXTransformer2DModel`s of diffusers over patches of pixels, and `CLIPTextModel`s of transformers, trained
 together. What a patch attends to by its place alone is the captions' tokens, whose keys are not rotated.
+
+`tiny` is for a few minutes on two cores: 2000 steps take 185 processor seconds and follow 98 to 100 % of the built-in
+captions (docs/training.md). What was tried beside it, on one busy core of an AMD EPYC with AVX512-BF16:
+
+    times around the middle (no MORE_NOISE)     the place of a figure is learned late: after 90 s, the error of a
+                                                prediction from noise alone was 0.053; 0.033 after 50 s with it (at 1.0)
+    SD3Transformer2DModel, positions learned    no place was learned in 90 s, error 0.098
+    weights 1 / noise level in the loss         11 % in 90 s, in place of 48 %
+    bfloat16 by autocast                        8 % fewer steps in the same time, and worse pictures
+    Muon for the matrices                       better outlines, a quarter fewer steps, places later
+
+`small` and `base` follow the usual proportions and were not tuned.
 """
 
 from __future__ import annotations
