@@ -128,6 +128,7 @@ def test_the_pipeline_guides_repeats_and_seeds_as_those_of_diffusers(options):
             arrays([one], [1], **wrong)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("objective", ["flow-v", "ddpm-epsilon", "ddpm-v"])
 def test_every_objective_learns_and_samples(options, objective):
     from fmedge.training.denoiser import read_pipeline
