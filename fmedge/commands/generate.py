@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -189,7 +190,7 @@ def command(
 
     from fmedge.commands.completions import write_completions
     from fmedge.commands.console import progress_bar
-    from fmedge.commands.job import examine, run_job
+    from fmedge.commands.job import opened, run_job
     from fmedge.commands.prompts import read_prompts
 
     if system is not None and not chat:
@@ -232,23 +233,26 @@ def command(
         )
     if resume and force:
         raise typer.BadParameter("--resume continues the output and --force replaces it; give one of them.")
-    done = examine(Path(str(source)), Path(str(output)), resume=resume, force=force) if job else None
     lines = [] if job else read_prompts(prompts or [], source)
-    with load(
-        bundle,
-        device=device,
-        max_batch=DEFAULTS.max_batch if max_batch is None else max_batch,
-        threads=threads,
-        memory=memory,
-    ) as model:
+    with (
+        opened(Path(str(source)), Path(str(output)), resume=resume, force=force) if job else nullcontext() as opening,
+        load(
+            bundle,
+            device=device,
+            max_batch=DEFAULTS.max_batch if max_batch is None else max_batch,
+            threads=threads,
+            memory=memory,
+        ) as model,
+    ):
         base = replace(model.default_sampling, **changes)
 
         def ask(line: PromptLine) -> tuple[Prompt, Sampling]:
             return _prompt(model, line, chat=chat, system=system), line.sampling(base)
 
-        if done is not None:
+        if opening is not None:
+            results, done = opening
             with progress_bar() as report:
-                run_job(model, Path(str(source)), Path(str(output)), done, ask, report)
+                run_job(model, Path(str(source)), results, done, ask, report)
             failed = done.failed
             if failed:
                 typer.echo(f'fmedge: {failed} of {done.count} prompts failed; see "error" in {output}.', err=True)
