@@ -8,10 +8,18 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from fmedge_runtimes.schedulers import open_scheduler, parse_config
+from fmedge_runtimes.schedulers import open_scheduler, parse_config, with_table
 
 SHAPE = (2, 3, 8, 8)
 
+TABLE_FIELDS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
 # As Stable Diffusion's scheduler_config.json has them.
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -59,7 +67,7 @@ def their_timesteps(scheduler, steps, strength, options):
     kept = min(steps * strength, steps)
     kept = kept if "Flow" in type(scheduler).__name__ else int(kept)
     first = int(max(steps - kept, 0)) * getattr(scheduler, "order", 1)
-    if hasattr(scheduler, "set_begin_index") and first:
+    if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     return scheduler.timesteps[first:]
 
@@ -95,9 +103,19 @@ def theirs(values, steps, *, channels=1, strength=1.0, image=None, **options):
     return timesteps.numpy(), samples, clean, rows
 
 
+def config_of(values):
+    """As a bundle has it: with torch's table."""
+    config = parse_config(values)
+    if "rescale_betas_zero_snr" not in values:
+        return config
+    # The scheduler whose table has its zero still; the others replace it.
+    betas = {name: getattr(config.settings, name) for name in TABLE_FIELDS}
+    return with_table(config, theirs_of({"_class_name": "DDPMScheduler", **betas}).alphas_cumprod.numpy())
+
+
 def ours(values, steps, *, channels=1, strength=1.0, image=None, **options):
     """The same of ours."""
-    scheduler = open_scheduler(parse_config(values), steps, strength=strength, **options)
+    scheduler = open_scheduler(config_of(values), steps, strength=strength, **options)
     rows = generators()
     draw = draw_from(rows)
     sample = start()
@@ -119,15 +137,24 @@ def ours(values, steps, *, channels=1, strength=1.0, image=None, **options):
 
 
 def worst(values, steps, **options):
-    """Compare everything; gives the largest difference of a sample, in standard deviations of diffusers' sample."""
+    """Compare everything; gives the largest differences of a sample, and of a clean one, in their standard deviations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers under a newer numpy
         timesteps, samples, clean, rows = theirs(values, steps, **options)
     found, our_samples, our_clean, our_rows = ours(values, steps, **options)
-    assert np.array_equal(found, timesteps) and found.dtype == timesteps.dtype, (found, timesteps)
+    assert found.dtype == timesteps.dtype and found.shape == timesteps.shape
+    if timesteps.dtype == np.int64:
+        assert np.array_equal(found, timesteps), (found, timesteps)
+    else:
+        # torch's square root of a table is not rounded correctly, so interpolated timesteps differ in the last bits.
+        assert np.allclose(found, timesteps, rtol=5e-7, atol=1e-6), (found, timesteps)
     for row, our_row in zip(rows, our_rows, strict=True):
         assert torch.equal(row.get_state(), our_row.get_state()), "other number of draws"
     assert np.isfinite(samples[-1]).all(), "diffusers' own result is not finite"
-    pairs = [*zip(samples, our_samples, strict=True)]
-    pairs += [(one.numpy(), other) for one, other in zip(clean, our_clean, strict=True) if one is not None]
-    return max(float(np.abs(one - other).max() / one.std()) for one, other in pairs)
+    differences = [relative(one, other) for one, other in zip(samples, our_samples, strict=True)]
+    cleans = [relative(one.numpy(), other) for one, other in zip(clean, our_clean, strict=True) if one is not None]
+    return max(differences), max(cleans, default=0.0)
+
+
+def relative(one, other):
+    return float(np.abs(one - other).max() / one.std())

@@ -43,7 +43,7 @@ CONFIGS = {
         {"lower_order_final": False}, {"euler_at_final": True, **SIGMA_MIN}, {"lambda_min_clipped": -5.1, **COSINE},
         NOISY, {**NOISY, **HEUN}, {**NOISY, "solver_order": 3}, {**NOISY, **V}, {**NOISY, **CLEAN}, {**NOISY, **THRESHOLD},
         SDE, {**SDE, **HEUN}, {**SDE, **KARRAS, **SD}, {**SDE, "solver_order": 3}, {**SDE, **FLOW},
-        NOISY_SDE, {**NOISY_SDE, **HEUN}, {"algorithm_type": "deis", "solver_type": "logrho"},
+        NOISY_SDE, {**NOISY_SDE, **HEUN}, {"algorithm_type": "dpmsolver++", "solver_type": "logrho"},
         {**FLOW, **SIGMA_MIN}, {**FLOW, "prediction_type": "epsilon"}],
     "DPMSolverSinglestepScheduler": [
         {}, SD, V, CLEAN, COSINE, BETAS, THRESHOLD, KARRAS, EXPONENTIAL, FLOW, SIGMA_MIN, HEUN, {**SD, **KARRAS},

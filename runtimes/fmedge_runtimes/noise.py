@@ -3,10 +3,10 @@
     noise = TorchNoise(7)
     noise.normal((4, 64, 64))   # torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(7))
 
-The bits are those of the Mersenne Twister (Matsumoto and Nishimura 1998) in the seeding of 2002, the transform is Box and
-Muller's (1958). Values differ from torch's by at most 5e-7, because log and cos are other implementations; the state of
-the generator stays the same bit for bit, so the k-th draw equals torch's k-th draw. Round for half precision afterwards:
-torch does the same.
+The bits are those of the Mersenne Twister (Matsumoto and Nishimura 1998) in the seeding of 2002, the transform is Box
+and Muller's (1958). Values differ from torch's by at most 5e-7, because log and cos are other implementations; the state
+of the generator stays the same bit for bit, so the k-th draw equals torch's k-th draw. Round for half precision
+afterwards: torch does the same.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ class TorchNoise:
             raise RequestError(f"seed {seed} has more than 64 bits; use a number from {-(2**63)} to {2**64 - 1}.")
         self._bits = np.random.MT19937(0)
         # RandomState's integer seeding is frozen by numpy's compatibility policy, and is the one of 2002.
-        self._bits.state = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+        state: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+        self._bits.state = state
         self._spare: float | None = None
 
     def normal(self, shape: Sequence[int]) -> npt.NDArray[np.float32]:
         """The values of `torch.randn(shape)`."""
-        return normal_rows([self], shape)[0]
+        values: npt.NDArray[np.float32] = normal_rows([self], shape)[0]
+        return values
 
     def _raw(self, count: int) -> npt.NDArray[np.uint64]:
         # uint64 numbers of 32 bits; unlike Generator.integers their sequence never changes.
@@ -84,7 +86,7 @@ def normal_rows(generators: Sequence[TorchNoise], shape: Sequence[int]) -> npt.N
 
 
 def _box_muller(uniforms: npt.NDArray[Any]) -> None:
-    """Turn uniforms [B, 16 k] into normals, in place: in each block of 16 the first 8 are distances, the others angles."""
+    """Turn uniforms [B, 16 k] into normals, in place; of each block of 16 the first 8 are distances, the rest angles."""
     blocks = uniforms.reshape(len(uniforms), -1, 2, _BLOCK // 2)  # a view unless rows are not contiguous
     radius = np.log(np.float32(1) - blocks[:, :, 0])
     radius *= np.float32(-2)

@@ -78,7 +78,12 @@ def parse_config(values: Mapping[str, Any], where: str = "the scheduler's config
         found = "has no _class_name" if class_name is None else f"is for {class_name}, which is not supported"
         raise BundleFormatError(f"{where} {found}; supported are {', '.join(SCHEDULERS)}.")
     own = SCHEDULERS[class_name].settings.model_fields
-    known = {*own, *FOREIGN_FIELDS, *_WRITTEN, *(name for row in SCHEDULERS.values() for name in row.settings.model_fields)}
+    known = {
+        *own,
+        *FOREIGN_FIELDS,
+        *_WRITTEN,
+        *(name for row in SCHEDULERS.values() for name in row.settings.model_fields),
+    }
     unknown = sorted(set(values) - known)
     if unknown:
         raise BundleFormatError(
@@ -145,9 +150,7 @@ def _fitting(config: SchedulerConfig) -> frozenset[str]:
     if not config.flow:
         return SWITCHABLE
     return frozenset(
-        name
-        for name, row in SCHEDULERS.items()
-        if issubclass(row.settings, ShiftSettings | FlowMatchEulerSettings)
+        name for name, row in SCHEDULERS.items() if issubclass(row.settings, ShiftSettings | FlowMatchEulerSettings)
     )
 
 

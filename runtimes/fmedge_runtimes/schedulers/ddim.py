@@ -6,12 +6,11 @@ from typing import Literal
 
 import numpy as np
 
-from fmedge_runtimes.schedulers.noise_schedule import BetaSchedule
+from fmedge_runtimes.schedulers.diffusion_table import check_signal, diffused
 from fmedge_runtimes.schedulers.prediction import Prediction, clean_of, limiter, noise_of
 from fmedge_runtimes.schedulers.scheduler import Array, Draw, Step, combine
 from fmedge_runtimes.schedulers.settings import ClipSettings, Count, ThresholdSettings, ZeroSnrSettings
 from fmedge_runtimes.schedulers.step_options import StepOptions
-from fmedge_runtimes.schedulers.diffusion_table import check_signal, diffused
 from fmedge_runtimes.schedulers.timesteps import Spacing, check_in_table, spaced, whole
 
 

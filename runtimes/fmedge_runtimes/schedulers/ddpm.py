@@ -71,15 +71,18 @@ class DDPM:
             following += self._spread(at, predicted) * draw()
         return Step(following, clean)
 
-    def _spread(self, at: int, predicted: Array | None) -> Array | np.float32:
+    def _spread(self, at: int, predicted: Array | None) -> Array:
         if self._variance not in ("learned", "learned_range"):
-            return self._deviation[at]
+            return self._deviation[at : at + 1]  # [1], as wide as any sample
         if predicted is None:
             raise RequestError(
                 f"variance_type is {self._variance}, but the denoiser's output has no channels for it; "
                 "use a config with variance_type fixed_small."
             )
-        return np.sqrt(predicted) if self._variance == "learned" else deviation_between(self._posterior, at, predicted)
+        if self._variance == "learned":
+            deviation: Array = np.sqrt(predicted)
+            return deviation
+        return deviation_between(self._posterior, at, predicted)
 
     def add_noise(self, original: Array, noise: Array, index: int) -> Array:
         """The clean sample at timestep `index`."""

@@ -34,7 +34,9 @@ class DPMMultistepSettings(ZeroSnrSettings, DPMSettings):
     @model_validator(mode="after")
     def _one_spacing(self) -> Self:
         if self.use_lu_lambdas and (self.respaced or self.use_flow_sigmas):
-            raise ValueError("use_lu_lambdas goes without use_karras_sigmas, use_exponential_sigmas and use_flow_sigmas")
+            raise ValueError(
+                "use_lu_lambdas goes without use_karras_sigmas, use_exponential_sigmas and use_flow_sigmas"
+            )
         return self
 
 

@@ -26,7 +26,9 @@ def _own_solver(value: object) -> object:
     return "midpoint" if value in ("logrho", "bh1", "bh2") else value
 
 
-Algorithm = Annotated[Literal["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"], BeforeValidator(_without_deis)]
+Algorithm = Annotated[
+    Literal["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"], BeforeValidator(_without_deis)
+]
 """Names of other solvers, which a config may have kept, mean the default, as in diffusers."""
 SolverType = Annotated[Literal["midpoint", "heun"], BeforeValidator(_own_solver)]
 

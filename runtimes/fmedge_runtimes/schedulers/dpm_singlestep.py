@@ -26,9 +26,13 @@ class DPMSinglestepSettings(BetaSettings, DPMSettings):
     lower_order_final: bool = False
 
     @model_validator(mode="after")
-    def _deterministic_noise(self) -> Self:
+    def _stable(self) -> Self:
         if self.algorithm_type == "sde-dpmsolver":
             raise ValueError("algorithm_type must be dpmsolver++, dpmsolver or sde-dpmsolver++")
+        if self.algorithm_type == "sde-dpmsolver++" and self.solver_order == 3 and self.solver_type == "heun":
+            raise ValueError(
+                "algorithm_type sde-dpmsolver++ of solver_order 3 needs solver_type midpoint: heun diverges"
+            )
         return self
 
 

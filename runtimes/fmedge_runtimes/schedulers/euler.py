@@ -17,6 +17,7 @@ from fmedge_runtimes.schedulers.sigma_sampling import (
     levels_at,
     respaced,
     scaled,
+    slope_of,
     visited,
 )
 from fmedge_runtimes.schedulers.sigmas import sigma_table, timesteps_of
@@ -62,10 +63,7 @@ class Euler:
         """Go to the next level along the line from the sample to its clean form."""
         sigma, following = self._sigmas[index], self._sigmas[index + 1]
         clean = clean_of_unscaled(self._kind, output, sample, sigma)
-        if self._kind == "epsilon":
-            return Step(combine((1.0, sample), (following - sigma, output)), clean)
-        part = following / sigma
-        return Step(combine((part, sample), (1 - part, clean)), clean)
+        return Step(combine((1.0, sample), (following - sigma, slope_of(sample, clean, sigma))), clean)
 
     def add_noise(self, original: Array, noise: Array, index: int) -> Array:
         """The clean sample at level `index`."""

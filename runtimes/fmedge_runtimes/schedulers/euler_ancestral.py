@@ -13,7 +13,7 @@ import numpy as np
 from fmedge_runtimes.schedulers.prediction import clean_of_unscaled
 from fmedge_runtimes.schedulers.scheduler import Array, Draw, Step, combine
 from fmedge_runtimes.schedulers.settings import Count, ZeroSnrSettings
-from fmedge_runtimes.schedulers.sigma_sampling import initial_sigma, levels_at, scaled, visited
+from fmedge_runtimes.schedulers.sigma_sampling import initial_sigma, levels_at, scaled, slope_of, visited
 from fmedge_runtimes.schedulers.step_options import StepOptions
 from fmedge_runtimes.schedulers.timesteps import Spacing
 
@@ -51,11 +51,7 @@ class EulerAncestral:
         """Go to the next level."""
         sigma, down = self._sigmas[index], self._down[index]
         clean = clean_of_unscaled(self._kind, output, sample, sigma)
-        if self._kind == "epsilon":
-            following = combine((1.0, sample), (down - sigma, output))
-        else:
-            part = down / sigma
-            following = combine((part, sample), (1 - part, clean))
+        following = combine((1.0, sample), (down - sigma, slope_of(sample, clean, sigma)))
         following += self._up[index] * draw()
         return Step(following, clean)
 

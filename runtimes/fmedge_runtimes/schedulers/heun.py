@@ -9,7 +9,7 @@ import numpy as np
 from fmedge_runtimes.schedulers.prediction import clean_of_unscaled, limiter
 from fmedge_runtimes.schedulers.scheduler import Array, Draw, Step, combine
 from fmedge_runtimes.schedulers.settings import Beta, BetaSettings, ClipSettings, Count, SigmaSettings
-from fmedge_runtimes.schedulers.sigma_sampling import initial_sigma, levels_at, respaced, scaled, visited
+from fmedge_runtimes.schedulers.sigma_sampling import initial_sigma, levels_at, respaced, scaled, slope_of, visited
 from fmedge_runtimes.schedulers.step_options import StepOptions
 from fmedge_runtimes.schedulers.timesteps import Spacing
 
@@ -51,14 +51,14 @@ class Heun:
         """Take Euler's step, or repeat it with the mean of the slopes at its two ends."""
         sigma = self._sigmas[index]
         clean = self._limit(clean_of_unscaled(self._kind, output, sample, sigma))
-        slope = (sample - clean) / sigma
+        slope = slope_of(sample, clean, sigma)
         if self._begin is None:
             self._begin = sample, slope
             return Step(combine((1.0, sample), (self._sigmas[index + 1] - sigma, slope)), clean)
         start, earlier = self._begin
         self._begin = None
-        half = (sigma - self._sigmas[index - 1]) / 2
-        return Step(combine((1.0, start), (half, earlier), (half, slope)), clean)
+        slope += earlier
+        return Step(combine((1.0, start), ((sigma - self._sigmas[index - 1]) / 2, slope)), clean)
 
     def add_noise(self, original: Array, noise: Array, index: int) -> Array:
         """The clean sample at level `index`."""

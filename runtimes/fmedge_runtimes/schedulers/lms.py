@@ -14,7 +14,7 @@ from numpy.polynomial import polynomial
 from fmedge_runtimes.schedulers.prediction import clean_of_unscaled
 from fmedge_runtimes.schedulers.scheduler import Array, Draw, Scalar, Step, combine
 from fmedge_runtimes.schedulers.settings import BetaSettings, Count, SigmaSettings
-from fmedge_runtimes.schedulers.sigma_sampling import initial_sigma, levels_at, respaced, scaled, visited
+from fmedge_runtimes.schedulers.sigma_sampling import initial_sigma, levels_at, respaced, scaled, slope_of, visited
 from fmedge_runtimes.schedulers.step_options import StepOptions
 from fmedge_runtimes.schedulers.timesteps import Spacing
 
@@ -56,8 +56,7 @@ class LMS:
         """Go to the next level."""
         sigma = self._sigmas[index]
         clean = clean_of_unscaled(self._kind, output, sample, sigma)
-        slope = output if self._kind == "epsilon" else (sample - clean) / sigma
-        self._slopes = [slope, *self._slopes[: _ORDER - 1]]
+        self._slopes = [slope_of(sample, clean, sigma), *self._slopes[: _ORDER - 1]]
         nodes = self._sigmas[index - len(self._slopes) + 1 : index + 1][::-1].astype(np.float64)
         weights = _integrals(nodes, float(self._sigmas[index + 1]))
         terms: list[tuple[Scalar, Array]] = list(zip(weights, self._slopes, strict=True))

@@ -17,7 +17,7 @@ from fmedge_runtimes.schedulers.noise_schedule import BetaSchedule
 from fmedge_runtimes.schedulers.prediction import Limit, between, clean_of, noise_of
 from fmedge_runtimes.schedulers.scheduler import Array, Numbers
 from fmedge_runtimes.schedulers.sigma_sampling import spread
-from fmedge_runtimes.schedulers.sigmas import sigma_table, shifted, timesteps_of
+from fmedge_runtimes.schedulers.sigmas import shifted, sigma_table, timesteps_of
 from fmedge_runtimes.schedulers.step_options import StepOptions
 
 ONE = np.float32(1)
@@ -37,8 +37,8 @@ class LogSnr:
 
 def log_snr(sigmas: Array, *, flow: bool) -> LogSnr:
     """The coefficients at noise levels [N + 1]."""
-    alpha = ONE - sigmas if flow else ONE / np.sqrt(np.square(sigmas) + ONE)
-    sigma = sigmas if flow else sigmas * alpha
+    alpha: Array = ONE - sigmas if flow else ONE / np.sqrt(np.square(sigmas) + ONE)
+    sigma: Array = sigmas if flow else sigmas * alpha
     with np.errstate(divide="ignore"):
         return LogSnr(sigmas, alpha, sigma, np.log(alpha) - np.log(sigma))
 

@@ -31,9 +31,7 @@ NAMES = (
     Name("heun", "HeunDiscreteScheduler"),
     Name("heun-karras", "HeunDiscreteScheduler", {"use_karras_sigmas": True}),
     Name("dpm++2m", _MULTISTEP, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    Name(
-        "dpm++2m-karras", _MULTISTEP, {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True}
-    ),
+    Name("dpm++2m-karras", _MULTISTEP, {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True}),
     Name("dpm++2m-sde", _MULTISTEP, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
     Name(
         "dpm++2m-sde-karras",

@@ -41,7 +41,8 @@ def deviation_between(found: Posterior, index: int, predicted: Array) -> Array:
     low, high = np.log(found.variance[index]), np.log(found.beta[index])
     exponent = predicted * np.float32((high - low) / 4)
     exponent += np.float32((high + low) / 4)
-    return np.exp(exponent, out=exponent)
+    np.exp(exponent, out=exponent)
+    return exponent
 
 
 def halves(output: Array, channels: int) -> tuple[Array, Array | None]:

@@ -52,7 +52,9 @@ def clean_of_unscaled(kind: str, output: Array, sample: Array, sigma: Scalar) ->
         return output
     if kind == "v_prediction":
         power = np.float32(sigma) ** 2 + np.float32(1)
-        return combine((-sigma / np.sqrt(power), output), (1 / power, sample))
+        clean = sample / power
+        clean += output * (-sigma / np.sqrt(power))
+        return clean
     return combine((1.0, sample), (-sigma, output))
 
 

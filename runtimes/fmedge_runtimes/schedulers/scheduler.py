@@ -66,9 +66,20 @@ class Scheduler(Protocol):
 def combine(*terms: tuple[Scalar, Array]) -> Array:
     """The sum of scalar * array, float32, in a new array; terms whose scalar is 0 are left out."""
     total: Array | None = None
+    own = False
     for scalar, array in terms:
         if scalar == 0:
             continue
-        part = array * np.float32(scalar)
-        total = part if total is None else np.add(total, part, out=total)
-    return np.zeros_like(terms[0][1]) if total is None else total
+        part = array if scalar == 1 else array * np.float32(scalar)
+        if total is None:
+            total, own = part, scalar != 1
+        elif own:
+            total += part
+        elif scalar == 1:
+            total, own = total + part, True
+        else:
+            part += total
+            total, own = part, True
+    if total is None:
+        return np.zeros_like(terms[0][1])
+    return total if own else total.copy()

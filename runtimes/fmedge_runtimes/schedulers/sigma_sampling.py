@@ -77,6 +77,14 @@ def initial_sigma(sigmas: Array, spacing: Spacing) -> float:
     return float(top if spacing in ("linspace", "trailing") else np.sqrt(top * top + np.float32(1)))
 
 
+def slope_of(sample: Array, clean: Array, sigma: np.float32) -> Array:
+    """The derivative of the sample by sigma [B, ...]: away from the clean sample."""
+    slope = sample - clean
+    slope /= sigma
+    return slope
+
+
 def scaled(sample: Array, sigma: np.float32) -> Array:
     """The denoiser's input: a sample of standard deviation 1 [B, ...]."""
-    return sample / np.sqrt(sigma * sigma + np.float32(1))
+    unit: Array = sample / np.sqrt(sigma * sigma + np.float32(1))
+    return unit

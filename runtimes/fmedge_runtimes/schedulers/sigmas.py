@@ -6,12 +6,14 @@ import math
 
 import numpy as np
 
+from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.schedulers.scheduler import Array, Numbers
 
 
 def sigma_table(alphas_cumprod: Array) -> Array:
     """Noise level relative to the signal at each training timestep, float32 [T], ascending."""
-    return np.sqrt((np.float32(1) - alphas_cumprod) / alphas_cumprod)
+    table: Array = np.sqrt((np.float32(1) - alphas_cumprod) / alphas_cumprod)
+    return table
 
 
 def karras(high: float, low: float, count: int) -> Numbers:
@@ -47,6 +49,8 @@ def shifted_by_size(sigmas: Numbers, mu: float, kind: str) -> Numbers:
 
 
 def stretched(sigmas: Numbers, last: float) -> Numbers:
-    """Levels of flow matching stretched so that the last one is `last`."""
+    """Levels of flow matching stretched so that the last one is `last`. Raises RequestError for one."""
+    if len(sigmas) < 2:
+        raise RequestError("shift_terminal stretches the levels between the first and the last; use at least 2 steps.")
     signal = 1 - sigmas
     return np.asarray(1 - signal / (signal[-1] / (1 - last)))

@@ -79,7 +79,9 @@ class UniPC:
         self._first = options.first_step()
         self.timesteps = timesteps.astype(np.int64)[self._first :]  # [N]
         self._levels = log_snr(sigmas.astype(np.float32)[self._first :], flow=settings.use_flow_sigmas)
-        limit = limiter(clip=None, threshold=settings.threshold) if settings.thresholding and settings.predict_x0 else None
+        limit = (
+            limiter(clip=None, threshold=settings.threshold) if settings.thresholding and settings.predict_x0 else None
+        )
         self._conversion = Conversion(settings.prediction_type, settings.predict_x0, limit)
         self._settings = settings
         self._values: list[Array] = []
@@ -157,7 +159,9 @@ def _levels(settings: UniPCSettings, table: Array, options: StepOptions) -> tupl
     if options.sigmas is not None:
         options.check_length("sigmas", options.sigmas)
         if not settings.use_flow_sigmas or settings.respaced:
-            raise RequestError("sigmas can be given only where the config says use_flow_sigmas, without use_karras_sigmas.")
+            raise RequestError(
+                "sigmas can be given only where the config says use_flow_sigmas, without use_karras_sigmas."
+            )
     dynamic = settings.use_flow_sigmas and settings.use_dynamic_shifting and not settings.respaced
     if dynamic and options.mu is None:
         raise RequestError("use_dynamic_shifting needs mu, which depends on the image's size; give mu.")
