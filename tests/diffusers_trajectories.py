@@ -118,11 +118,8 @@ def ours(values, steps, *, channels=1, strength=1.0, image=None, **options):
     scheduler = open_scheduler(config_of(values), steps, strength=strength, **options)
     rows = generators()
     draw = draw_from(rows)
-    sample = start()
-    if image is None:
-        sample = sample * np.float32(scheduler.init_noise_sigma)
-    else:
-        sample = scheduler.add_noise(image, sample, 0)
+    noise = start()
+    sample = noise * np.float32(scheduler.init_noise_sigma) if image is None else scheduler.add_noise(image, noise, 0)
     samples, clean = [sample.copy()], []
     for index, timestep in enumerate(scheduler.timesteps):
         output = denoise(scheduler.scale(sample, index), timestep, channels)
@@ -137,7 +134,7 @@ def ours(values, steps, *, channels=1, strength=1.0, image=None, **options):
 
 
 def worst(values, steps, **options):
-    """Compare everything; gives the largest differences of a sample, and of a clean one, in their standard deviations."""
+    """Compare everything; the largest differences of a sample, and of a clean one, in their standard deviations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers under a newer numpy
         timesteps, samples, clean, rows = theirs(values, steps, **options)

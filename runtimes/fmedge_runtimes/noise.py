@@ -4,8 +4,8 @@
     noise.normal((4, 64, 64))   # torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(7))
 
 The bits are those of the Mersenne Twister (Matsumoto and Nishimura 1998) in the seeding of 2002, the transform is Box
-and Muller's (1958). Values differ from torch's by at most 5e-7, because log and cos are other implementations; the state
-of the generator stays the same bit for bit, so the k-th draw equals torch's k-th draw. Round for half precision
+and Muller's (1958). Values differ from torch's by at most 5e-7, because log and cos are other implementations; the
+state of the generator stays the same bit for bit, so the k-th draw equals torch's k-th draw. Round for half precision
 afterwards: torch does the same.
 """
 
@@ -86,7 +86,7 @@ def normal_rows(generators: Sequence[TorchNoise], shape: Sequence[int]) -> npt.N
 
 
 def _box_muller(uniforms: npt.NDArray[Any]) -> None:
-    """Turn uniforms [B, 16 k] into normals, in place; of each block of 16 the first 8 are distances, the rest angles."""
+    """Turn uniforms [B, 16 k] into normals, in place; of each block of 16 8 are distances, then 8 angles."""
     blocks = uniforms.reshape(len(uniforms), -1, 2, _BLOCK // 2)  # a view unless rows are not contiguous
     radius = np.log(np.float32(1) - blocks[:, :, 0])
     radius *= np.float32(-2)

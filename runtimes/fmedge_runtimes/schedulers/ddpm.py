@@ -1,4 +1,4 @@
-"""DDPM, ancestral sampling: Ho et al. 2020, arXiv 2006.11239; variances of Nichol and Dhariwal 2021, arXiv 2102.09672."""
+"""DDPM: Ho et al. 2020, arXiv 2006.11239; its learned variance: Nichol and Dhariwal 2021, arXiv 2102.09672."""
 
 from __future__ import annotations
 

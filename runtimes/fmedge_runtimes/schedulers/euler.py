@@ -1,4 +1,4 @@
-"""Euler's method over the probability flow in sigma: Karras et al. 2022, arXiv 2206.00364, algorithm 2 without churn."""
+"""Euler's method over the probability flow in sigma: Karras et al. 2022, arXiv 2206.00364, without churn."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Linear multistep over the probability flow in sigma (K-LMS): Adams and Bashforth's method on uneven levels.
 
-The formulation in sigma is that of Karras et al. 2022, arXiv 2206.00364. The integrals of the interpolating polynomials are
-exact here; diffusers computes them numerically, to about 1e-8.
+The formulation in sigma is that of Karras et al. 2022, arXiv 2206.00364. The integrals of the interpolating polynomials
+are exact here; diffusers computes them numerically.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the solvers in log-SNR share (DPM-Solver, UniPC): levels, their coefficients, and the weights of one update.
 
-A level has alpha and sigma, a sample being alpha * clean + sigma * noise, and lambda = log(alpha / sigma). Over an interval h
-of lambda the linear part of the equation is solved exactly; the network's part is an integral of exp(lambda), whose
-moments give the weights (Lu et al. 2022, arXiv 2206.00927 for noise, 2211.01095 for the clean sample).
+A level has alpha and sigma, a sample being alpha * clean + sigma * noise, and lambda = log(alpha / sigma). Over an
+interval h of lambda the linear part of the equation is solved exactly; the network's part is an integral of exp(lambda),
+whose moments give the weights (Lu et al. 2022, arXiv 2206.00927 for noise, 2211.01095 for the clean sample).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LogSnr:
 
 def log_snr(sigmas: Array, *, flow: bool) -> LogSnr:
     """The coefficients at noise levels [N + 1]."""
-    alpha: Array = ONE - sigmas if flow else ONE / np.sqrt(np.square(sigmas) + ONE)
+    alpha = np.asarray(ONE - sigmas if flow else ONE / np.sqrt(np.square(sigmas) + ONE), np.float32)
     sigma: Array = sigmas if flow else sigmas * alpha
     with np.errstate(divide="ignore"):
         return LogSnr(sigmas, alpha, sigma, np.log(alpha) - np.log(sigma))

@@ -1,4 +1,4 @@
-"""Short names of schedulers for the command line: a class of diffusers, and the fields that make the method of that name."""
+"""Short names of schedulers: a class of diffusers, and the fields that make it the method of that name."""
 
 from __future__ import annotations
 

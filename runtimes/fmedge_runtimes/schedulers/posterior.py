@@ -1,4 +1,4 @@
-"""The step of DDPM: the mean and the variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, arXiv 2006.11239, eqs. 6 and 7)."""
+"""The step of DDPM: mean and variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, arXiv 2006.11239, eqs. 6 and 7)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What the denoiser predicts, turned into the clean sample or into the noise.
 
-A noisy sample is alpha * clean + sigma * noise. The network predicts the noise (epsilon: Ho et al. 2020, arXiv 2006.11239), the
-clean sample, or v = alpha * noise - sigma * clean (Salimans and Ho 2022, arXiv 2202.00512).
+A noisy sample is alpha * clean + sigma * noise. The network predicts the noise (epsilon: Ho et al. 2020, arXiv
+2006.11239), the clean sample, or v = alpha * noise - sigma * clean (Salimans and Ho 2022, arXiv 2202.00512).
 """
 
 from __future__ import annotations

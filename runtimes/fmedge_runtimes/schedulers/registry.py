@@ -57,4 +57,4 @@ SWITCHABLE = frozenset(SCHEDULERS) - {"FlowMatchEulerDiscreteScheduler", "UnCLIP
 """Schedulers for any model with a table of betas."""
 
 FOREIGN_FIELDS = frozenset({"noise_sampler_seed", "rho", "sigma_data", "sigma_schedule"})
-"""Fields of diffusers' schedulers that are not in the table (DPMSolverSDE, EDMEuler), which configs of others may carry."""
+"""Fields of schedulers of diffusers that are not in the table (DPMSolverSDE, EDMEuler); configs may carry them."""

@@ -55,8 +55,8 @@ class Scheduler(Protocol):
     def step(self, output: Array, index: int, sample: Array, draw: Draw) -> Step:
         """Go from timestep `index` to the next.
 
-        `output` [B, ...] is the denoiser's, after guidance, `sample` [B, ...] is unscaled; both float32. `draw` is called
-        as often as diffusers draws: never by a deterministic scheduler.
+        `output` [B, ...] is the denoiser's, after guidance, `sample` [B, ...] is unscaled; both float32. `draw` is
+        called as often as diffusers draws: never by a deterministic scheduler.
         """
 
     def add_noise(self, original: Array, noise: Array, index: int) -> Array:

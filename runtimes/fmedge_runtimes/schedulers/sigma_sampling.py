@@ -1,4 +1,8 @@
-"""What Euler, Euler ancestral, Heun and LMS share: the levels of a trajectory in sigma (Karras et al. 2022, arXiv 2206.00364)."""
+"""What Euler, Euler ancestral, Heun and LMS share: the levels of a trajectory in sigma.
+
+Samples are clean + sigma * noise, scaled for the denoiser alone (Karras et al. 2022, arXiv 2206.00364). Where sigma is
+large rounding counts, so the order of operations is diffusers'.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ class Respacing(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """Timesteps [N], not rounded to whole numbers where they are interpolated, and the noise levels at them [N], float64."""
+    """Timesteps [N], which need not be whole numbers, and the noise levels at them [N], float64."""
 
     timesteps: Numbers
     sigmas: Numbers

@@ -43,7 +43,7 @@ def shifted(sigmas: Numbers, shift: float) -> Numbers:
 
 
 def shifted_by_size(sigmas: Numbers, mu: float, kind: str) -> Numbers:
-    """`shifted` with exp(mu) (kind "exponential") or mu (kind "linear") as the shift, which depends on the image's size."""
+    """`shifted` by exp(mu) (kind "exponential") or mu (kind "linear"), which depend on the image's size."""
     shift = math.exp(mu) if kind == "exponential" else mu
     return np.asarray(shift / (shift + (1 / sigmas - 1)))
 

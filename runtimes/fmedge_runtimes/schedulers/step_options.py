@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, fields
 
@@ -49,7 +50,7 @@ class StepOptions:
                 continue
             if not all(math.isfinite(value) and value >= 0 for value in given):
                 raise RequestError(f"{name} must be finite and not negative.")
-            if any(after >= before for before, after in zip(given, given[1:], strict=False)):
+            if any(after >= before for before, after in itertools.pairwise(given)):
                 raise RequestError(f"{name} must be in descending order.")
 
     def check_taken(self, taken: frozenset[str], scheduler: str) -> None:

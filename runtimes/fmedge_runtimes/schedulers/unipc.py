@@ -133,7 +133,7 @@ class UniPC:
         return combine(*terms, (value, newest))
 
     def _differences(self, ratios: list[np.float32], hh: np.float32, *, corrected: bool) -> tuple[Array, np.float32]:
-        """Weights of the differences to earlier values, and B(h) (section 3.1: they match the moments of the integral)."""
+        """Weights of the differences to earlier values, and B(h): they match the integral's moments (section 3.1)."""
         grown = np.expm1(hh)
         growth = hh if self._settings.solver_type == "bh1" else grown
         order = len(ratios) + 1
