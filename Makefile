@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Exactly this version first: it is the one that fmedge is tested with, and on machines without a GPU its CPU build is
 # taken where one is offered.
 TORCH := torch==2.13.0
+# A worker for each core, as far as memory goes; each takes the tests that another has left.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: quickstart test test-fast test-all test-gpu lint clean
 
@@ -12,13 +14,13 @@ quickstart: $(VENV)/.quickstart  ## Train, export and run a small model on this 
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev lint  ## Everything that CI runs.
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-fast: $(VENV)/.dev lint  ## The tests that take seconds.
-	$(BIN)/pytest -m "not slow and not medium"
+	$(PYTEST) -m "not slow and not medium"
 
 test-all: $(VENV)/.dev lint  ## Also what takes an hour: every architecture that transformers has.
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-gpu: $(VENV)/.dev  ## The tests that need an NVIDIA GPU and onnxruntime-gpu.
 	$(BIN)/pytest -m gpu --run-gpu

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER and hasattr(os, "sched_setaffinity"):
+    # One core for each worker, before any library counts them: two pools of threads on the same cores wait for each other.
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(WORKER.removeprefix("gw")) % len(_cores)]})
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|begin|>{{ message.role }}: {{ message.content }}<|end|>\n{% endfor %}"

@@ -221,7 +221,7 @@ def test_unknown_and_missing_keys_are_refused_at_every_level(folder, path, key):
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (["kind"], "images", "Input should be 'text'"),
+        (["kind"], "images", "expected tags: 'text', 'image'"),
         (["forced"], 1, "valid boolean"),
         (["text", "context"], "200", "valid integer"),
         (["text", "context"], 200.0, "valid integer"),
@@ -250,7 +250,7 @@ def test_wrong_values_are_named(folder, path, value, words):
 @pytest.mark.parametrize("content", ["[]", "null", "3", '"text"', "{}"])
 def test_json_that_is_no_manifest_is_refused(folder, content):
     (folder / MANIFEST).write_text(content, "utf-8")
-    with pytest.raises(BundleFormatError, match=r"Input should be|Field required"):
+    with pytest.raises(BundleFormatError, match=r"kind: "):
         read_manifest(folder)
 
 
@@ -414,5 +414,5 @@ def test_a_manifest_follows_the_schema(folder):
     content = json.loads((folder / MANIFEST).read_text("utf-8"))
     jsonschema.validate(content, schema)
     content["text"]["surprise"] = 1
-    with pytest.raises(jsonschema.ValidationError, match="surprise"):
+    with pytest.raises(jsonschema.ValidationError):  # of either kind, so that the message names one of many reasons
         jsonschema.validate(content, schema)

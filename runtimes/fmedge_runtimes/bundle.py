@@ -337,7 +337,8 @@ def read_manifest(folder: Path) -> TextManifest | ImageManifest:
         manifest = MANIFESTS.validate_json(json.dumps(raw))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the manifest"
+        # Behind the kind, by which the class was chosen, comes the place inside the manifest.
+        where = ".".join(str(part) for part in first["loc"][1:]) or "kind"
         words = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
         raise BundleFormatError(
             f"{path}: {where}: {words} ({error.error_count()} in all); copy or export the bundle again."
