@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 LENGTH = 16
 """Tokens of a window: short, so that long prompts are."""
-SIDE = 64
+SIDE = 32
 """Pixels of an image."""
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -68,9 +68,9 @@ def lively(module: torch.nn.Module) -> torch.nn.Module:
 def unet(**changes: Any) -> UNet2DConditionModel:
     """A UNet of two levels."""
     sizes: dict[str, Any] = {
-        "block_out_channels": (32, 64),
+        "block_out_channels": (16, 32),
         "layers_per_block": 1,
-        "sample_size": 32,
+        "sample_size": SIDE // 2,
         "in_channels": 4,
         "out_channels": 4,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -84,14 +84,14 @@ def unet(**changes: Any) -> UNet2DConditionModel:
 def autoencoder(**changes: Any) -> AutoencoderKL:
     """An autoencoder of two levels: 2 pixels for each latent."""
     sizes: dict[str, Any] = {
-        "block_out_channels": [16, 32],
+        "block_out_channels": [8, 16],
         "in_channels": 3,
         "out_channels": 3,
         "down_block_types": ["DownEncoderBlock2D"] * 2,
         "up_block_types": ["UpDecoderBlock2D"] * 2,
         "latent_channels": 4,
-        "norm_num_groups": 8,
-        "sample_size": 32,
+        "norm_num_groups": 4,
+        "sample_size": SIDE,
     }
     return lively(AutoencoderKL(**{**sizes, **changes}))
 
@@ -229,7 +229,9 @@ def latents_of(pipeline: DiffusionPipeline, *args: Any, seed: int, **options: An
     return made.images[0].numpy()
 
 
-def pixels_of(pipeline: DiffusionPipeline, *args: Any, seed: int, **options: Any) -> np.ndarray:
-    """diffusers' image [H, W, 3] for one prompt, as levels."""
-    made = pipeline(*args, generator=generator(seed), output_type="pil", **options)
-    return np.asarray(made.images[0])
+def pixels_of(pipeline: DiffusionPipeline, latents: np.ndarray) -> np.ndarray:
+    """diffusers' image [H, W, 3] of latents [C, h, w], as levels; for autoencoders that have a factor alone."""
+    with torch.no_grad():
+        values = torch.from_numpy(latents)[None] / pipeline.vae.config.scaling_factor
+        decoded = pipeline.vae.decode(values).sample
+    return np.asarray(pipeline.image_processor.postprocess(decoded, output_type="pil")[0])

@@ -41,7 +41,7 @@ class Settings:
     height: int
     width: int
     scheduler: str
-    """diffusers' name of its class."""
+    """As the request named it, else diffusers' name of its class."""
     strength: float | None
     """None: made from noise alone."""
     inpainted: bool

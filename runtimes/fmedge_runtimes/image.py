@@ -231,7 +231,7 @@ class ImageModel:
 
         Where parts are loaded in turn, that is all of it, so that each is loaded once.
         """
-        size = len(order.jobs) if self._parts.mode == "sequential" else order.max_batch
+        size = max(len(order.jobs), 1) if self._parts.mode == "sequential" else order.max_batch
         for start in range(0, len(order.jobs), size):
             yield replace(order, jobs=order.jobs[start : start + size]), start
 

@@ -168,6 +168,11 @@ class Parts:
             self._configs[path] = Config(self.folder / path)
         return self._configs[path]
 
+    def declared(self, name: str) -> bool:
+        """Whether model_index.json says that the pipeline has this part."""
+        found = self.index.values.get(name)
+        return isinstance(found, list) and any(item is not None for item in found)
+
     @property
     def index(self) -> Config:
         """model_index.json."""
