@@ -12,7 +12,17 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from fmedge_runtimes.bundle import FORMAT, GraphFacts, ImageBundle, ImageFacts, ImageManifest, SourceFacts
+from fmedge_runtimes.bundle import (
+    FORMAT,
+    GraphFacts,
+    ImageBundle,
+    ImageFacts,
+    ImageGolden,
+    ImageManifest,
+    SourceFacts,
+    list_files,
+    write_manifest,
+)
 from fmedge_runtimes.image import ImageModel
 from fmedge_runtimes.parts import MemoryMode, Parts
 from torch_session import TorchSession, decoder_session, encoder_session, text_session, unet_session
@@ -197,6 +207,16 @@ def write_folder(pipeline: DiffusionPipeline, folder: Path, name: str | None = N
             module.config.save_pretrained(folder / part)
             makers[part] = lambda module=module: text_session(module)
     return Opened(pipeline, folder, makers)
+
+
+def complete(opened: Opened, golden: tuple[ImageGolden, ...] = ()) -> ImageBundle:
+    """Make the folder a bundle that opens: with a manifest, and files where graphs would be."""
+    for part in opened.makers:
+        (opened.folder / part / "model.onnx").write_bytes(part.encode() * 1000)
+    plain = image_manifest(opened.pipeline, list(opened.makers))
+    manifest = plain.model_copy(update={"files": list_files(opened.folder), "golden": golden})
+    write_manifest(opened.folder, manifest)
+    return ImageBundle(opened.folder, manifest)
 
 
 def image_manifest(pipeline: DiffusionPipeline, parts: list[str]) -> ImageManifest:

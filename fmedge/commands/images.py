@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -58,8 +59,12 @@ class Destination:
         for path in filter(None, (*(self.file(number) for number in range(count)), self.grid)):
             if path.exists() and not self.force:
                 raise RequestError(f"{path} exists; replace it with --force, or give another place.")
-            if path.parent.exists() and not path.parent.is_dir():
-                raise RequestError(f"cannot write {path}: {path.parent} is not a folder.")
+            # Found out now, not when the images are ready.
+            nearest = next(folder for folder in path.absolute().parents if folder.exists())
+            if not nearest.is_dir():
+                raise RequestError(f"cannot write {path}: {nearest} is not a folder.")
+            if not os.access(nearest, os.W_OK):
+                raise RequestError(f"cannot write {path}: {nearest} is not writable.")
 
     def file(self, number: int) -> Path | None:
         """The file of an image; None if it is not written to one of its own."""
