@@ -9,6 +9,7 @@ from types import MappingProxyType
 from fmedge_runtimes.errors import BundleError
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.pipelines.pipeline import Pipeline
+from fmedge_runtimes.pipelines.pixel_diffusion import open_pixel_diffusion
 from fmedge_runtimes.pipelines.stable_diffusion import open_stable_diffusion
 from fmedge_runtimes.pipelines.stable_diffusion_xl import open_stable_diffusion_xl
 
@@ -38,6 +39,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "StableDiffusionXLPipeline": _XL,
         "StableDiffusionXLImg2ImgPipeline": _XL,
         "StableDiffusionXLInpaintPipeline": _XL,
+        "PixelDiffusionPipeline": Family(open_pixel_diffusion),
     }
 )
 """By `_class_name` of model_index.json."""
@@ -45,8 +47,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 def family_of(parts: Parts) -> Family:
     """The family of a bundle. Raises BundleError if this version runs none of that class."""
-    name = parts.index.text("_class_name")
-    if name not in FAMILIES:
+    name = parts.index.values.get("_class_name")
+    if isinstance(name, list):
+        # A class that comes with its folder: [module, class]. It is known by its name, and never run.
+        name = name[-1] if name else None
+    if not isinstance(name, str) or name not in FAMILIES:
         raise BundleError(
             f"{parts.folder} is a {name}, which this version does not run; it runs {', '.join(sorted(FAMILIES))}."
         )

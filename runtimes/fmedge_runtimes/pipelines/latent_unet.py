@@ -16,6 +16,7 @@ import numpy as np
 from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.pipelines.autoencoder import Autoencoder, Posterior
+from fmedge_runtimes.pipelines.condition import Condition, together
 from fmedge_runtimes.pipelines.denoiser import Conditions, Denoiser, Form
 from fmedge_runtimes.pipelines.pipeline import (
     AUTOENCODER,
@@ -29,18 +30,10 @@ from fmedge_runtimes.pipelines.pipeline import (
     Rendered,
     Sizes,
 )
-from fmedge_runtimes.pipelines.trajectory import Amend, check_varied, denoise, stacked
+from fmedge_runtimes.pipelines.trajectory import Amend, check_varied, denoise
 from fmedge_runtimes.schedulers.scheduler import Scheduler
 
 UNET = Form(sample="sample", output="out_sample")
-
-
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """What one job's image is conditioned on: inputs of the denoiser without their row axis."""
-
-    positive: Mapping[str, Array]
-    negative: Mapping[str, Array] | None
 
 
 class Texts(Protocol):
@@ -87,7 +80,7 @@ class LatentUnet:
         latents: list[Array | None] = [None] * len(order.jobs)
         evaluations = 0
         with self._parts.use("unet") as part:
-            for rows in order.batches([_shape(condition) for condition in conditions]):
+            for rows in order.batches([condition.alike for condition in conditions]):
                 begin = self._begin(order, rows, posteriors)
                 denoiser = Denoiser(
                     part,
@@ -144,12 +137,12 @@ class LatentUnet:
         return found
 
     def _conditions(self, order: Order, conditions: Sequence[Condition], channels: Array | None) -> Conditions:
-        positive = _together([condition.positive for condition in conditions])
+        positive = together([condition.positive for condition in conditions])
         negatives = [condition.negative for condition in conditions if condition.negative is not None]
         if self._guidance_width:
             scale = np.full(len(conditions), order.guidance, np.float32)
             positive = {**positive, "timestep_cond": guidance_embedding(scale, self._guidance_width)}
-        return Conditions(positive, _together(negatives) if negatives else None, channels=channels)
+        return Conditions(positive, together(negatives) if negatives else None, channels=channels)
 
     def _begin(self, order: Order, rows: Sequence[int], posteriors: Mapping[str, Posterior]) -> _Beginning:
         factor = self._autoencoder.factor
@@ -206,11 +199,3 @@ def guidance_embedding(guidance: Array, width: int) -> Array:
     angles = ((guidance - 1) * np.float32(1000))[:, None] * rates[None]  # [B, width / 2]
     found = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     return np.pad(found, ((0, 0), (0, width - 2 * half)))
-
-
-def _together(each: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    return {name: stacked([one[name] for one in each], range(len(each))) for name in each[0]}
-
-
-def _shape(condition: Condition) -> object:
-    return tuple(value.shape for value in condition.positive.values())
