@@ -61,7 +61,7 @@ class Diffusion:
     weights: bool = True
     """Whether brackets in prompts are weights, as in (word:1.3); False takes them literally."""
     max_sequence_length: int | None = None
-    """Tokens that the prompt is padded to for a T5 or Gemma text encoder, and may have; None: the pipeline's default."""
+    """Tokens to which a T5 or Gemma text encoder's prompt is padded, and may have; None: the pipeline's default."""
     tiling: bool | None = None
     """Whether large images are decoded in overlapping tiles, which bounds memory; None: above 1.5 million pixels."""
     tiny_vae: bool = False

@@ -65,7 +65,7 @@ class PixelDiffusion:
             assert one.pooled is not None  # asked for
             inputs.append({"encoder_hidden_states": one.states, "pooled_projections": one.pooled})
         count = len(order.jobs)
-        negatives = inputs[count:] or [None] * count
+        negatives: list[dict[str, Array]] | list[None] = inputs[count:] or [None] * count
         return [Condition(*both) for both in zip(inputs[:count], negatives, strict=True)]
 
 
