@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from fmedge_runtimes.diffusion import Diffusion
 from fmedge_runtimes.session import TensorSpec
-from image_models import Opened
+from image_models import Opened, generator
 from torch_session import TorchSession, decoder_session, encoder_session, text_session
 
 Run = Callable[..., dict[str, torch.Tensor]]
@@ -115,3 +117,43 @@ def open_pipeline(pipeline: DiffusionPipeline, folder: Path, **index: Any) -> Op
             else:
                 module.config.save_pretrained(folder / graph)
     return Opened(pipeline, folder, makers)
+
+
+BOUND = 1e-4
+"""On latents, as a share of their standard deviation: what single-precision rounding grows to over a trajectory."""
+
+
+def check(
+    opened: Opened,
+    options: Diffusion,
+    prompts: list[str],
+    theirs: Any = None,
+    *,
+    bound: float = BOUND,
+    unpack: Callable[[np.ndarray], np.ndarray] = lambda latents: latents,
+    guided: str = "guidance_scale",
+    negative: bool = True,
+    pixels: bool = True,
+    **given: Any,
+) -> None:
+    """Compare every image with diffusers' for its prompt and seed alone: latents, and pixels up to one level.
+
+    `theirs` is the pipeline to compare with, `given` its further arguments, `unpack` makes [C, h, w] of its latents.
+    """
+    theirs = theirs or opened.pipeline
+    model = opened.model()
+    arguments = {"num_inference_steps": options.steps, guided: options.guidance, **given}
+    for made in model.generate(prompts, options):
+        size = {"height": made.settings.height, "width": made.settings.width}
+        own = {**arguments, **{name: value for name, value in size.items() if name not in arguments}}
+        if negative:
+            own["negative_prompt"] = made.settings.negative or ""
+        found = {
+            kind: theirs(made.prompt, generator=[generator(made.seed)], output_type=kind, **own).images[0]
+            for kind in (("latent", "pil") if pixels else ("latent",))
+        }
+        expected = unpack(np.asarray(found["latent"]))
+        assert made.latents.shape == expected.shape
+        assert np.abs(made.latents - expected).max() <= bound * expected.std(), made.settings
+        if pixels:
+            assert np.abs(np.asarray(made.image, int) - np.asarray(found["pil"])).max() <= 1

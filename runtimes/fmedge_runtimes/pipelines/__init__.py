@@ -8,9 +8,13 @@ from types import MappingProxyType
 
 from fmedge_runtimes.errors import BundleError
 from fmedge_runtimes.parts import Parts
+from fmedge_runtimes.pipelines.flux import open_flux
 from fmedge_runtimes.pipelines.pipeline import Pipeline
+from fmedge_runtimes.pipelines.pixart import open_pixart_alpha, open_pixart_sigma
 from fmedge_runtimes.pipelines.pixel_diffusion import open_pixel_diffusion
+from fmedge_runtimes.pipelines.sana import open_sana
 from fmedge_runtimes.pipelines.stable_diffusion import open_stable_diffusion
+from fmedge_runtimes.pipelines.stable_diffusion_3 import open_stable_diffusion_3
 from fmedge_runtimes.pipelines.stable_diffusion_xl import open_stable_diffusion_xl
 
 Open = Callable[[Parts], Pipeline]
@@ -28,6 +32,8 @@ class Family:
 _SD = Family(open_stable_diffusion)
 _LCM = Family(open_stable_diffusion, respaced=True)
 _XL = Family(open_stable_diffusion_xl)
+_SD3 = Family(open_stable_diffusion_3)
+_FLUX = Family(open_flux)
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -39,6 +45,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "StableDiffusionXLPipeline": _XL,
         "StableDiffusionXLImg2ImgPipeline": _XL,
         "StableDiffusionXLInpaintPipeline": _XL,
+        "StableDiffusion3Pipeline": _SD3,
+        "StableDiffusion3Img2ImgPipeline": _SD3,
+        "StableDiffusion3InpaintPipeline": _SD3,
+        "FluxPipeline": _FLUX,
+        "FluxImg2ImgPipeline": _FLUX,
+        "FluxInpaintPipeline": _FLUX,
+        "PixArtAlphaPipeline": Family(open_pixart_alpha),
+        "PixArtSigmaPipeline": Family(open_pixart_sigma),
+        "SanaPipeline": Family(open_sana),
         "PixelDiffusionPipeline": Family(open_pixel_diffusion),
     }
 )
