@@ -181,6 +181,8 @@ class ImageModel:
                 f"{width}x{height} is no size for {self.bundle.folder}: sides must be multiples of {sizes.multiple}; "
                 f"the nearest is {nearest[0]}x{nearest[1]}."
             )
+        if sizes.most is not None and max(height, width) > sizes.most:
+            raise RequestError(f"{width}x{height} is too large for {self.bundle.folder}: sides end at {sizes.most}.")
         if height * width > MOST_PIXELS:
             raise RequestError(f"{width}x{height} has more than {MOST_PIXELS} pixels; make it smaller.")
 

@@ -92,6 +92,16 @@ class ClipText:
                 factors[number, 1 : len(part) + 1] = weights[number * room : (number + 1) * room]
         return Windows(table, factors)
 
+    def window(self, prompt: str) -> Windows:
+        """Tokenize a prompt as it is, into one window. Raises RequestError if it is longer."""
+        found = self.windows(prompt, weighted=False)
+        if len(found.ids) > 1:
+            count = len(self._tokenizer.encode(prompt, special=False))
+            raise RequestError(
+                f"the prompt {prompt[:40]!r}... has {count} tokens, and this model reads {self.length - 2}; shorten it."
+            )
+        return found
+
     def encode(
         self, part: Part, prompts: Sequence[Windows], states: str, pooled: str | None, finish: Finish | None = None
     ) -> list[Encoded]:
@@ -128,10 +138,8 @@ class ClipText:
                 pools.append(part.output(pooled, outputs).astype(np.float32, copy=False))
         return np.concatenate(found), np.concatenate(pools) if pools else None
 
-    def _mask(self, ids: Ids) -> Ids:
-        """1 up to the end of the text, as a tokenizer gives it; all 1 where the model takes none."""
-        if not self._masked:
-            return np.ones_like(ids)
+    def mask(self, ids: Ids) -> Ids:
+        """1 up to the end of the text, as a tokenizer gives it [W, S]."""
         ends = (ids[:, 1:] == self._end).argmax(axis=1) + 1  # [N]
         mask: Ids = (np.arange(ids.shape[1]) <= ends[:, None]).astype(np.int64)
         return mask
@@ -159,8 +167,10 @@ class ClipText:
         return wide
 
     def _feeds(self, part: Part, ids: Ids) -> dict[str, Ids]:
-        masked = "attention_mask" in part.inputs
-        return {"input_ids": ids, "attention_mask": self._mask(ids)} if masked else {"input_ids": ids}
+        if "attention_mask" not in part.inputs:
+            return {"input_ids": ids}
+        # A model that is not meant to have a mask is given one that hides nothing.
+        return {"input_ids": ids, "attention_mask": self.mask(ids) if self._masked else np.ones_like(ids)}
 
 
 @dataclass(frozen=True, slots=True)

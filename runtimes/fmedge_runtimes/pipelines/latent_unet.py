@@ -8,7 +8,7 @@ go into what, and in which order, is as in diffusers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +16,9 @@ import numpy as np
 from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.pipelines.autoencoder import Autoencoder, Posterior
-from fmedge_runtimes.pipelines.denoiser import Conditions, Denoiser, Form
+from fmedge_runtimes.pipelines.condition import Condition
+from fmedge_runtimes.pipelines.denoiser import Form
+from fmedge_runtimes.pipelines.latent_start import LatentStart
 from fmedge_runtimes.pipelines.pipeline import (
     AUTOENCODER,
     CLIP,
@@ -29,18 +31,10 @@ from fmedge_runtimes.pipelines.pipeline import (
     Rendered,
     Sizes,
 )
-from fmedge_runtimes.pipelines.trajectory import Amend, check_varied, denoise, stacked
+from fmedge_runtimes.pipelines.stage import Beginning, Stage, sample
 from fmedge_runtimes.schedulers.scheduler import Scheduler
 
 UNET = Form(sample="sample", output="out_sample")
-
-
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """What one job's image is conditioned on: inputs of the denoiser without their row axis."""
-
-    positive: Mapping[str, Array]
-    negative: Mapping[str, Array] | None
 
 
 class Texts(Protocol):
@@ -84,34 +78,24 @@ class LatentUnet:
         posteriors = self._posteriors(order)
         if posteriors:
             yield Progress("encode", len(order.jobs), len(order.jobs))
-        latents: list[Array | None] = [None] * len(order.jobs)
-        evaluations = 0
-        with self._parts.use("unet") as part:
-            for rows in order.batches([_shape(condition) for condition in conditions]):
-                begin = self._begin(order, rows, posteriors)
-                denoiser = Denoiser(
-                    part,
-                    UNET,
-                    self._conditions(order, [conditions[row] for row in rows], begin.channels),
-                    guidance=order.guidance,
-                    rescale=order.options.guidance_rescale,
-                    split=order.split_guidance,
-                )
-                sample = yield from denoise(
-                    denoiser,
-                    begin.scheduler,
-                    begin.start,
-                    order,
-                    rows,
-                    amend=begin.amend,
-                    preview=self._autoencoder.preview,
-                )
-                check_varied("unet", sample)
-                evaluations = len(begin.scheduler.timesteps)
-                for row, one in zip(rows, sample, strict=True):
-                    latents[row] = one
-        done = [one for one in latents if one is not None]
-        return Rendered((yield from self._autoencoder.decode(done, order)), done, evaluations)
+        factor = self._autoencoder.factor
+        shape = (self._latents, order.height // factor, order.width // factor)
+        stage = Stage(
+            "unet",
+            UNET,
+            shape,
+            order.open_scheduler,
+            guidance=order.guidance,
+            rescale=order.options.guidance_rescale,
+            begin=partial(self._begin, LatentStart(order, shape, posteriors.get("image")), posteriors),
+            preview=self._autoencoder.preview,
+        )
+        if self._guidance_width:
+            told = guidance_embedding(np.array([order.guidance], np.float32), self._guidance_width)[0]
+            conditions = [Condition({**one.positive, "timestep_cond": told}, one.negative) for one in conditions]
+        found = yield from sample(self._parts, stage, conditions, order)
+        pixels = yield from self._autoencoder.decode(found.samples, order)
+        return Rendered(pixels, found.samples, found.steps)
 
     def _check(self, order: Order) -> None:
         self._texts.check(order)
@@ -143,57 +127,20 @@ class LatentUnet:
                 )
         return found
 
-    def _conditions(self, order: Order, conditions: Sequence[Condition], channels: Array | None) -> Conditions:
-        positive = _together([condition.positive for condition in conditions])
-        negatives = [condition.negative for condition in conditions if condition.negative is not None]
-        if self._guidance_width:
-            scale = np.full(len(conditions), order.guidance, np.float32)
-            positive = {**positive, "timestep_cond": guidance_embedding(scale, self._guidance_width)}
-        return Conditions(positive, _together(negatives) if negatives else None, channels=channels)
-
-    def _begin(self, order: Order, rows: Sequence[int], posteriors: Mapping[str, Posterior]) -> _Beginning:
-        factor = self._autoencoder.factor
-        shape = (self._latents, order.height // factor, order.width // factor)
-        scheduler = order.open_scheduler()
-        image = posteriors.get("image")
-        original = None if image is None else image.sample(order.normal, rows)
-        noise = order.normal(rows, shape)  # [B, C, h, w]
-        if original is None or (order.mask is not None and order.strength == 1):
-            start = noise * np.float32(scheduler.init_noise_sigma)
-        else:
-            start = scheduler.add_noise(original, noise, 0)
+    def _begin(
+        self, start: LatentStart, posteriors: Mapping[str, Posterior], scheduler: Scheduler, rows: Sequence[int]
+    ) -> Beginning:
+        """As from an image; a UNet that sees mask and masked image is shown them, and nothing is put back."""
+        order, begun = start.order, start(scheduler, rows)
         if order.mask is None:
-            return _Beginning(scheduler, start)
-        mask = order.mask[None, :, ::factor, ::factor]  # [1, 1, h, w]
+            return begun
         masked = posteriors["masked"].sample(order.normal, rows)
-        if self._sees_mask:
-            seen = np.concatenate([np.broadcast_to(mask, (len(rows), *mask.shape[1:])), masked], axis=1)
-            return _Beginning(scheduler, start, channels=seen)
-        assert original is not None  # what is kept was encoded
-        return _Beginning(scheduler, start, amend=_keeping(scheduler, mask, original, noise))
-
-
-@dataclass(frozen=True, slots=True)
-class _Beginning:
-    """Where the trajectory of a batch starts, and what it is held to."""
-
-    scheduler: Scheduler
-    start: Array
-    """[B, C, h, w]"""
-    channels: Array | None = None
-    """Mask and masked image [B, 1 + C, h, w], for a UNet that sees them."""
-    amend: Amend | None = None
-
-
-def _keeping(scheduler: Scheduler, mask: Array, original: Array, noise: Array) -> Amend:
-    """Puts the original, noised as much as the sample, back where the mask is dark."""
-
-    def amend(sample: Array, index: int) -> Array:
-        last = index + 1 == len(scheduler.timesteps)
-        kept = original if last else scheduler.add_noise(original, noise, index + 1)
-        return (1 - mask) * kept + mask * sample
-
-    return amend
+        if not self._sees_mask:
+            return begun
+        factor = self._autoencoder.factor
+        mask = order.mask[None, :, ::factor, ::factor]  # [1, 1, h, w]
+        seen = np.concatenate([np.broadcast_to(mask, (len(rows), *mask.shape[1:])), masked], axis=1)
+        return Beginning(begun.start, channels=seen)
 
 
 def guidance_embedding(guidance: Array, width: int) -> Array:
@@ -206,11 +153,3 @@ def guidance_embedding(guidance: Array, width: int) -> Array:
     angles = ((guidance - 1) * np.float32(1000))[:, None] * rates[None]  # [B, width / 2]
     found = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     return np.pad(found, ((0, 0), (0, width - 2 * half)))
-
-
-def _together(each: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    return {name: stacked([one[name] for one in each], range(len(each))) for name in each[0]}
-
-
-def _shape(condition: Condition) -> object:
-    return tuple(value.shape for value in condition.positive.values())

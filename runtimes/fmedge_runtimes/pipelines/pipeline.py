@@ -4,6 +4,9 @@ A family is one file. Its `render` is a generator: it yields a `Progress` behind
 runs it can stop between two of them, and returns the images. It has tools for what families share, and no backend code:
 
     clip_text.py        prompts through a CLIP text encoder, in windows and with weights
+    padded_text.py      prompts through any other text encoder, padded to one length
+    condition.py        what images are conditioned on, and the batches that share a call
+    stage.py            a denoiser over all images: conditions, noise, scheduler, guidance; `sample`
     denoiser.py         a denoiser graph with guidance: (sample, timestep) -> prediction
     trajectory.py       a scheduler's steps with that denoiser; `denoise`
     autoencoder.py      images to latents and back, in tiles where they are large
@@ -181,6 +184,8 @@ class Sizes:
     """Of which height and width must be multiples."""
     fixed: bool = False
     """Whether the bundle's own size is the only one."""
+    most: int | None = None
+    """The longest side, where a model knows no place beyond it."""
 
 
 class Pipeline(Protocol):
@@ -205,3 +210,5 @@ FROM_IMAGE = frozenset({"image", "strength"})
 """Image to image; `mask` beside it is inpainting."""
 AUTOENCODER = frozenset({"tiling", "tiny_vae"})
 CLIP = frozenset({"clip_skip", "weights"})
+PADDED = frozenset({"max_sequence_length"})
+"""A text encoder whose prompts are padded to a length that is not CLIP's."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.pipelines.clip_text import ClipText, check_layers, paired
-from fmedge_runtimes.pipelines.latent_unet import Condition, LatentUnet
+from fmedge_runtimes.pipelines.condition import Condition
+from fmedge_runtimes.pipelines.latent_unet import LatentUnet
 from fmedge_runtimes.pipelines.pipeline import Array, Order
 
 STATES = "encoder_hidden_states"

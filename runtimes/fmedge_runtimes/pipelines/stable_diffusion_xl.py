@@ -10,7 +10,8 @@ import numpy as np
 
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.pipelines.clip_text import ClipText, Encoded, Windows, check_layers, paired
-from fmedge_runtimes.pipelines.latent_unet import Condition, LatentUnet
+from fmedge_runtimes.pipelines.condition import Condition
+from fmedge_runtimes.pipelines.latent_unet import LatentUnet
 from fmedge_runtimes.pipelines.pipeline import Array, Order
 
 GOOD, BAD = 6.0, 2.5
