@@ -116,7 +116,7 @@ def test_every_option_arrives(images: Opened, tmp_path: Path) -> None:
     expected = {
         "file": None, "prompt": "a (cat)", "negative": "bad", "seed": 3, "steps": 4, "guidance": 3.0, "height": 40,
         "width": 24, "scheduler": "euler", "strength": 0.5, "inpainted": True, "guidance_rescale": 0.3, "clip_skip": 1,
-        "weights": False, "model": "tiny", "prompt_index": 0, "index": 0,
+        "weights": False, "tiling": True, "tiny_vae": False, "model": "tiny", "prompt_index": 0, "index": 0,
     }  # fmt: skip
     assert {name: record[name] for name in expected} == expected
     assert record["stats"]["evaluations"] == 2
@@ -201,6 +201,9 @@ def test_texts_take_no_options_of_images(texts: Path, option: str) -> None:
 
 def test_requests_that_cannot_be_are_one_error(images: Opened, tmp_path: Path) -> None:
     folder = tmp_path / "x"
+    words = "max_sequence_length is nothing that a StableDiffusionPipeline knows"
+    assert words in error_of(generate(images, "a", "-o", folder, "--max-sequence-length", 99))
+    assert "has no tiny_vae_decoder" in error_of(generate(images, "a", "-o", folder, "--tiny-vae"))
     assert "is no size for" in error_of(generate(images, "a", "-o", folder, "--size", "33x32"))
     assert "known are" in error_of(generate(images, "a", "-o", folder, "--scheduler", "magic"))
     assert "there is no file" in error_of(generate(images, "a", "-o", folder, "--image", tmp_path / "in.png"))

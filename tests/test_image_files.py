@@ -39,6 +39,9 @@ SETTINGS = Settings(
     guidance_rescale=0.0,
     clip_skip=0,
     weights=True,
+    max_sequence_length=None,
+    tiling=None,
+    tiny_vae=False,
     model="tiny",
 )
 

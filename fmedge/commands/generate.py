@@ -59,6 +59,7 @@ IMAGE_OPTIONS = frozenset(
         "guidance_rescale",
         "clip_skip",
         "literal",
+        "max_sequence_length",
         "tiling",
         "tiny_vae",
         "memory_mode",
@@ -238,6 +239,10 @@ def command(
     literal: Annotated[
         bool, typer.Option("--literal", help="Brackets in prompts are no weights.", rich_help_panel=IMAGES)
     ] = False,
+    max_sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens that a T5 or Gemma text encoder's prompt may have.", rich_help_panel=IMAGES),
+    ] = None,
     tiling: Annotated[
         bool | None,
         typer.Option("--tiling/--no-tiling", help="Decode in tiles; large images only.", rich_help_panel=IMAGES),
@@ -301,6 +306,7 @@ def command(
             "guidance_rescale": guidance_rescale,
             "clip_skip": clip_skip,
             "weights": False if literal else None,
+            "max_sequence_length": max_sequence_length,
             "tiling": tiling,
             "tiny_vae": tiny_vae or None,
         }

@@ -48,6 +48,9 @@ class Settings:
     guidance_rescale: float
     clip_skip: int
     weights: bool
+    max_sequence_length: int | None
+    tiling: bool | None
+    tiny_vae: bool
     model: str
     """The source of the bundle."""
 

@@ -132,12 +132,11 @@ class ImageModel:
         image = None if options.image is None else open_picture(options.image, "Diffusion.image")
         mask = None if options.mask is None else open_picture(options.mask, "Diffusion.mask")
         multiple = self.pipeline.sizes.multiple
-        near = (facts.height, facts.width)
-        if image is not None:
-            # The image's own size, cut to what is possible, as diffusers does.
-            near = tuple(max(side - side % multiple, multiple) for side in (image.height, image.width))  # type: ignore[assignment]  # two
+        # An image keeps its own size, cut to what is possible, as in diffusers.
+        usual = facts if image is None else image
         height, width = (
-            own if side is None else side for side, own in zip((options.height, options.width), near, strict=True)
+            max(own - own % multiple, multiple) if given is None else int(given)
+            for given, own in ((options.height, usual.height), (options.width, usual.width))
         )
         self._check_size(height, width)
         steps = facts.steps if options.steps is None else int(options.steps)
@@ -290,6 +289,9 @@ class ImageModel:
                     options.guidance_rescale,
                     options.clip_skip,
                     options.weights,
+                    options.max_sequence_length,
+                    options.tiling,
+                    options.tiny_vae,
                     self.bundle.manifest.source.id,
                 ),
                 job.prompt_index,
