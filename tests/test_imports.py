@@ -10,7 +10,7 @@ import pytest
 
 import fmedge
 
-HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "accelerate")
+HEAVY = ("torch", "transformers", "diffusers", "onnx", "onnx_ir", "onnxscript", "safetensors", "accelerate")
 
 
 def loaded(code: str) -> set[str]:

@@ -10,6 +10,7 @@ A message says what is wrong, where, and what to do next.
     ├── RequestError         a prompt or an option that cannot be served
     │   ├── CacheMemoryError     the KV cache does not fit in the memory left
     │   └── QueueFullError       too many requests wait already
+    ├── GenerationCancelledError  somebody stopped the request
     ├── SourceError          a model to export cannot be read or is not supported
     ├── ExportError          the export failed
     │   └── ParityError          the bundle does not compute what its source computes
@@ -48,6 +49,10 @@ class CacheMemoryError(RequestError):
 
 class QueueFullError(RequestError):
     """Too many requests wait already; try again later."""
+
+
+class GenerationCancelledError(FmedgeError):
+    """A request was stopped by whoever made it."""
 
 
 class SourceError(FmedgeError):

@@ -70,6 +70,11 @@ class Tokenizer:
             _check(token)
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it; None if it has none such."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
     def special_tokens(self) -> dict[int, str]:
         """The special tokens, which have no text, and how they are spelt."""
         return {token: self._special[token] for token in sorted(self._special)}

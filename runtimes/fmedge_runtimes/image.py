@@ -1,0 +1,322 @@
+"""An image model: prompts in, images out, many at once.
+
+    model = load_image("out/bundle")
+    for made in model.generate(["a red circle", "a blue square"], Diffusion(steps=8, seed=7)):
+        made.save(f"{made.prompt}.png")
+    for update in model.stream("a red circle", Diffusion(preview_every=2)):
+        show(update.previews)
+
+Requests are served one after the other, from whatever thread they come; each is put into batches. An image depends on
+its own prompt, seed and settings alone; docs/images.md says what rounding can change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from fmedge_runtimes.bundle import ImageBundle
+from fmedge_runtimes.diffusion import MOST_PIXELS, Diffusion
+from fmedge_runtimes.errors import FmedgeError, GenerationCancelledError, RequestError
+from fmedge_runtimes.generated_image import GeneratedImage, ImageStats, ImageUpdate, Settings
+from fmedge_runtimes.image_plan import plan_image
+from fmedge_runtimes.memory import available_bytes
+from fmedge_runtimes.parts import Parts
+from fmedge_runtimes.picture import image_array, mask_array, open_picture
+from fmedge_runtimes.pipelines import family_of
+from fmedge_runtimes.pipelines.pipeline import EVERY, Job, OpenScheduler, Order, Progress, Rendered, Stage
+
+STRENGTH, STRENGTH_MASKED = 0.8, 1.0
+"""Of the trajectory, for an image without and with a mask, if nobody said otherwise."""
+DEFAULT = Diffusion()
+USUAL_BATCH = 4
+"""Images that are denoised together at most, if nobody said otherwise: larger batches are hardly faster."""
+WAIT = 0.05
+"""Seconds between two looks at whether a request that waits was cancelled."""
+
+Stop = threading.Event
+
+
+class ImageModel:
+    """A pipeline of a bundle; `load_image` makes it. May be called from several threads."""
+
+    def __init__(
+        self, bundle: ImageBundle, parts: Parts, *, max_batch: int | None = None, memory: int | None = None
+    ) -> None:
+        """Reads configs and tokenizers. Raises BundleError, and RequestError for options that cannot be."""
+        if max_batch is not None and max_batch < 1:
+            raise RequestError(f"max_batch is {max_batch}; it must be at least 1.")
+        self.bundle = bundle
+        self._max_batch, self._memory = max_batch, memory
+        self._parts = parts
+        family = family_of(parts)
+        self._respaced = family.respaced
+        self.pipeline = family.open(parts)
+        facts = bundle.manifest.image
+        self._batch(facts.height, facts.width, guided=False)  # refuses a memory in which nothing fits
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._closed = False
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        options: Diffusion = DEFAULT,
+        *,
+        cancel: Stop | None = None,
+        progress: Callable[[ImageUpdate], None] | None = None,
+    ) -> list[GeneratedImage]:
+        """Make images of prompts, n of each, in the order of the prompts.
+
+        Setting `cancel` from another thread stops it at the next step. Raises RequestError for what cannot be served,
+        BackendError when a graph fails or gives no image, GenerationCancelledError.
+        """
+        made: dict[tuple[int, int], GeneratedImage] = {}
+        for update in self.stream(prompts, options, cancel=cancel):
+            made.update({(image.prompt_index, image.index): image for image in update.finished})
+            if progress is not None:
+                progress(update)
+        return [made[key] for key in sorted(made)]
+
+    def stream(
+        self, prompts: str | Sequence[str], options: Diffusion = DEFAULT, *, cancel: Stop | None = None
+    ) -> Generator[ImageUpdate, None, None]:
+        """Like generate, but says after every step how far it is, with previews if they are asked for.
+
+        What is wrong with the call is raised at once. Images come as their batch is ready. Close the generator to stop.
+        """
+        self._check_open()
+        order = self._order([prompts] if isinstance(prompts, str) else list(prompts), options)
+        return self._serve(order, cancel)
+
+    async def agenerate(self, prompts: str | Sequence[str], options: Diffusion = DEFAULT) -> list[GeneratedImage]:
+        """Like generate, for coroutines; one that is cancelled stops its request at the next step."""
+        cancel = Stop()
+        work = asyncio.create_task(asyncio.to_thread(self.generate, prompts, options, cancel=cancel))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            cancel.set()
+            await asyncio.wait([work])
+            work.exception()  # seen
+            raise
+
+    def close(self) -> None:
+        """End what is unfinished at its next step, and give the model's memory back; it cannot be used afterwards."""
+        self._closed = True
+        self._parts.close()
+
+    def __enter__(self) -> ImageModel:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestError(f"the model of {self.bundle.folder} is closed; load it again.")
+
+    def _order(self, prompts: Sequence[str], options: Diffusion) -> Order:
+        """The request with every option filled in. Raises RequestError."""
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise RequestError(f"a prompt is {prompt!r}; it must be a text.")
+        options.check_prompts(len(prompts))
+        self._check_taken(options)
+        facts = self.bundle.manifest.image
+        image = None if options.image is None else open_picture(options.image, "Diffusion.image")
+        mask = None if options.mask is None else open_picture(options.mask, "Diffusion.mask")
+        multiple = self.pipeline.sizes.multiple
+        # An image keeps its own size, cut to what is possible, as in diffusers.
+        usual = facts if image is None else image
+        height, width = (
+            max(own - own % multiple, multiple) if given is None else int(given)
+            for given, own in ((options.height, usual.height), (options.width, usual.width))
+        )
+        self._check_size(height, width)
+        steps = facts.steps if options.steps is None else int(options.steps)
+        strength = options.strength if options.strength is not None else STRENGTH if mask is None else STRENGTH_MASKED
+        strength = strength if image is not None else 1.0
+        guidance = float(facts.guidance if options.guidance is None else options.guidance)
+        max_batch, split = self._batch(height, width, guided=guidance > 1)
+        return Order(
+            jobs=tuple(self._jobs(prompts, options)),
+            options=options,
+            steps=steps,
+            guidance=guidance,
+            height=height,
+            width=width,
+            image=None if image is None else image_array(image, height, width),
+            mask=None if mask is None else mask_array(mask, height, width),
+            strength=strength,
+            max_batch=max_batch,
+            split_guidance=split,
+            open_scheduler=OpenScheduler(
+                self.bundle.folder, options.scheduler, steps, strength, self._respaced and image is not None
+            ),
+        )
+
+    def _check_taken(self, options: Diffusion) -> None:
+        for name in sorted(set(Diffusion.__dataclass_fields__) - EVERY - self.pipeline.takes):
+            if getattr(options, name) != getattr(DEFAULT, name):
+                raise RequestError(
+                    f"Diffusion.{name} is nothing that a {self.bundle.manifest.image.pipeline} knows; leave it out."
+                )
+
+    def _check_size(self, height: int, width: int) -> None:
+        sizes, facts = self.pipeline.sizes, self.bundle.manifest.image
+        if sizes.fixed and (height, width) != (facts.height, facts.width):
+            raise RequestError(
+                f"{width}x{height} cannot be made; {self.bundle.folder} makes {facts.width}x{facts.height} only."
+            )
+        if height % sizes.multiple or width % sizes.multiple:
+            nearest = [max(round(side / sizes.multiple), 1) * sizes.multiple for side in (width, height)]
+            raise RequestError(
+                f"{width}x{height} is no size for {self.bundle.folder}: sides must be multiples of {sizes.multiple}; "
+                f"the nearest is {nearest[0]}x{nearest[1]}."
+            )
+        if sizes.most is not None and max(height, width) > sizes.most:
+            raise RequestError(f"{width}x{height} is too large for {self.bundle.folder}: sides end at {sizes.most}.")
+        if height * width > MOST_PIXELS:
+            raise RequestError(f"{width}x{height} has more than {MOST_PIXELS} pixels; make it smaller.")
+
+    def _batch(self, height: int, width: int, *, guided: bool) -> tuple[int, bool]:
+        """Images that are denoised together at most, and whether guidance takes two calls.
+
+        No more than usual where memory is plenty: results must not depend on what else runs on the machine, as long as
+        they need not. Raises RequestError if an amount of memory was given in which not even one image fits.
+        """
+        if self._max_batch is not None and self._memory is None:
+            return self._max_batch, False
+        mode, memory = self._parts.mode, self._memory
+        one = plan_image(self.bundle, height=height, width=width, guided=False)
+        if memory is None:
+            free = available_bytes()
+            # Weights that are loaded are no longer part of what is free.
+            loaded = sum(part.weights for part in one.parts if part.name in self._parts.loaded)
+            memory = None if free is None else free + loaded
+        elif one.total(mode) > memory:
+            raise RequestError(
+                f"{width}x{height} takes about {one.total(mode) / 2**20:.0f} MiB, and memory allows "
+                f"{memory / 2**20:.0f} MiB; allow more, use the memory mode sequential, or make it smaller."
+            )
+        wished = USUAL_BATCH if self._max_batch is None else self._max_batch
+        for batch in range(wished, 0, -1):
+            if plan_image(self.bundle, height=height, width=width, batch=batch, guided=guided, memory=memory).fits(
+                mode
+            ):
+                return batch, False
+        # What is free is a guess, and so is the plan: a single image is tried.
+        return 1, guided
+
+    @staticmethod
+    def _jobs(prompts: Sequence[str], options: Diffusion) -> Iterator[Job]:
+        for number, prompt in enumerate(prompts):
+            seed = options.seed_of(number)
+            first = secrets.randbelow(2**32) if seed is None else int(seed)
+            for index in range(options.n):
+                yield Job(prompt, options.negative_of(number), first + index, number, index)
+
+    def _serve(self, order: Order, cancel: Stop | None) -> Generator[ImageUpdate, None, None]:
+        with self._turn(cancel):
+            for piece, first in self._pieces(order):
+                yield from self._render(piece, first, cancel)
+
+    def _pieces(self, order: Order) -> Iterator[tuple[Order, int]]:
+        """Parts of an order that are rendered one after the other, with the number of their first job.
+
+        Where parts are loaded in turn, that is all of it, so that each is loaded once.
+        """
+        size = max(len(order.jobs), 1) if self._parts.mode == "sequential" else order.max_batch
+        for start in range(0, len(order.jobs), size):
+            yield replace(order, jobs=order.jobs[start : start + size]), start
+
+    def _render(self, order: Order, first: int, cancel: Stop | None) -> Generator[ImageUpdate, None, None]:
+        from PIL import Image
+
+        seconds: dict[Stage, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
+        render = self.pipeline.render(order)
+        clock = time.perf_counter()
+        last = Progress("decode", 0, 0)
+        try:
+            while True:
+                if cancel is not None and cancel.is_set():
+                    raise GenerationCancelledError("the request was cancelled.")
+                self._check_open()
+                last = next(render)
+                now = time.perf_counter()
+                seconds[last.stage] += now - clock
+                images = tuple(first + row for row in last.rows)
+                previews = () if last.preview is None else tuple(map(Image.fromarray, last.preview()))
+                yield ImageUpdate(last.stage, last.done, last.total, images, previews)
+                clock = time.perf_counter()
+        except StopIteration as end:
+            finished = self._finished(order, end.value, seconds)
+            yield ImageUpdate("decode", last.done, last.total, tuple(range(first, first + len(finished))), (), finished)
+        except FmedgeError:
+            self._check_open()  # a graph that was closed under it
+            raise
+        finally:
+            render.close()
+
+    def _finished(self, order: Order, rendered: Rendered, seconds: dict[Stage, float]) -> tuple[GeneratedImage, ...]:
+        from PIL import Image
+
+        options = order.options
+        stats = ImageStats(
+            rendered.evaluations, len(order.jobs), seconds["encode"], seconds["denoise"], seconds["decode"]
+        )
+        scheduler = order.open_scheduler.name or order.open_scheduler.config(chosen=False).class_name
+        return tuple(
+            GeneratedImage(
+                Image.fromarray(pixels),
+                Settings(
+                    job.prompt,
+                    job.negative,
+                    job.seed,
+                    order.steps,
+                    order.guidance,
+                    order.height,
+                    order.width,
+                    scheduler,
+                    None if order.image is None else order.strength,
+                    order.mask is not None,
+                    options.guidance_rescale,
+                    options.clip_skip,
+                    options.weights,
+                    options.max_sequence_length,
+                    options.tiling,
+                    options.tiny_vae,
+                    self.bundle.manifest.source.id,
+                ),
+                job.prompt_index,
+                job.index,
+                stats,
+                latents,
+            )
+            for job, pixels, latents in zip(order.jobs, rendered.pixels, rendered.latents, strict=True)
+        )
+
+    @contextmanager
+    def _turn(self, cancel: Stop | None) -> Iterator[None]:
+        """Wait until no other request is being served."""
+        me = threading.get_ident()
+        if self._owner == me:
+            raise RequestError(
+                "a stream of this model is unfinished in this thread; read it to its end or close it first."
+            )
+        while not self._lock.acquire(timeout=WAIT):
+            if cancel is not None and cancel.is_set():
+                raise GenerationCancelledError("the request was cancelled.")
+            self._check_open()
+        self._owner = me
+        try:
+            yield
+        finally:
+            self._owner = None
+            self._lock.release()

@@ -1,0 +1,118 @@
+"""A denoiser put to work for all images of an order, from noise to samples: most pipelines are one or more of these.
+
+stage = Stage("transformer", TRANSFORMER, shape, order.open_scheduler, guidance=order.guidance)
+found = yield from sample(parts, stage, conditions, order)
+found.samples, found.steps
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fmedge_runtimes.parts import Parts
+from fmedge_runtimes.pipelines.condition import Condition, together
+from fmedge_runtimes.pipelines.denoiser import Conditions, Denoiser, Form
+from fmedge_runtimes.pipelines.pipeline import Array, Order, Progress
+from fmedge_runtimes.pipelines.trajectory import Amend, Preview, check_varied, denoise
+from fmedge_runtimes.schedulers.scheduler import Scheduler
+
+TRANSFORMER = Form(sample="hidden_states", output="out_hidden_states", timestep_rows=True)
+"""Diffusers' transformers, which are given a scheduler's timesteps as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """Where the trajectory of a batch starts, and what it is held to."""
+
+    start: Array
+    """[B, ...]"""
+    channels: Array | None = None
+    """Channels that are shown to the denoiser behind the sample's, at every step [B, C, ...]."""
+    amend: Amend | None = None
+
+
+Begin = Callable[[Scheduler, Sequence[int]], Beginning]
+"""(scheduler, jobs of a batch) -> its beginning; it draws what diffusers draws there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One denoiser of a pipeline."""
+
+    part: str
+    form: Form
+    shape: Sequence[int]
+    """Of a sample, without the row axis."""
+    scheduler: Callable[[], Scheduler]
+    """Begins a trajectory of one batch."""
+    guidance: float = 1.0
+    """Used where conditions have a negative half."""
+    rescale: float = 0.0
+    guided_channels: int | None = None
+    """Of the prediction; None: all. What is behind them, a learned variance, stays the conditional one."""
+    learned_variance: bool = False
+    """Whether the scheduler is given the channels that the denoiser predicts beside those of the sample."""
+    shared: Mapping[str, Array] = field(default_factory=dict)
+    """Inputs of the denoiser without a row axis."""
+    begin: Begin | None = None
+    """None: noise alone."""
+    preview: Preview | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What a stage gives, in the order of the jobs."""
+
+    samples: list[Array]
+    steps: int
+    """Calls of the denoiser that each image took part in, guidance counted once."""
+
+
+def sample(
+    parts: Parts, stage: Stage, conditions: Sequence[Condition], order: Order
+) -> Generator[Progress, None, Sampled]:
+    """Run a stage for every job. Raises BackendError, and RequestError for steps that the scheduler cannot take."""
+    samples: dict[int, Array] = {}
+    steps = 0
+    with parts.use(stage.part) as part:
+        for rows in order.batches([condition.alike for condition in conditions]):
+            scheduler = stage.scheduler()
+            begin = _from_noise(order, stage, scheduler, rows) if stage.begin is None else stage.begin(scheduler, rows)
+            negatives = [conditions[row].negative for row in rows]
+            denoiser = Denoiser(
+                part,
+                stage.form,
+                Conditions(
+                    together([conditions[row].positive for row in rows]),
+                    together([negative for negative in negatives if negative is not None])
+                    if None not in negatives
+                    else None,
+                    stage.shared,
+                    begin.channels,
+                ),
+                guidance=stage.guidance,
+                rescale=stage.rescale,
+                split=order.split_guidance,
+                guided_channels=stage.guided_channels,
+            )
+            found = yield from denoise(
+                denoiser,
+                scheduler,
+                begin.start,
+                order,
+                rows,
+                amend=begin.amend,
+                preview=stage.preview,
+                learned_variance=stage.learned_variance,
+            )
+            check_varied(stage.part, found)
+            samples.update(zip(rows, found, strict=True))
+            steps = len(scheduler.timesteps)
+    return Sampled([samples[row] for row in range(len(conditions))], steps)
+
+
+def _from_noise(order: Order, stage: Stage, scheduler: Scheduler, rows: Sequence[int]) -> Beginning:
+    return Beginning(order.normal(rows, stage.shape) * np.float32(scheduler.init_noise_sigma))
