@@ -9,6 +9,7 @@ from types import MappingProxyType
 from fmedge_runtimes.errors import BundleError
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.pipelines.flux import open_flux
+from fmedge_runtimes.pipelines.kandinsky import open_kandinsky
 from fmedge_runtimes.pipelines.pipeline import Pipeline
 from fmedge_runtimes.pipelines.pixart import open_pixart_alpha, open_pixart_sigma
 from fmedge_runtimes.pipelines.pixel_diffusion import open_pixel_diffusion
@@ -54,6 +55,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "PixArtAlphaPipeline": Family(open_pixart_alpha),
         "PixArtSigmaPipeline": Family(open_pixart_sigma),
         "SanaPipeline": Family(open_sana),
+        "KandinskyV22CombinedPipeline": Family(open_kandinsky),
         "PixelDiffusionPipeline": Family(open_pixel_diffusion),
     }
 )

@@ -16,7 +16,7 @@ from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.pipelines.condition import Condition, together
 from fmedge_runtimes.pipelines.denoiser import Conditions, Denoiser, Form
 from fmedge_runtimes.pipelines.pipeline import Array, Order, Progress
-from fmedge_runtimes.pipelines.trajectory import Amend, Preview, check_varied, denoise
+from fmedge_runtimes.pipelines.trajectory import Amend, Predict, Preview, check_varied, denoise
 from fmedge_runtimes.schedulers.scheduler import Scheduler
 
 TRANSFORMER = Form(sample="hidden_states", output="out_hidden_states", timestep_rows=True)
@@ -59,6 +59,8 @@ class Stage:
     """Inputs of the denoiser without a row axis."""
     begin: Begin | None = None
     """None: noise alone."""
+    fold: bool = False
+    """Whether a sample's first axis is one of rows of the denoiser, as it is of every condition: several for a job."""
     preview: Preview | None = None
 
 
@@ -69,6 +71,8 @@ class Sampled:
     samples: list[Array]
     steps: int
     """Calls of the denoiser that each image took part in, guidance counted once."""
+    constants: Mapping[str, Array]
+    """Of the denoiser's outputs, those that its form names so."""
 
 
 def sample(
@@ -76,30 +80,22 @@ def sample(
 ) -> Generator[Progress, None, Sampled]:
     """Run a stage for every job. Raises BackendError, and RequestError for steps that the scheduler cannot take."""
     samples: dict[int, Array] = {}
-    steps = 0
+    steps, constants = 0, {}
     with parts.use(stage.part) as part:
         for rows in order.batches([condition.alike for condition in conditions]):
             scheduler = stage.scheduler()
             begin = _from_noise(order, stage, scheduler, rows) if stage.begin is None else stage.begin(scheduler, rows)
-            negatives = [conditions[row].negative for row in rows]
             denoiser = Denoiser(
                 part,
                 stage.form,
-                Conditions(
-                    together([conditions[row].positive for row in rows]),
-                    together([negative for negative in negatives if negative is not None])
-                    if None not in negatives
-                    else None,
-                    stage.shared,
-                    begin.channels,
-                ),
+                _batch(stage, [conditions[row] for row in rows], begin.channels),
                 guidance=stage.guidance,
                 rescale=stage.rescale,
                 split=order.split_guidance,
                 guided_channels=stage.guided_channels,
             )
             found = yield from denoise(
-                denoiser,
+                _folded(denoiser) if stage.fold else denoiser,
                 scheduler,
                 begin.start,
                 order,
@@ -110,8 +106,27 @@ def sample(
             )
             check_varied(stage.part, found)
             samples.update(zip(rows, found, strict=True))
-            steps = len(scheduler.timesteps)
-    return Sampled([samples[row] for row in range(len(conditions))], steps)
+            steps, constants = len(scheduler.timesteps), denoiser.constants
+    return Sampled([samples[row] for row in range(len(conditions))], steps, constants)
+
+
+def _batch(stage: Stage, conditions: Sequence[Condition], channels: Array | None) -> Conditions:
+    negatives = [one.negative for one in conditions if one.negative is not None]
+    halves = [together([one.positive for one in conditions]), together(negatives) if negatives else None]
+    if stage.fold:
+        halves = [None if half is None else {name: _rows(value) for name, value in half.items()} for half in halves]
+    positive, negative = halves
+    assert positive is not None
+    return Conditions(positive, negative, stage.shared, channels)
+
+
+def _rows(values: Array) -> Array:
+    """[B, R, ...] as [B * R, ...]."""
+    return values.reshape(-1, *values.shape[2:])
+
+
+def _folded(denoiser: Denoiser) -> Predict:
+    return lambda values, timestep: denoiser(_rows(values), timestep).reshape(values.shape)
 
 
 def _from_noise(order: Order, stage: Stage, scheduler: Scheduler, rows: Sequence[int]) -> Beginning:
