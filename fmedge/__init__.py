@@ -6,6 +6,10 @@
     for completion in model.generate(["The list type"], fmedge.Sampling(max_new_tokens=64)):
         print(completion.text)
 
+    model = fmedge.load("out/images")
+    for made in model.generate(["a red circle"], fmedge.Diffusion(steps=8, seed=7)):
+        made.save("red-circle.png")
+
 `fmedge.export` needs the `export` extra; everything else runs on a device. Errors are all `fmedge.FmedgeError`.
 """
 
@@ -14,6 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fmedge_runtimes.completion import Completion, Delta, FinishReason, Stats, TokenLogprob
+from fmedge_runtimes.diffusion import Diffusion
 from fmedge_runtimes.errors import (
     BackendError,
     BundleDamagedError,
@@ -23,6 +28,7 @@ from fmedge_runtimes.errors import (
     DataError,
     ExportError,
     FmedgeError,
+    GenerationCancelledError,
     ParityError,
     QueueFullError,
     RequestError,
@@ -35,13 +41,24 @@ from fmedge_runtimes.version import __version__
 if TYPE_CHECKING:
     from fmedge_converters.export import export
     from fmedge_converters.export_options import ExportOptions
-    from fmedge_runtimes.load import load
+    from fmedge_runtimes.generated_image import GeneratedImage, ImageStats, ImageUpdate
+    from fmedge_runtimes.image import ImageModel
+    from fmedge_runtimes.image_plan import ImagePlan, plan_image
+    from fmedge_runtimes.load import load, load_image, load_text
     from fmedge_runtimes.plan import Plan, plan
     from fmedge_runtimes.request import Request
     from fmedge_runtimes.text import TextModel
 
 _LAZY = {
     "load": "fmedge_runtimes.load",
+    "load_image": "fmedge_runtimes.load",
+    "load_text": "fmedge_runtimes.load",
+    "GeneratedImage": "fmedge_runtimes.generated_image",
+    "ImageModel": "fmedge_runtimes.image",
+    "ImagePlan": "fmedge_runtimes.image_plan",
+    "ImageStats": "fmedge_runtimes.generated_image",
+    "ImageUpdate": "fmedge_runtimes.generated_image",
+    "plan_image": "fmedge_runtimes.image_plan",
     "Plan": "fmedge_runtimes.plan",
     "plan": "fmedge_runtimes.plan",
     "Request": "fmedge_runtimes.request",
@@ -60,10 +77,17 @@ __all__ = [
     "Completion",
     "DataError",
     "Delta",
+    "Diffusion",
     "ExportError",
     "ExportOptions",
     "FinishReason",
     "FmedgeError",
+    "GeneratedImage",
+    "GenerationCancelledError",
+    "ImageModel",
+    "ImagePlan",
+    "ImageStats",
+    "ImageUpdate",
     "ParityError",
     "Plan",
     "QueueFullError",
@@ -78,7 +102,10 @@ __all__ = [
     "__version__",
     "export",
     "load",
+    "load_image",
+    "load_text",
     "plan",
+    "plan_image",
 ]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 if WORKER and hasattr(os, "sched_setaffinity"):
-    # One core for each worker, before any library counts them: two pools of threads on the same cores wait for each other.
+    # A core for each worker, before a library counts them: two pools of threads on the same cores wait for each other.
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cores[int(WORKER.removeprefix("gw")) % len(_cores)]})
 

@@ -12,7 +12,17 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from fmedge_runtimes.bundle import FORMAT, GraphFacts, ImageBundle, ImageFacts, ImageManifest, SourceFacts
+from fmedge_runtimes.bundle import (
+    FORMAT,
+    GraphFacts,
+    ImageBundle,
+    ImageFacts,
+    ImageGolden,
+    ImageManifest,
+    SourceFacts,
+    list_files,
+    write_manifest,
+)
 from fmedge_runtimes.image import ImageModel
 from fmedge_runtimes.parts import MemoryMode, Parts
 from torch_session import TorchSession, decoder_session, encoder_session, text_session, unet_session
@@ -20,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 LENGTH = 16
 """Tokens of a window: short, so that long prompts are."""
-SIDE = 64
+SIDE = 32
 """Pixels of an image."""
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -68,9 +78,9 @@ def lively(module: torch.nn.Module) -> torch.nn.Module:
 def unet(**changes: Any) -> UNet2DConditionModel:
     """A UNet of two levels."""
     sizes: dict[str, Any] = {
-        "block_out_channels": (32, 64),
+        "block_out_channels": (16, 32),
         "layers_per_block": 1,
-        "sample_size": 32,
+        "sample_size": SIDE // 2,
         "in_channels": 4,
         "out_channels": 4,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -84,14 +94,14 @@ def unet(**changes: Any) -> UNet2DConditionModel:
 def autoencoder(**changes: Any) -> AutoencoderKL:
     """An autoencoder of two levels: 2 pixels for each latent."""
     sizes: dict[str, Any] = {
-        "block_out_channels": [16, 32],
+        "block_out_channels": [8, 16],
         "in_channels": 3,
         "out_channels": 3,
         "down_block_types": ["DownEncoderBlock2D"] * 2,
         "up_block_types": ["UpDecoderBlock2D"] * 2,
         "latent_channels": 4,
-        "norm_num_groups": 8,
-        "sample_size": 32,
+        "norm_num_groups": 4,
+        "sample_size": SIDE,
     }
     return lively(AutoencoderKL(**{**sizes, **changes}))
 
@@ -199,6 +209,16 @@ def write_folder(pipeline: DiffusionPipeline, folder: Path, name: str | None = N
     return Opened(pipeline, folder, makers)
 
 
+def complete(opened: Opened, golden: tuple[ImageGolden, ...] = ()) -> ImageBundle:
+    """Make the folder a bundle that opens: with a manifest, and files where graphs would be."""
+    for part in opened.makers:
+        (opened.folder / part / "model.onnx").write_bytes(part.encode() * 1000)
+    plain = image_manifest(opened.pipeline, list(opened.makers))
+    manifest = plain.model_copy(update={"files": list_files(opened.folder), "golden": golden})
+    write_manifest(opened.folder, manifest)
+    return ImageBundle(opened.folder, manifest)
+
+
 def image_manifest(pipeline: DiffusionPipeline, parts: list[str]) -> ImageManifest:
     """A manifest that names no files."""
     return ImageManifest(
@@ -229,7 +249,9 @@ def latents_of(pipeline: DiffusionPipeline, *args: Any, seed: int, **options: An
     return made.images[0].numpy()
 
 
-def pixels_of(pipeline: DiffusionPipeline, *args: Any, seed: int, **options: Any) -> np.ndarray:
-    """diffusers' image [H, W, 3] for one prompt, as levels."""
-    made = pipeline(*args, generator=generator(seed), output_type="pil", **options)
-    return np.asarray(made.images[0])
+def pixels_of(pipeline: DiffusionPipeline, latents: np.ndarray) -> np.ndarray:
+    """diffusers' image [H, W, 3] of latents [C, h, w], as levels; for autoencoders that have a factor alone."""
+    with torch.no_grad():
+        values = torch.from_numpy(latents)[None] / pipeline.vae.config.scaling_factor
+        decoded = pipeline.vae.decode(values).sample
+    return np.asarray(pipeline.image_processor.postprocess(decoded, output_type="pil")[0])

@@ -10,7 +10,7 @@ import pytest
 
 import fmedge
 
-HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "accelerate")
+HEAVY = ("torch", "transformers", "diffusers", "onnx", "onnx_ir", "onnxscript", "safetensors", "accelerate")
 
 
 def loaded(code: str) -> set[str]:
@@ -22,7 +22,10 @@ def loaded(code: str) -> set[str]:
 
 def test_the_runtime_needs_no_torch() -> None:
     modules = Path(fmedge.__file__).parent.parent / "runtimes" / "fmedge_runtimes"
-    names = [f"fmedge_runtimes.{path.stem}" for path in modules.glob("*.py") if path.stem != "__init__"]
+    files = [
+        path.relative_to(modules.parent).with_suffix("") for path in modules.rglob("*.py") if path.stem != "__init__"
+    ]
+    names = [".".join(path.parts) for path in files]
     found = loaded("import " + ", ".join(names))
     assert not found & {*HEAVY, "llguidance", "typer", "rich", "fmedge", "fmedge_converters"}
     assert "fmedge_runtimes" in found

@@ -1,7 +1,7 @@
 """A `Session` over a torch module, with the inputs and outputs that an exported graph of it has.
 
-It is as strict as a graph: every input must be there, in its type, and an output is written where it is bound. Memory
-that it was given, or has handed out, it fills with NaN before the next run: whoever holds on to it notices.
+It is as strict as a graph: every input must be there, in its type. Memory that an output is bound to is filled with NaN
+before anything is computed: an output that is bound where somebody still reads makes nonsense.
 """
 
 from __future__ import annotations

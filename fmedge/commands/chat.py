@@ -69,7 +69,7 @@ def command(
 
     Without a terminal each line of the input is a message; exits with 1 then if one of them had no reply.
     """
-    from fmedge_runtimes.load import load
+    from fmedge_runtimes.load import load_text
 
     given: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -82,7 +82,7 @@ def command(
     }
     changes = checked({name: value for name, value in given.items() if value is not None})
     listed = None if tools is None else _read_tools(tools)
-    with load(bundle, device=device, max_batch=1, threads=threads, memory=memory) as model:
+    with load_text(bundle, device=device, max_batch=1, threads=threads, memory=memory) as model:
         changes.setdefault("max_new_tokens", min(LONGEST_REPLY, max(1, model.context // 2)))
         chat = _Chat(model, replace(model.default_sampling, **changes), system, listed)
         failed = _converse(chat)

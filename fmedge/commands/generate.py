@@ -1,24 +1,17 @@
-"""`fmedge generate`: complete prompts with a bundle."""
+"""`fmedge generate`: texts or images from prompts, as the bundle makes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from fmedge_runtimes.diffusion import Diffusion
 from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.sampling import checked
 
 from fmedge.commands.byte_size import parse_bytes
-
-if TYPE_CHECKING:
-    from fmedge_runtimes.completion import Delta
-    from fmedge_runtimes.sampling import Sampling
-    from fmedge_runtimes.text import Prompt, TextModel
-
-    from fmedge.commands.prompts import PromptLine
+from fmedge.commands.kinds import parse_size, refuse_others
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -42,30 +35,77 @@ EPILOG = """
   fmedge generate out/bundle "Once" --temperature 1 --best-of 8
 
   fmedge generate out/bundle "Yes or no?" --max-new-tokens 1 --logprobs 5 --json --ban 17 --logit-bias 42=-1.5
+
+  fmedge generate out/images "a red circle" "a blue square" -n 4 --seed 7 --output made --grid grid.png
+
+  fmedge generate out/images "a (red:1.3) circle" --image in.png --strength 0.6 --scheduler dpm++2m-karras -o out.png
 """
 
 SHAPES = "How draws are shaped"
 TOKENS = "Which tokens"
 ENDS = "Where completions end"
 FORMS = "What the text must follow: one of these (needs pip install 'fmedge\\[constraints]')"
+IMAGES = "For bundles that make images"
+IMAGE_OPTIONS = frozenset(
+    {
+        "steps",
+        "guidance",
+        "negative",
+        "size",
+        "scheduler",
+        "image",
+        "strength",
+        "mask",
+        "guidance_rescale",
+        "clip_skip",
+        "literal",
+        "max_sequence_length",
+        "tiling",
+        "tiny_vae",
+        "memory_mode",
+        "grid",
+    }
+)
+"""Parameters of the command that only such bundles take."""
+BOTH_OPTIONS = frozenset(
+    {
+        "bundle",
+        "prompts",
+        "source",
+        "output",
+        "force",
+        "seed",
+        "n",
+        "device",
+        "max_batch",
+        "threads",
+        "memory",
+        "as_json",
+    }
+)
+"""Parameters that every bundle takes; all others are for bundles that write text."""
 
 
 def command(
+    ctx: typer.Context,
     bundle: Annotated[
         Path, typer.Argument(help="Folder of the bundle, or of a decoder that optimum or onnxruntime-genai exported.")
     ],
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; all are served in one batch.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; all are served together.")] = None,
     source: Annotated[
         str | None,
         typer.Option("--input", "-i", help="File with prompts: one on each line, or .jsonl; - is stdin."),
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Write completions to a .jsonl file; - is stdout.")
+        str | None,
+        typer.Option(
+            "--output", "-o", help="Write completions to a .jsonl file, images to a .png file or a folder; - is stdout."
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a job from --input to --output where it was interrupted.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output of an earlier job.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output of an earlier job, or images.")] = False,
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy; above 0 draws.", rich_help_panel=SHAPES)
     ] = None,
@@ -98,7 +138,9 @@ def command(
         float | None, typer.Option(help="The same, for each time seen.", rich_help_panel=SHAPES)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes draws reproducible.", rich_help_panel=SHAPES)] = None,
-    n: Annotated[int | None, typer.Option("--n", help="Completions for each prompt.", rich_help_panel=SHAPES)] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", "-n", help="Completions, or images, for each prompt.", rich_help_panel=SHAPES)
+    ] = None,
     best_of: Annotated[
         int | None,
         typer.Option(help="Generate so many, give the --n of highest log-probability.", rich_help_panel=SHAPES),
@@ -164,38 +206,115 @@ def command(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are a user's messages in a chat.")] = False,
     system: Annotated[str | None, typer.Option(help="System message for --chat.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps from noise to image.", rich_help_panel=IMAGES)] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="How strongly the prompt pulls; up to 1 is off, and faster.", rich_help_panel=IMAGES),
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="What the images should not show.", rich_help_panel=IMAGES)
+    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="In pixels.", rich_help_panel=IMAGES)] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="How noise is taken away: euler, dpm++2m-karras, ...", rich_help_panel=IMAGES),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from this image.", rich_help_panel=IMAGES)
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="With --image: near 0 it stays, at 1 nothing is left of it.", rich_help_panel=IMAGES),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --image: repaint only where this is white.", rich_help_panel=IMAGES),
+    ] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(help="Contrast brought back, from 0 (off) to 1.", rich_help_panel=IMAGES)
+    ] = None,
+    clip_skip: Annotated[
+        int | None, typer.Option(help="Last layers of the text encoder to leave out.", rich_help_panel=IMAGES)
+    ] = None,
+    literal: Annotated[
+        bool, typer.Option("--literal", help="Brackets in prompts are no weights.", rich_help_panel=IMAGES)
+    ] = False,
+    max_sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens that a T5 or Gemma text encoder's prompt may have.", rich_help_panel=IMAGES),
+    ] = None,
+    tiling: Annotated[
+        bool | None,
+        typer.Option("--tiling/--no-tiling", help="Decode in tiles; large images only.", rich_help_panel=IMAGES),
+    ] = None,
+    tiny_vae: Annotated[
+        bool, typer.Option("--tiny-vae", help="Decode with the bundle's small autoencoder.", rich_help_panel=IMAGES)
+    ] = False,
+    memory_mode: Annotated[
+        str | None,
+        typer.Option(help="keep: all parts stay loaded; sequential: one at a time.", rich_help_panel=IMAGES),
+    ] = None,
+    grid: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write all images side by side to a .png, too.", rich_help_panel=IMAGES),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's target unless given.")] = None,
-    max_batch: Annotated[int | None, typer.Option(help="Rows that are decoded together at most.")] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Rows that are decoded, or images that are denoised, together at most.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the CPU; all cores unless given.")] = None,
     memory: Annotated[
         int | None,
         typer.Option(
             parser=parse_bytes,
             metavar="SIZE",
-            help="What weights, working memory and cache may take (6GiB); what is free, if not given.",
+            help="What all of it may take (6GiB): weights, working memory, cache; what is free, if not given.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line for each completion.")] = False,
 ) -> None:
-    """Complete prompts, all in one batch. Options that are not given are the bundle's own.
+    """Complete prompts, or make images of them. Options that are not given are the bundle's own.
 
     From a file to a file, prompts are read as rows get free, and results are written as they finish, with the "id" of
     their line or its number: of any size, and --resume continues after an interruption.
 
     Exits with 1 if a prompt could not be served; the others are completed all the same.
     """
-    from fmedge_runtimes.engine import DEFAULTS
-    from fmedge_runtimes.load import load
+    from fmedge_runtimes.load import kind_of
 
-    from fmedge.commands.completions import write_completions
-    from fmedge.commands.console import progress_bar
-    from fmedge.commands.job import examine, run_job
-    from fmedge.commands.prompts import read_prompts
+    from fmedge.commands.call import Call
 
-    if system is not None and not chat:
-        raise typer.BadParameter("--system needs --chat.")
-    if logprobs is not None and not as_json and output is None:
-        raise typer.BadParameter("--logprobs needs --json or --output: plain text has no place for them.")
+    call = Call(bundle, tuple(prompts or ()), source, output, force, as_json, device, max_batch, threads, memory)
+    makes_images = kind_of(bundle) == "image"
+    texts = {str(parameter.name) for parameter in ctx.command.params} - IMAGE_OPTIONS - BOTH_OPTIONS
+    refuse_others(ctx, bundle, makes_images=makes_images, others=texts if makes_images else IMAGE_OPTIONS)
+    if makes_images:
+        from fmedge.commands.images import generate_images
+
+        wanted: dict[str, Any] = {
+            "steps": steps,
+            "guidance": guidance,
+            "seed": seed,
+            "negative": negative,
+            "width": None if size is None else parse_size(size)[0],
+            "height": None if size is None else parse_size(size)[1],
+            "n": n,
+            "scheduler": scheduler,
+            "image": image,
+            "strength": strength,
+            "mask": mask,
+            "guidance_rescale": guidance_rescale,
+            "clip_skip": clip_skip,
+            "weights": False if literal else None,
+            "max_sequence_length": max_sequence_length,
+            "tiling": tiling,
+            "tiny_vae": tiny_vae or None,
+        }
+        options = Diffusion(**_given(wanted))
+        generate_images(call, options, grid=grid, memory_mode=memory_mode)
+        return
+    from fmedge.commands.texts import generate_texts
+
     given: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -224,54 +343,11 @@ def command(
         "grammar": None if grammar is None else _read(grammar),
     }
     # What can be refused without the model is refused before it is loaded.
-    changes = checked({name: value for name, value in given.items() if value is not None})
-    job = source not in (None, "-") and output not in (None, "-") and not prompts
-    if (resume or force) and not job:
-        raise typer.BadParameter(
-            "--resume and --force are for jobs: --input FILE, --output FILE, and no other prompts."
-        )
-    if resume and force:
-        raise typer.BadParameter("--resume continues the output and --force replaces it; give one of them.")
-    done = examine(Path(str(source)), Path(str(output)), resume=resume, force=force) if job else None
-    lines = [] if job else read_prompts(prompts or [], source)
-    with load(
-        bundle,
-        device=device,
-        max_batch=DEFAULTS.max_batch if max_batch is None else max_batch,
-        threads=threads,
-        memory=memory,
-    ) as model:
-        base = replace(model.default_sampling, **changes)
-
-        def ask(line: PromptLine) -> tuple[Prompt, Sampling]:
-            return _prompt(model, line, chat=chat, system=system), line.sampling(base)
-
-        if done is not None:
-            with progress_bar() as report:
-                run_job(model, Path(str(source)), Path(str(output)), done, ask, report)
-            failed = done.failed
-            if failed:
-                typer.echo(f'fmedge: {failed} of {done.count} prompts failed; see "error" in {output}.', err=True)
-        else:
-            asked = [ask(line) for line in lines]
-            requests, samplings = [prompt for prompt, _ in asked], [sampling for _, sampling in asked]
-            deltas = _with_notes(model.stream(requests, samplings), samplings)
-            failed = write_completions(deltas, requests, [line.id for line in lines], output=output, as_json=as_json)
-    if failed:
-        raise typer.Exit(1)
+    generate_texts(call, checked(_given(given)), resume=resume, chat=chat, system=system)
 
 
-def _with_notes(deltas: Iterable[Delta], samplings: Sequence[Sampling]) -> Iterator[Delta]:
-    """The same deltas; says on stderr which constrained texts were cut off, as plain text does not show it."""
-    for delta in deltas:
-        yield delta
-        done, constraint = delta.completion, samplings[delta.prompt_index].constraint
-        if done is not None and constraint is not None and done.finish_reason in ("length", "context"):
-            typer.echo(
-                f"fmedge: prompt {delta.prompt_index}: cut off after {len(done.tokens)} tokens ({done.finish_reason}), "
-                f"so the text may be incomplete ({constraint[0]}); raise --max-new-tokens.",
-                err=True,
-            )
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _bias(text: str) -> tuple[str, float]:
@@ -289,16 +365,3 @@ def _read(path: str | Path) -> str:
         raise RequestError(f"cannot read {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-
-
-def _prompt(model: TextModel, line: PromptLine, *, chat: bool, system: str | None) -> Prompt:
-    if line.messages is not None and system is not None:
-        raise RequestError('--system is for prompts; put a system message among the "messages" of the file.')
-    if line.messages is not None:
-        return model.chat_prompt(line.messages)
-    if not chat:
-        return line.prompt if line.prompt is not None else ""
-    if not isinstance(line.prompt, str):
-        raise RequestError("--chat takes texts, not token ids.")
-    before = [] if system is None else [{"role": "system", "content": system}]
-    return model.chat_prompt([*before, {"role": "user", "content": line.prompt}])

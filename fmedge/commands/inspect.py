@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fmedge_runtimes.bundle import Bundle, Evidence
+    from fmedge_runtimes.bundle import Bundle, Evidence, ImageBundle
 
 
 def command(
@@ -22,22 +22,41 @@ def command(
     Checks the manifest and the sizes of the files; `fmedge verify` checks their content too. A decoder that another
     exporter wrote is opened to see whether it can run.
     """
-    from fmedge_runtimes.bundle import open_bundle
+    from fmedge_runtimes.bundle import open_any_bundle
     from fmedge_runtimes.foreign import describe_foreign, find_foreign
 
     foreign = find_foreign(bundle)
-    opened = open_bundle(bundle, checksums=False) if foreign is None else describe_foreign(foreign)
+    opened = open_any_bundle(bundle, checksums=False) if foreign is None else describe_foreign(foreign)
     show(opened, as_json=as_json)
 
 
-def show(bundle: Bundle, *, as_json: bool) -> None:
+def show(bundle: Bundle | ImageBundle, *, as_json: bool) -> None:
     """Print a bundle as a table, or its manifest as one JSON line."""
     if as_json:
         typer.echo(bundle.manifest.model_dump_json())
         return
-    width = max(len(name) for name, _ in _rows(bundle))
-    for name, value in _rows(bundle):
+    from fmedge_runtimes.bundle import ImageBundle
+
+    rows = _image_rows(bundle) if isinstance(bundle, ImageBundle) else _rows(bundle)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
         typer.echo(f"{name:<{width}}  {value}")
+
+
+def _image_rows(bundle: ImageBundle) -> list[tuple[str, str]]:
+    manifest, image = bundle.manifest, bundle.manifest.image
+    parts = []
+    for name in manifest.graphs:
+        size = sum(facts.bytes for file, facts in manifest.files.items() if file.startswith(f"{name}/model.onnx"))
+        parts.append(f"{name} {size / 1e6:.1f} MB")
+    guidance = f"guidance {image.guidance:g}" if image.guidance > 1 else "no guidance"
+    model = [
+        ("pipeline", image.pipeline),
+        ("parts", ", ".join(parts)),
+        ("target", f"{manifest.target}, quantization {manifest.precision}"),
+        ("makes", f"{image.width}x{image.height} in {image.steps} steps with {guidance}, unless told otherwise"),
+    ]
+    return _framed(bundle, model)
 
 
 def _rows(bundle: Bundle) -> list[tuple[str, str]]:
@@ -59,6 +78,13 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
             ("tokenizer", text.tokenizer or "no tokenizer.json: prompts are token ids"),
             ("evidence", "none, and no checksums: it is foreign to fmedge, which has compared it with nothing"),
         ]
+    return _framed(bundle, model)
+
+
+def _framed(bundle: Bundle | ImageBundle, model: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """What is known of a model, between where it comes from and what was proven about it."""
+    manifest = bundle.manifest
+    source = manifest.source
     rows = [
         ("bundle", f"{bundle.folder} ({bundle.nbytes / 1e6:.1f} MB, format {manifest.format})"),
         ("source", source.id + (f" at {source.revision}" if source.revision else "")),

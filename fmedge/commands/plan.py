@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmedge.commands.byte_size import parse_bytes, show_bytes
+from fmedge.commands.kinds import parse_size, refuse_others
 
 if TYPE_CHECKING:
+    from fmedge_runtimes.image_plan import ImagePlan
     from fmedge_runtimes.plan import Plan
 
 EPILOG = """
@@ -20,15 +22,27 @@ EPILOG = """
   fmedge plan out/bundle --slots 8 --context 4096 --memory 6GiB
 
   fmedge plan out/bundle --slots 4 --json
+
+  fmedge plan out/images --size 1024x1024 --batch 4 --memory 8GiB
 """
+
+TEXT_OPTIONS = frozenset({"slots", "context"})
+IMAGE_OPTIONS = frozenset({"size", "batch", "guidance"})
+"""Parameters that only bundles of that kind take."""
 
 
 def command(
+    ctx: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     slots: Annotated[int, typer.Option(help="Rows that are served at the same time.")] = 1,
     context: Annotated[
         int | None, typer.Option(help="Tokens of each row, prompt and completion; all that the bundle holds.")
     ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Of images, in pixels; the bundle's own.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images that are denoised together.")] = 1,
+    guidance: Annotated[float | None, typer.Option(help="Of images; above 1 doubles the rows.")] = None,
     memory: Annotated[
         int | None,
         typer.Option(
@@ -39,20 +53,31 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON line.")] = False,
 ) -> None:
-    """Say what a bundle takes in memory, and which contexts and slots fit. Nothing is loaded.
+    """Say what a bundle takes in memory, and which contexts and slots, or sizes and batches, fit. Nothing is loaded.
 
     Exits with 1 if what was asked for does not fit.
     """
-    from fmedge_runtimes.bundle import open_bundle
+    from fmedge_runtimes.bundle import ImageBundle, open_any_bundle
+    from fmedge_runtimes.image_plan import plan_image
     from fmedge_runtimes.memory import available_bytes
     from fmedge_runtimes.plan import plan
 
-    opened = open_bundle(bundle, checksums=False)
-    found = plan(opened, slots, context, available_bytes() if memory is None else memory)
+    opened = open_any_bundle(bundle, checksums=False)
+    makes_images = isinstance(opened, ImageBundle)
+    refuse_others(ctx, bundle, makes_images=makes_images, others=TEXT_OPTIONS if makes_images else IMAGE_OPTIONS)
+    amount = available_bytes() if memory is None else memory
+    origin = "asked for" if memory is not None else "free on this machine"
+    if isinstance(opened, ImageBundle):
+        width, height = (None, None) if size is None else parse_size(size)
+        guided = None if guidance is None else guidance > 1
+        planned = plan_image(opened, height=height, width=width, batch=batch, guided=guided, memory=amount)
+        _show_images(planned, origin, as_json=as_json)
+        return
+    found = plan(opened, slots, context, amount)
     if as_json:
         typer.echo(_json(found))
     else:
-        _show(found, "asked for" if memory is not None else "free on this machine", opened.manifest.text.context)
+        _show(found, origin, opened.manifest.text.context)
     if not found.fits:
         raise typer.Exit(1)
 
@@ -85,3 +110,34 @@ def _show(found: Plan, origin: str, most: int) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         typer.echo(f"{name:<{width}}  {value}")
+
+
+def _show_images(found: ImagePlan, origin: str, *, as_json: bool) -> None:
+    """Print the plan of an image bundle; exits with 1 if it does not fit in either memory mode."""
+    from fmedge_runtimes.parts import MODES
+
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        modes = {mode: {"total": found.total(mode), "fits": found.fits(mode)} for mode in MODES}
+        typer.echo(json.dumps({**asdict(found), "modes": modes}))
+    else:
+        guided = " with guidance" if found.guided else ""
+        rows = [("images", f"{found.batch} of {found.width}x{found.height}{guided}")]
+        for part in found.parts:
+            more = f", {show_bytes(part.working)} while it runs (an estimate)" if part.working else ""
+            rows.append((part.name, f"weights {show_bytes(part.weights)}{more}"))
+        for mode in MODES:
+            verdict = ""
+            if found.memory is not None:
+                short = f": {show_bytes(found.total(mode) - found.memory)} too little"
+                verdict = ": it fits" if found.fits(mode) else f": it does NOT fit{short}"
+            rows.append((f"total ({mode})", show_bytes(found.total(mode)) + verdict))
+        amount = "unknown: this system does not say what is free; give --memory"
+        rows.append(("memory", amount if found.memory is None else f"{show_bytes(found.memory)} {origin}"))
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            typer.echo(f"{name:<{width}}  {value}")
+    if not any(map(found.fits, MODES)):
+        raise typer.Exit(1)

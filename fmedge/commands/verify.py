@@ -13,7 +13,7 @@ def command(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's target unless given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON line.")] = False,
 ) -> None:
-    """Check every byte of a bundle and replay its golden continuations on this machine."""
+    """Check every byte of a bundle and replay its golden continuations, or images, on this machine."""
     import json
 
     from fmedge_runtimes.verify import verify
@@ -24,11 +24,15 @@ def command(
         result = verify(bundle, device, progress)
     if as_json:
         record = {"files": result.files, "bytes": result.nbytes, "golden_tokens": result.tokens}
-        typer.echo(json.dumps({**record, "near_ties": result.near_ties, "device": result.device}))
+        more = {"near_ties": result.near_ties, "golden_images": result.images, "device": result.device}
+        typer.echo(json.dumps({**record, **more}))
         return
     typer.echo(f"{result.files} files, {result.nbytes / 1e6:.1f} MB: every checksum is right")
+    if result.images:
+        typer.echo(f"{result.images} golden images reproduced on {result.device}")
+        return
     if result.tokens == 0:
-        typer.echo("the bundle has no golden continuation (it was exported without --verify full): nothing to replay")
+        typer.echo("the bundle has nothing golden (it was exported without --verify full): nothing to replay")
         return
     ties = f", {result.near_ties} of them near ties that fell the other way" if result.near_ties else ""
     typer.echo(f"{result.tokens} golden tokens reproduced on {result.device}{ties}")

@@ -36,7 +36,7 @@ class Diffusion:
     guidance: float | None = None
     """How strongly the prompt pulls, against the negative one; at 1 or less there is no guidance, which takes half the
     time."""
-    seed: int | tuple[int, ...] | None = None
+    seed: int | tuple[int | None, ...] | None = None
     """Of a prompt's first image; its next ones count up. One for all prompts, or one for each; None draws."""
     negative: str | tuple[str | None, ...] | None = None
     """What the image should not show: one text for all prompts, or one for each."""
@@ -131,7 +131,7 @@ def _is_whole(value: Any, least: int, most: float = math.inf) -> bool:  # noqa: 
 def _is_seed(value: Any) -> bool:  # noqa: ANN401
     seeds = value if isinstance(value, tuple) else (value,)
     # 2**63 - 1 is what every program that reads a PNG's parameters takes.
-    return value is None or (len(seeds) > 0 and all(_is_whole(seed, 0, 2**63 - 1) for seed in seeds))
+    return all(seed is None or _is_whole(seed, 0, 2**63 - 1) for seed in seeds)
 
 
 def _is_negative(value: Any) -> bool:  # noqa: ANN401

@@ -41,13 +41,16 @@ class Settings:
     height: int
     width: int
     scheduler: str
-    """diffusers' name of its class."""
+    """As the request named it, else diffusers' name of its class."""
     strength: float | None
     """None: made from noise alone."""
     inpainted: bool
     guidance_rescale: float
     clip_skip: int
     weights: bool
+    max_sequence_length: int | None
+    tiling: bool | None
+    tiny_vae: bool
     model: str
     """The source of the bundle."""
 
@@ -107,7 +110,7 @@ class GeneratedImage:
 
     def png(self) -> bytes:
         """The bytes of that PNG: the same for the same image and settings."""
-        return png(self.image, {CHUNK: self.parameters, OWN_CHUNK: as_json(self.settings)})
+        return png(self.image, {CHUNK: self.parameters, OWN_CHUNK: settings_json(self.settings)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,7 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
 
 
-def as_json(settings: Settings) -> str:
+def settings_json(settings: Settings) -> str:
     """The settings as JSON, in ASCII."""
     record: dict[str, Any] = {"made_by": f"fmedge {__version__}", **asdict(settings)}
     return json.dumps(record)
@@ -170,7 +173,7 @@ def png(image: Image, texts: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def grid(images: Sequence[Image], columns: int | None = None) -> Image:
+def sheet_of(images: Sequence[Image], columns: int | None = None) -> Image:
     """Images side by side, in rows; as many columns as make it about square, unless given. Sizes may differ."""
     from PIL import Image
 

@@ -24,6 +24,8 @@ from fmedge_runtimes.bundle import ImageBundle
 from fmedge_runtimes.diffusion import MOST_PIXELS, Diffusion
 from fmedge_runtimes.errors import FmedgeError, GenerationCancelledError, RequestError
 from fmedge_runtimes.generated_image import GeneratedImage, ImageStats, ImageUpdate, Settings
+from fmedge_runtimes.image_plan import plan_image
+from fmedge_runtimes.memory import available_bytes
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.picture import image_array, mask_array, open_picture
 from fmedge_runtimes.pipelines import family_of
@@ -32,6 +34,8 @@ from fmedge_runtimes.pipelines.pipeline import EVERY, Job, OpenScheduler, Order,
 STRENGTH, STRENGTH_MASKED = 0.8, 1.0
 """Of the trajectory, for an image without and with a mask, if nobody said otherwise."""
 DEFAULT = Diffusion()
+USUAL_BATCH = 4
+"""Images that are denoised together at most, if nobody said otherwise: larger batches are hardly faster."""
 WAIT = 0.05
 """Seconds between two looks at whether a request that waits was cancelled."""
 
@@ -41,17 +45,20 @@ Stop = threading.Event
 class ImageModel:
     """A pipeline of a bundle; `load_image` makes it. May be called from several threads."""
 
-    def __init__(self, bundle: ImageBundle, parts: Parts, *, max_batch: int = 4, split_guidance: bool = False) -> None:
-        """Reads configs and tokenizers. Raises BundleError."""
-        if max_batch < 1:
+    def __init__(
+        self, bundle: ImageBundle, parts: Parts, *, max_batch: int | None = None, memory: int | None = None
+    ) -> None:
+        """Reads configs and tokenizers. Raises BundleError, and RequestError for options that cannot be."""
+        if max_batch is not None and max_batch < 1:
             raise RequestError(f"max_batch is {max_batch}; it must be at least 1.")
         self.bundle = bundle
-        self.max_batch = max_batch
-        self._split = split_guidance
+        self._max_batch, self._memory = max_batch, memory
         self._parts = parts
         family = family_of(parts)
         self._respaced = family.respaced
         self.pipeline = family.open(parts)
+        facts = bundle.manifest.image
+        self._batch(facts.height, facts.width, guided=False)  # refuses a memory in which nothing fits
         self._lock = threading.Lock()
         self._owner: int | None = None
         self._closed = False
@@ -125,29 +132,30 @@ class ImageModel:
         image = None if options.image is None else open_picture(options.image, "Diffusion.image")
         mask = None if options.mask is None else open_picture(options.mask, "Diffusion.mask")
         multiple = self.pipeline.sizes.multiple
-        near = (facts.height, facts.width)
-        if image is not None:
-            # The image's own size, cut to what is possible, as diffusers does.
-            near = tuple(max(side - side % multiple, multiple) for side in (image.height, image.width))  # type: ignore[assignment]  # two
+        # An image keeps its own size, cut to what is possible, as in diffusers.
+        usual = facts if image is None else image
         height, width = (
-            own if side is None else side for side, own in zip((options.height, options.width), near, strict=True)
+            max(own - own % multiple, multiple) if given is None else int(given)
+            for given, own in ((options.height, usual.height), (options.width, usual.width))
         )
         self._check_size(height, width)
         steps = facts.steps if options.steps is None else int(options.steps)
         strength = options.strength if options.strength is not None else STRENGTH if mask is None else STRENGTH_MASKED
         strength = strength if image is not None else 1.0
+        guidance = float(facts.guidance if options.guidance is None else options.guidance)
+        max_batch, split = self._batch(height, width, guided=guidance > 1)
         return Order(
             jobs=tuple(self._jobs(prompts, options)),
             options=options,
             steps=steps,
-            guidance=float(facts.guidance if options.guidance is None else options.guidance),
+            guidance=guidance,
             height=height,
             width=width,
             image=None if image is None else image_array(image, height, width),
             mask=None if mask is None else mask_array(mask, height, width),
             strength=strength,
-            max_batch=self.max_batch,
-            split_guidance=self._split,
+            max_batch=max_batch,
+            split_guidance=split,
             open_scheduler=OpenScheduler(
                 self.bundle.folder, options.scheduler, steps, strength, self._respaced and image is not None
             ),
@@ -177,6 +185,35 @@ class ImageModel:
         if height * width > MOST_PIXELS:
             raise RequestError(f"{width}x{height} has more than {MOST_PIXELS} pixels; make it smaller.")
 
+    def _batch(self, height: int, width: int, *, guided: bool) -> tuple[int, bool]:
+        """Images that are denoised together at most, and whether guidance takes two calls.
+
+        No more than usual where memory is plenty: results must not depend on what else runs on the machine, as long as
+        they need not. Raises RequestError if an amount of memory was given in which not even one image fits.
+        """
+        if self._max_batch is not None and self._memory is None:
+            return self._max_batch, False
+        mode, memory = self._parts.mode, self._memory
+        one = plan_image(self.bundle, height=height, width=width, guided=False)
+        if memory is None:
+            free = available_bytes()
+            # Weights that are loaded are no longer part of what is free.
+            loaded = sum(part.weights for part in one.parts if part.name in self._parts.loaded)
+            memory = None if free is None else free + loaded
+        elif one.total(mode) > memory:
+            raise RequestError(
+                f"{width}x{height} takes about {one.total(mode) / 2**20:.0f} MiB, and memory allows "
+                f"{memory / 2**20:.0f} MiB; allow more, use the memory mode sequential, or make it smaller."
+            )
+        wished = USUAL_BATCH if self._max_batch is None else self._max_batch
+        for batch in range(wished, 0, -1):
+            if plan_image(self.bundle, height=height, width=width, batch=batch, guided=guided, memory=memory).fits(
+                mode
+            ):
+                return batch, False
+        # What is free is a guess, and so is the plan: a single image is tried.
+        return 1, guided
+
     @staticmethod
     def _jobs(prompts: Sequence[str], options: Diffusion) -> Iterator[Job]:
         for number, prompt in enumerate(prompts):
@@ -195,7 +232,7 @@ class ImageModel:
 
         Where parts are loaded in turn, that is all of it, so that each is loaded once.
         """
-        size = len(order.jobs) if self._parts.mode == "sequential" else self.max_batch
+        size = max(len(order.jobs), 1) if self._parts.mode == "sequential" else order.max_batch
         for start in range(0, len(order.jobs), size):
             yield replace(order, jobs=order.jobs[start : start + size]), start
 
@@ -252,6 +289,9 @@ class ImageModel:
                     options.guidance_rescale,
                     options.clip_skip,
                     options.weights,
+                    options.max_sequence_length,
+                    options.tiling,
+                    options.tiny_vae,
                     self.bundle.manifest.source.id,
                 ),
                 job.prompt_index,

@@ -4,17 +4,78 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
+from typing import Any, Literal
 
 from fmedge_runtimes.backends import open_session
-from fmedge_runtimes.bundle import Bundle, open_bundle
+from fmedge_runtimes.bundle import Bundle, TextManifest, open_bundle, open_image_bundle, read_manifest
 from fmedge_runtimes.engine import DEFAULTS, EngineOptions
 from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.foreign import find_foreign, open_foreign
+from fmedge_runtimes.image import ImageModel
+from fmedge_runtimes.parts import MODES, MemoryMode, Parts
 from fmedge_runtimes.plan import plan
+from fmedge_runtimes.session import Session
 from fmedge_runtimes.text import TextModel
 
 
 def load(
+    path: str | PathLike[str],
+    *,
+    device: str | None = None,
+    max_batch: int | None = None,
+    max_waiting: int = DEFAULTS.max_waiting,
+    memory: int | None = None,
+    prefix_reuse: bool = DEFAULTS.prefix_reuse,
+    prompt_lookup: bool = DEFAULTS.prompt_lookup,
+    memory_mode: MemoryMode = MODES[0],
+    threads: int | None = None,
+    checksums: bool = True,
+) -> Any:  # noqa: ANN401 - a TextModel or an ImageModel, as the bundle says; a union would fit no call of either
+    """Load a `TextModel` from a bundle or foreign decoder that writes text, an `ImageModel` from one for images.
+
+    `load_text` and `load_image` do the same for one kind, with its type; their options are described there. Raises
+    RequestError for an option of the other kind, and what they raise.
+    """
+    if kind_of(path) == "image":
+        for name, given, usual in (
+            ("max_waiting", max_waiting, DEFAULTS.max_waiting),
+            ("prefix_reuse", prefix_reuse, DEFAULTS.prefix_reuse),
+            ("prompt_lookup", prompt_lookup, DEFAULTS.prompt_lookup),
+        ):
+            if given != usual:
+                raise RequestError(f"{name} is an option of models that write text; {path} makes images.")
+        return load_image(
+            path,
+            device=device,
+            max_batch=max_batch,
+            memory=memory,
+            memory_mode=memory_mode,
+            threads=threads,
+            checksums=checksums,
+        )
+    if memory_mode != MODES[0]:
+        raise RequestError(f"memory_mode is an option of models that make images; {path} writes text.")
+    return load_text(
+        path,
+        device=device,
+        max_batch=DEFAULTS.max_batch if max_batch is None else max_batch,
+        max_waiting=max_waiting,
+        memory=memory,
+        prefix_reuse=prefix_reuse,
+        prompt_lookup=prompt_lookup,
+        threads=threads,
+        checksums=checksums,
+    )
+
+
+def kind_of(path: str | PathLike[str]) -> Literal["text", "image"]:
+    """What a folder makes, from its manifest; decoders of other exporters write text. Raises BundleError."""
+    if find_foreign(Path(path)) is not None:
+        return "text"
+    return "text" if isinstance(read_manifest(Path(path)), TextManifest) else "image"
+
+
+def load_text(
     path: str | PathLike[str],
     *,
     device: str | None = None,
@@ -26,7 +87,7 @@ def load(
     threads: int | None = None,
     checksums: bool = True,
 ) -> TextModel:
-    """Load a bundle, or a decoder that onnxruntime-genai's builder or optimum exported (docs/interop.md).
+    """Load a text bundle, or a decoder that onnxruntime-genai's builder or optimum exported (docs/interop.md).
 
     `device` is "cpu" or "cuda"; None takes the one that the bundle was exported for. `max_batch` rows are decoded
     together at most; `max_waiting` completions may wait while all are taken, later ones are refused. `memory` is what
@@ -56,6 +117,38 @@ def load(
         graph = bundle.file(bundle.manifest.graphs["decoder"].file)
         session = open_session(graph, device or bundle.manifest.target, threads)
     return TextModel(bundle, session, options)
+
+
+def load_image(
+    path: str | PathLike[str],
+    *,
+    device: str | None = None,
+    max_batch: int | None = None,
+    memory: int | None = None,
+    memory_mode: MemoryMode = MODES[0],
+    threads: int | None = None,
+    checksums: bool = True,
+) -> ImageModel:
+    """Load an image bundle.
+
+    `device`, `threads` and `checksums` are as for `load_text`. `max_batch` images are denoised together at most; None:
+    4, or as many fewer as fit. `memory` is what all of it may take, in bytes (`plan_image` says how that is divided);
+    None: what the machine, or the control group of the process, has free. With `memory_mode` "sequential" each part is
+    loaded when its turn comes, and freed behind it: the largest part has to fit, not all of them.
+
+    Raises BundleError (no bundle, damaged, of a newer format, or with a part missing), BackendError, and RequestError
+    for options that cannot be, or a memory in which nothing fits.
+    """
+    bundle = open_image_bundle(Path(path), checksums=checksums)
+    device = device or bundle.manifest.target
+
+    def open_part(name: str) -> Session:
+        return open_session(bundle.file(bundle.manifest.graphs[name].file), device, threads)
+
+    parts = Parts(bundle.folder, frozenset(bundle.manifest.graphs), open_part, memory_mode)
+    model = ImageModel(bundle, parts, max_batch=max_batch, memory=memory)
+    parts.load()
+    return model
 
 
 def _cache_bytes(bundle: Bundle, rows: int, memory: int) -> int:

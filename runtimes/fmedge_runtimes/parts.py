@@ -12,17 +12,18 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from fmedge_runtimes.bundle import MODEL_INDEX
-from fmedge_runtimes.errors import BackendError, BundleDamagedError, BundleError
+from fmedge_runtimes.errors import BackendError, BundleDamagedError, BundleError, RequestError
 from fmedge_runtimes.session import Array, Buffer, Session, TensorSpec
 
 MemoryMode = Literal["keep", "sequential"]
 """keep: all parts stay loaded. sequential: each is loaded when its turn comes, and freed behind it."""
 
+MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
 OpenPart = Callable[[str], Session]
 
 
@@ -140,6 +141,8 @@ class Parts:
     def __init__(self, folder: Path, names: frozenset[str], open_part: OpenPart, mode: MemoryMode) -> None:
         self.folder = folder
         self.names = names
+        if mode not in MODES:
+            raise RequestError(f"there is no memory mode {mode}; choose one of {', '.join(MODES)}.")
         self.mode = mode
         self._open = open_part
         self._kept: dict[str, tuple[Part, Session]] = {}
@@ -165,6 +168,11 @@ class Parts:
             self._configs[path] = Config(self.folder / path)
         return self._configs[path]
 
+    def declared(self, name: str) -> bool:
+        """Whether model_index.json says that the pipeline has this part."""
+        found = self.index.values.get(name)
+        return isinstance(found, list) and any(item is not None for item in found)
+
     @property
     def index(self) -> Config:
         """model_index.json."""
@@ -182,8 +190,13 @@ class Parts:
         try:
             yield self._kept[name][0]
         finally:
-            if self.mode == "sequential" and name in self._kept:
-                self._kept.pop(name)[1].close()
+            if self.mode == "sequential" and (kept := self._kept.pop(name, None)) is not None:
+                kept[1].close()
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        """Names of the parts that are loaded now."""
+        return frozenset(self._kept)
 
     def load(self) -> None:
         """Open every part now, unless they are opened in turn."""

@@ -18,9 +18,10 @@ def open_picture(given: str | PathLike[str] | Image, what: str) -> Image:
     """The image itself, loaded and upright. Raises RequestError when there is none."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if isinstance(given, Image.Image):
-        return given
     try:
+        if isinstance(given, Image.Image):
+            given.load()
+            return given
         with Image.open(given) as file:
             return ImageOps.exif_transpose(file)
     except FileNotFoundError as error:

@@ -68,6 +68,13 @@ class Autoencoder:
         """Latents of a tile's side."""
         self._colours: Array | None = None
 
+    def check(self, order: Order) -> None:
+        """Raise RequestError for an order that it cannot decode, BundleError if it cannot encode the order's image."""
+        if order.options.tiny_vae and TINY not in self._parts:
+            raise RequestError(f"Diffusion.tiny_vae: {self._parts.folder} has no {TINY}; leave it out.")
+        if order.image is not None:
+            self._parts.require(self.encoder)
+
     def encode(self, part: Part, image: Array, tiling: bool | None) -> Posterior:
         """The latents of an image [3, H, W] in -1 to 1. Raises BackendError."""
         size = self._tile * self.factor
@@ -87,7 +94,7 @@ class Autoencoder:
 
     def decode(self, latents: Sequence[Array], order: Order) -> Generator[Progress, None, list[Pixels]]:
         """The images of all jobs' latents [C, h, w]. Raises BackendError, also for an image of one colour."""
-        name = self._decoder_of(order)
+        name = TINY if order.options.tiny_vae else self._decoder
         pixels: list[Pixels] = []
         with self._parts.use(name) as part:
             height, width = (side * self.factor for side in latents[0].shape[1:])
@@ -97,13 +104,6 @@ class Autoencoder:
                 pixels += [_varied(name, image) for image in self._pixels(part, some, order.options.tiling)]
                 yield Progress("decode", len(pixels), len(latents), tuple(range(start, len(pixels))))
         return pixels
-
-    def _decoder_of(self, order: Order) -> str:
-        if not order.options.tiny_vae:
-            return self._decoder
-        if TINY not in self._parts:
-            raise RequestError(f"Diffusion.tiny_vae: {self._parts.folder} has no {TINY}; leave it out.")
-        return TINY
 
     def _pixels(self, part: Part, latents: Array, tiling: bool | None) -> list[Pixels]:
         tiny = part.name == TINY

@@ -99,6 +99,8 @@ class LatentUnet:
 
     def _check(self, order: Order) -> None:
         self._texts.check(order)
+        self._autoencoder.check(order)
+        order.open_scheduler()  # refuses a name, steps or a strength that cannot be
         if self._sees_mask and order.mask is None:
             raise RequestError(
                 f"{self._parts.folder} repaints parts of images: its UNet wants an image and a mask; give both."
@@ -108,8 +110,6 @@ class LatentUnet:
                 f"the UNet of {self._parts.folder} takes {self._channels} channels where latents have {self._latents}; "
                 "no pipeline here feeds it."
             )
-        if order.image is not None:
-            self._parts.require(self._autoencoder.encoder)
 
     def _posteriors(self, order: Order) -> Mapping[str, Posterior]:
         """Latents of the image, where it is begun with or kept, and of what the mask leaves of it."""

@@ -32,7 +32,7 @@ class _Texts:
         self._texts = [
             ClipText(parts, f"text_encoder{suffix}", f"tokenizer{suffix}")
             for suffix in ("", "_2")
-            if f"text_encoder{suffix}" in parts
+            if suffix or parts.declared("text_encoder")
         ]
         self._zeros = parts.index.flag("force_zeros_for_empty_prompt", True)
         self._scored = parts.index.flag("requires_aesthetics_score")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class SchedulerConfig:
     settings: Settings
     values: Mapping[str, Any]
     """As written, other schedulers' fields included; defaults are not filled in."""
-    alphas_cumprod: Array | None = None
+    alphas_cumprod: Array | None = field(default=None, compare=False)
     """The table of cumulated alphas, float32 [T], that torch made; None: it is computed."""
 
     @property
@@ -85,7 +85,8 @@ def parse_config(values: Mapping[str, Any], where: str = "the scheduler's config
         raise BundleFormatError(
             f"{where}: unknown field {unknown[0]}; {class_name} has {', '.join(own)}. Remove it, or update fmedge."
         )
-    defaults = values.get("_use_default_values") or ()
+    unwritten = values.get("_use_default_values")
+    defaults = unwritten if isinstance(unwritten, list) else []
     kept = {name: value for name, value in values.items() if not name.startswith("_") and name not in defaults}
     try:
         return SchedulerConfig(class_name, _settings(class_name, kept), kept)

@@ -32,7 +32,7 @@ class DPMMultistepSettings(ZeroSnrSettings, DPMSettings):
     steps_offset: Count = 0
 
     @model_validator(mode="after")
-    def _one_spacing(self) -> Self:
+    def _lambdas_alone(self) -> Self:
         if self.use_lu_lambdas and (self.respaced or self.use_flow_sigmas):
             raise ValueError(
                 "use_lu_lambdas goes without use_karras_sigmas, use_exponential_sigmas and use_flow_sigmas"
@@ -87,6 +87,8 @@ class DPMMultistep:
 
     def _order(self, index: int) -> int:
         settings, left = self._settings, len(self.timesteps) - index
+        if self._levels.log[index] == self._levels.log[index + 1]:
+            return 1  # with sigma_min the last interval may be empty
         lower = settings.lower_order_final and self._count < _FEW
         if left == 1 and (settings.euler_at_final or lower or settings.final_sigmas_type == "zero"):
             return 1

@@ -73,6 +73,8 @@ class Euler:
 def _levels(settings: EulerSettings, table: Array, options: StepOptions) -> tuple[Levels, np.float32]:
     """The levels at which the denoiser is evaluated, and the one at which the trajectory ends."""
     if options.sigmas is not None:
+        if options.timesteps is not None:
+            raise RequestError("give timesteps or sigmas, not both.")
         options.check_length("sigmas", options.sigmas, more=1)
         given = np.array(options.sigmas, np.float32)
         return Levels(timesteps_of(given[:-1], sigma_table(table)), given[:-1]), given[-1]

@@ -40,7 +40,7 @@ class EulerAncestral:
         self._sigmas = sigmas[first:]  # [N + 1]
         power = np.square(self._sigmas)
         self._up = np.sqrt(power[1:] * (power[:-1] - power[1:]) / power[:-1])  # [N]
-        self._down = np.sqrt(power[1:] - np.square(self._up))  # [N]
+        self._down = np.sqrt(np.maximum(power[1:] - np.square(self._up), 0))  # [N]
         self._kind = settings.prediction_type
 
     def scale(self, sample: Array, index: int) -> Array:

@@ -5,13 +5,14 @@ A sample at level sigma is (1 - sigma) * clean + sigma * noise, and the network 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
+from pydantic import model_validator
 
 from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.schedulers.scheduler import Array, Draw, Numbers, Step, combine
-from fmedge_runtimes.schedulers.settings import PositiveFloat, Settings, SigmaSettings
+from fmedge_runtimes.schedulers.settings import Finite, Positive, PositiveFloat, Settings, SigmaSettings, Terminal
 from fmedge_runtimes.schedulers.sigma_sampling import spread
 from fmedge_runtimes.schedulers.sigmas import shifted, shifted_by_size, stretched
 from fmedge_runtimes.schedulers.step_options import StepOptions
@@ -22,14 +23,20 @@ class FlowMatchEulerSettings(Settings, SigmaSettings):
 
     shift: PositiveFloat = 1.0
     use_dynamic_shifting: bool = False
-    base_shift: float | None = 0.5
-    max_shift: float | None = 1.15
-    base_image_seq_len: int = 256
-    max_image_seq_len: int = 4096
+    base_shift: Finite | None = 0.5
+    max_shift: Finite | None = 1.15
+    base_image_seq_len: Positive = 256
+    max_image_seq_len: Positive = 4096
     invert_sigmas: bool = False
-    shift_terminal: float | None = None
+    shift_terminal: Terminal | None = None
     time_shift_type: Literal["exponential", "linear"] = "exponential"
     stochastic_sampling: bool = False
+
+    @model_validator(mode="after")
+    def _growing(self) -> Self:
+        if self.base_image_seq_len >= self.max_image_seq_len:
+            raise ValueError("base_image_seq_len must be below max_image_seq_len")
+        return self
 
 
 class FlowMatchEuler:

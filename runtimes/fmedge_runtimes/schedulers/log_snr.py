@@ -1,8 +1,8 @@
 """What the solvers in log-SNR share (DPM-Solver, UniPC): levels, their coefficients, and the weights of one update.
 
 A level has alpha and sigma, a sample being alpha * clean + sigma * noise, and lambda = log(alpha / sigma). Over an
-interval h of lambda the linear part of the equation is solved exactly; the network's part is an integral of exp(lambda),
-whose moments give the weights (Lu et al. 2022, arXiv 2206.00927 for noise, 2211.01095 for the clean sample).
+interval h of lambda the linear part of the equation is solved exactly; the network's part is an integral of exp(lambda)
+and its moments give the weights (Lu et al. 2022, arXiv 2206.00927 for noise, 2211.01095 for the clean sample).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def weights(solver: Solver, levels: LogSnr, start: int, end: int) -> Weights:
     if solver.stochastic:
         kept = kept * np.exp(-h) if solver.data else kept
         noise = sigma * np.sqrt(ONE - np.exp(-2 * h) if solver.data else np.exp(2 * h) - ONE)
-    if not np.isfinite(h):  # to a clean sample: only an update of first order goes there
+    if h == 0 or not np.isfinite(h):  # no interval, or one to a clean sample: only an update of first order does that
         return Weights(kept, -scale * phi, np.float32(0), np.float32(0), np.float32(0), noise)
     half = np.float32(-0.5 if solver.stochastic else 0.5)
     return Weights(

@@ -7,9 +7,9 @@ are implemented. Others are refused when the config is read.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fmedge_runtimes.schedulers.noise_schedule import BetaSchedule, NoiseSchedule
 
@@ -17,7 +17,9 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(gt=0, lt=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Terminal = Annotated[float, Field(ge=0, lt=1)]
 Order = Annotated[int, Field(ge=1, le=3)]
 
 
@@ -26,7 +28,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=True)
 
-    num_train_timesteps: Positive = 1000
+    num_train_timesteps: Annotated[int, Field(ge=2)] = 1000
 
 
 class BetaSettings(Settings):
@@ -35,7 +37,7 @@ class BetaSettings(Settings):
     beta_start: Beta = 0.0001
     beta_end: Beta = 0.02
     beta_schedule: BetaSchedule = "linear"
-    trained_betas: tuple[Beta, ...] | None = None
+    trained_betas: Annotated[tuple[Beta, ...], Field(min_length=2)] | None = None
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -89,6 +91,14 @@ class SigmaSettings(BaseModel):
     use_beta_sigmas: Literal[False] | None = False
     sigma_min: PositiveFloat | None = None
     sigma_max: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _one_spacing(self) -> Self:
+        if self.use_karras_sigmas and self.use_exponential_sigmas:
+            raise ValueError("only one of use_karras_sigmas and use_exponential_sigmas can be used")
+        if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
+            raise ValueError("sigma_min must be below sigma_max")
+        return self
 
     @property
     def respaced(self) -> bool:

@@ -33,6 +33,10 @@ def spaced_between(spacing: Spacing, train: int, last: int, count: int, offset: 
         return _trailing(train, last, count).astype(np.int64)
     if spacing == "linspace":
         return np.round(np.linspace(0, last - 1, count + 1)).astype(np.int64)[:0:-1]
+    if last < count + 1:
+        raise RequestError(
+            f"{count} steps with timestep_spacing leading need {count + 1} timesteps, not {last}; use fewer."
+        )
     return np.arange(count, 0, -1, dtype=np.int64) * (last // (count + 1)) + offset
 
 
@@ -54,6 +58,8 @@ def check_count(train: int, count: int) -> None:
 
 def check_in_table(timesteps: Numbers, size: int) -> None:
     """Raise RequestError when a timestep is outside the training timesteps."""
+    if not timesteps.size:
+        raise RequestError("lambda_min_clipped leaves no timesteps; use another config.")
     worst = timesteps.max()
     if worst >= size or timesteps.min() < 0:
         bad = worst if worst >= size else timesteps.min()

@@ -20,6 +20,7 @@ from fmedge_runtimes.schedulers.settings import (
     Order,
     ShiftSettings,
     SigmaSettings,
+    Terminal,
     ThresholdSettings,
     ZeroSnrSettings,
 )
@@ -51,7 +52,7 @@ class UniPCSettings(ZeroSnrSettings, ThresholdSettings, SigmaSettings, ShiftSett
     steps_offset: Count = 0
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
     time_shift_type: Literal["exponential", "linear"] = "exponential"
-    shift_terminal: float | None = None
+    shift_terminal: Terminal | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -111,6 +112,8 @@ class UniPC:
         levels, newest = self._levels, self._values[0]
         begin = end - 1
         h = levels.log[end] - levels.log[begin]
+        if h == 0:
+            return start.copy()  # with sigma_min the last interval may be empty
         hh = -h if self._settings.predict_x0 else h
         alpha, sigma = levels.alpha[end], levels.sigma[end]
         if self._settings.predict_x0:

@@ -1,0 +1,185 @@
+"""How much memory an image bundle takes, and what fits: said from its manifest and configs, before anything is loaded.
+
+    found = plan_image(bundle, height=512, width=512, batch=4, memory=8 << 30)
+    found.total("keep"), found.total("sequential"), found.fits("keep")
+
+Weights are the bytes of the files, and what ONNX Runtime adds when it rearranges them. What a graph needs while it runs
+is an estimate from the sizes in its config: the widest activations, and the scores of attention, which graphs without
+fused kernels hold. Python and ONNX Runtime themselves take about 60 MiB beside all that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fmedge_runtimes.bundle import ImageBundle
+from fmedge_runtimes.errors import RequestError
+from fmedge_runtimes.parts import Config, MemoryMode
+from fmedge_runtimes.pipelines.autoencoder import TILED_FROM, TOGETHER
+from fmedge_runtimes.pipelines.clip_text import ROWS
+
+FLOAT = 4
+"""Bytes; graphs of narrower types need less."""
+REARRANGED = 1.2
+"""Bytes in memory of a byte of weights: measured with ONNX Runtime 1.32 on the CPU, weights as external data."""
+SCORES = 2
+"""Copies of attention's scores that are alive at once: before and behind the softmax. Measured."""
+UNET_ACTIVATIONS = 12
+"""Widest activations of a UNet that are alive at once, skip connections apart."""
+DECODER_ACTIVATIONS = 4.5
+"""The same of an autoencoder's decoder or encoder: measured."""
+TOKEN_ACTIVATIONS = 14
+"""Values that a transformer holds of each token at once, as a multiple of its width."""
+TEXT_TOKENS = 512
+"""Of a text encoder's batch at most, where nothing says how many."""
+MOST_BATCH = 64
+"""Larger batches are not planned."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartPlan:
+    """What one part takes; both in bytes."""
+
+    name: str
+    weights: int
+    working: int
+    """While it runs: an estimate."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePlan:
+    """What a bundle takes for images of a size, `batch` at a time."""
+
+    height: int
+    width: int
+    batch: int
+    guided: bool
+    """Whether the denoiser has twice the rows."""
+    parts: tuple[PartPlan, ...]
+    memory: int | None
+    """What it may take, in bytes; None: nobody said."""
+
+    @property
+    def working(self) -> int:
+        """Of the part that needs most while it runs."""
+        return max(part.working for part in self.parts)
+
+    def total(self, mode: MemoryMode) -> int:
+        """Bytes at the moment that takes most: all weights are there, or those of one part at a time."""
+        if mode == "keep":
+            return sum(part.weights for part in self.parts) + self.working
+        return max(part.weights + part.working for part in self.parts)
+
+    def fits(self, mode: MemoryMode) -> bool:
+        """Whether it fits in the memory."""
+        return self.memory is None or self.total(mode) <= self.memory
+
+
+def plan_image(
+    bundle: ImageBundle,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    batch: int = 1,
+    guided: bool | None = None,
+    memory: int | None = None,
+) -> ImagePlan:
+    """Say what images take; None is what the bundle recommends. Raises RequestError for what cannot be, BundleError."""
+    facts = bundle.manifest.image
+    height, width = height or facts.height, width or facts.width
+    guided = facts.guidance > 1 if guided is None else guided
+    if not 1 <= batch <= MOST_BATCH:
+        raise RequestError(f"a batch of {batch} images cannot be planned; give 1 to {MOST_BATCH}.")
+    if height < 1 or width < 1:
+        raise RequestError(f"{width}x{height} is no size; both sides must be at least 1.")
+    rows = batch * (2 if guided else 1)
+    factor = _factor(bundle)
+    parts = []
+    for name in bundle.manifest.graphs:
+        weights = sum(
+            facts.bytes for file, facts in bundle.manifest.files.items() if file.startswith(f"{name}/model.onnx")
+        )
+        working = _working(Config(bundle.folder / name / "config.json"), name, height, width, factor, rows, batch)
+        parts.append(PartPlan(name, round(weights * REARRANGED), round(working)))
+    return ImagePlan(height, width, batch, guided, tuple(parts), memory)
+
+
+def _factor(bundle: ImageBundle) -> int:
+    """Pixels of a latent's side; 1 for pipelines in pixel space."""
+    decoder = next((name for name in bundle.manifest.graphs if name in ("vae_decoder", "movq_decoder")), None)
+    if decoder is None:
+        return 1
+    return 1 << (len(_channels(Config(bundle.folder / decoder / "config.json"))) - 1)
+
+
+def _channels(config: Config) -> Sequence[float]:
+    names = ("block_out_channels", "decoder_block_out_channels", "encoder_block_out_channels")
+    found = next((name for name in names if name in config.values), None)
+    return (1.0,) if found is None else config.numbers(found)
+
+
+def _working(config: Config, name: str, height: int, width: int, factor: int, rows: int, batch: int) -> float:
+    """Bytes that a part takes while it runs, told by what kind of config it has."""
+    values = config.values
+    area = height * width / factor**2
+    if "latent_channels" in values:
+        return _autoencoder(config, height, width, factor, batch)
+    if "down_block_types" in values and "block_out_channels" in values:
+        return rows * _unet(config, area)
+    if "num_attention_heads" in values and "attention_head_dim" in values:
+        return rows * _transformer(config, area)
+    if "hidden_size" in values or "d_model" in values:
+        return _text(config)
+    return 0.0
+
+
+def _unet(config: Config, area: float) -> float:
+    channels = config.numbers("block_out_channels")
+    kinds = config.values["down_block_types"]
+    heads = config.numbers("num_attention_heads", config.numbers("attention_head_dim", (8,)))
+    layers = max(config.numbers("layers_per_block", (2,)))
+    skips = widest = scores = 0.0
+    for level, width in enumerate(channels):
+        tokens = area / 4**level
+        skips += (layers + 1) * width * tokens
+        widest = max(widest, width * tokens)
+        kind = str(kinds[level]) if level < len(kinds) else ""
+        if "Attn" in kind:
+            number = heads[min(level, len(heads) - 1)]
+            # diffusers calls the number of heads attention_head_dim, but for these blocks, where it is what it says.
+            number = width / number if kind.startswith("Simple") else number
+            scores = max(scores, SCORES * number * tokens**2)
+    return FLOAT * (skips + UNET_ACTIVATIONS * widest + scores)
+
+
+def _transformer(config: Config, area: float) -> float:
+    patch = config.number("patch_size", 1)
+    heads = config.number("num_attention_heads")
+    # Flux packs 2 x 2 latents into a token before the transformer.
+    tokens = area / max(patch, 2 if "guidance_embeds" in config.values else 1) ** 2 + TEXT_TOKENS
+    width = heads * config.number("attention_head_dim")
+    return FLOAT * (SCORES * heads * tokens**2 + TOKEN_ACTIVATIONS * width * tokens)
+
+
+def _autoencoder(config: Config, height: int, width: int, factor: int, batch: int) -> float:
+    channels = _channels(config)
+    side = max(config.numbers("sample_size", (512,)))
+    pixels = float(height * width)
+    if pixels > TILED_FROM:
+        pixels = side**2
+    else:
+        pixels *= max(1, min(batch, TOGETHER // (height * width)))
+    widest = channels[min(1, len(channels) - 1)]
+    tokens = min(height * width, pixels) / factor**2
+    scores = SCORES * tokens**2 if config.flag("mid_block_add_attention", True) else 0.0
+    return FLOAT * (DECODER_ACTIVATIONS * widest * pixels + scores)
+
+
+def _text(config: Config) -> float:
+    width = config.number("hidden_size", config.number("d_model", 512))
+    heads = config.number("num_attention_heads", config.number("num_heads", math.ceil(width / 64)))
+    length = config.number("max_position_embeddings", 0) or TEXT_TOKENS
+    length = min(length, TEXT_TOKENS)
+    return FLOAT * ROWS * (TOKEN_ACTIVATIONS * width * length + SCORES * heads * length**2)
