@@ -117,7 +117,11 @@ def prior_session(module: Any) -> TorchSession:
 
     def run(**feeds: torch.Tensor) -> dict[str, torch.Tensor]:
         output = module(**feeds, return_dict=False)[0]
-        return {"predicted_image_embedding": output, "clip_mean": module.clip_mean.data, "clip_std": module.clip_std.data}
+        return {
+            "predicted_image_embedding": output,
+            "clip_mean": module.clip_mean.data,
+            "clip_std": module.clip_std.data,
+        }
 
     inputs = _axes("timestep", "proj_embedding", "encoder_hidden_states", "attention_mask", hidden_states="bd")
     return session(run, inputs, ("predicted_image_embedding", "clip_mean", "clip_std"))

@@ -55,7 +55,7 @@ class ImageModel:
         self._max_batch, self._memory = max_batch, memory
         self._parts = parts
         family = family_of(parts)
-        self._respaced = family.respaced
+        self._family = family
         self.pipeline = family.open(parts)
         facts = bundle.manifest.image
         self._batch(facts.height, facts.width, guided=False)  # refuses a memory in which nothing fits
@@ -157,7 +157,12 @@ class ImageModel:
             max_batch=max_batch,
             split_guidance=split,
             open_scheduler=OpenScheduler(
-                self.bundle.folder, options.scheduler, steps, strength, self._respaced and image is not None
+                self.bundle.folder,
+                options.scheduler,
+                steps,
+                strength,
+                respaced=self._family.respaced and image is not None,
+                main=self._family.scheduler,
             ),
         )
 

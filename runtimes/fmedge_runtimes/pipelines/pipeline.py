@@ -67,18 +67,20 @@ class OpenScheduler:
     strength: float
     respaced: bool
     """Whether a schedule of LCM's is spread over what the strength leaves."""
+    main: str = "scheduler"
+    """The folder of the scheduler that the name replaces."""
 
-    def config(self, part: str = "scheduler", *, chosen: bool = True) -> SchedulerConfig:
-        """The config of a scheduler's folder. With `chosen` False the request's name is not for this one.
+    def config(self, part: str | None = None, *, chosen: bool = True) -> SchedulerConfig:
+        """The config of a scheduler's folder, by default the main one's.
 
-        Raises BundleError, and RequestError for a name that is unknown or does not fit the model.
+        With `chosen` False the request's name is not for this one. Raises BundleError, and RequestError for a name that is unknown or does not fit the model.
         """
-        config = read_config(self.folder / part)
+        config = read_config(self.folder / (part or self.main))
         return config if self.name is None or not chosen else switch(config, self.name)
 
     def __call__(
         self,
-        part: str = "scheduler",
+        part: str | None = None,
         *,
         chosen: bool = True,
         steps: int | None = None,

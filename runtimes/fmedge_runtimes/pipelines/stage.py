@@ -8,6 +8,7 @@ found.samples, found.steps
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +45,7 @@ class Stage:
 
     part: str
     form: Form
+    """How the part is fed."""
     shape: Sequence[int]
     """Of a sample, without the row axis."""
     scheduler: Callable[[], Scheduler]
@@ -59,6 +61,8 @@ class Stage:
     """Inputs of the denoiser without a row axis."""
     begin: Begin | None = None
     """None: noise alone."""
+    last: str | None = None
+    """The part that takes the last step, if that is another one."""
     fold: bool = False
     """Whether a sample's first axis is one of rows of the denoiser, as it is of every condition: several for a job."""
     preview: Preview | None = None
@@ -81,21 +85,26 @@ def sample(
     """Run a stage for every job. Raises BackendError, and RequestError for steps that the scheduler cannot take."""
     samples: dict[int, Array] = {}
     steps, constants = 0, {}
-    with parts.use(stage.part) as part:
+    with ExitStack() as opened:
+        each = [opened.enter_context(parts.use(name)) for name in (stage.part, stage.last) if name is not None]
         for rows in order.batches([condition.alike for condition in conditions]):
             scheduler = stage.scheduler()
             begin = _from_noise(order, stage, scheduler, rows) if stage.begin is None else stage.begin(scheduler, rows)
-            denoiser = Denoiser(
-                part,
-                stage.form,
-                _batch(stage, [conditions[row] for row in rows], begin.channels),
-                guidance=stage.guidance,
-                rescale=stage.rescale,
-                split=order.split_guidance,
-                guided_channels=stage.guided_channels,
-            )
+            batch = _batch(stage, [conditions[row] for row in rows], begin.channels)
+            denoisers = [
+                Denoiser(
+                    part,
+                    stage.form,
+                    batch,
+                    guidance=stage.guidance,
+                    rescale=stage.rescale,
+                    split=order.split_guidance,
+                    guided_channels=stage.guided_channels,
+                )
+                for part in each
+            ]
             found = yield from denoise(
-                _folded(denoiser) if stage.fold else denoiser,
+                _predict(denoisers, scheduler, fold=stage.fold),
                 scheduler,
                 begin.start,
                 order,
@@ -106,7 +115,7 @@ def sample(
             )
             check_varied(stage.part, found)
             samples.update(zip(rows, found, strict=True))
-            steps, constants = len(scheduler.timesteps), denoiser.constants
+            steps, constants = len(scheduler.timesteps), denoisers[0].constants
     return Sampled([samples[row] for row in range(len(conditions))], steps, constants)
 
 
@@ -125,8 +134,14 @@ def _rows(values: Array) -> Array:
     return values.reshape(-1, *values.shape[2:])
 
 
-def _folded(denoiser: Denoiser) -> Predict:
-    return lambda values, timestep: denoiser(_rows(values), timestep).reshape(values.shape)
+def _predict(denoisers: Sequence[Denoiser], scheduler: Scheduler, *, fold: bool) -> Predict:
+    end = float(scheduler.timesteps[-1])
+
+    def predict(values: Array, timestep: float) -> Array:
+        denoiser = denoisers[-1] if timestep == end else denoisers[0]
+        return denoiser(_rows(values), timestep).reshape(values.shape) if fold else denoiser(values, timestep)
+
+    return predict
 
 
 def _from_noise(order: Order, stage: Stage, scheduler: Scheduler, rows: Sequence[int]) -> Beginning:
