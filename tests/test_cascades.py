@@ -18,6 +18,7 @@ from fmedge_runtimes.pipelines import unclip as unclip_module
 from fmedge_runtimes.pipelines.enlarge import bicubic, bilinear
 from image_models import Opened, generator, quiet
 from part_sessions import BOUND, open_pipeline, unet_session
+from PIL import Image
 from tiny_diffusers import tiny_pipeline
 
 # diffusers' own, of numpy and of what it will drop.
@@ -161,6 +162,30 @@ def test_deepfloyd_in_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         small = first(**given, num_inference_steps=3, height=32, width=24).images
         found = second(**given, image=small, num_inference_steps=4, height=64, width=48).images[0]
         check_pixels(made, found.numpy())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_deepfloyd_enlarges_a_given_image(tmp_path: Path, guidance: float) -> None:
+    theirs = quiet(tiny_pipeline("if_super_resolution"))
+    opened = open_pipeline(theirs, tmp_path)
+    y, x = np.mgrid[:12, :8] / 12
+    small = Image.fromarray((255 * np.stack([x, y, x * y], axis=-1)).astype(np.uint8))
+    options = Diffusion(steps=3, guidance=guidance, seed=(1, 2), negative="blurry", image=small)
+    for made in opened.model().generate(PROMPTS[:2], options):
+        found = theirs(
+            made.prompt,
+            negative_prompt="blurry",
+            image=small,
+            height=48,
+            width=32,
+            num_inference_steps=3,
+            guidance_scale=guidance,
+            generator=generator(made.seed),
+            output_type="pt",
+        ).images[0]
+        check_pixels(made, found.numpy())
+    with pytest.raises(RequestError, match=r"Diffusion\.image"):
+        opened.model().generate("a cat", Diffusion(steps=3))
 
 
 @pytest.mark.parametrize(

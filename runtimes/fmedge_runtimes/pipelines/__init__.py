@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from fmedge_runtimes.errors import BundleError
 from fmedge_runtimes.parts import Parts
-from fmedge_runtimes.pipelines.deepfloyd import open_deepfloyd
+from fmedge_runtimes.pipelines.deepfloyd import open_deepfloyd, open_deepfloyd_larger
 from fmedge_runtimes.pipelines.flux import open_flux
 from fmedge_runtimes.pipelines.kandinsky import open_kandinsky
 from fmedge_runtimes.pipelines.pipeline import Pipeline
@@ -61,6 +61,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "SanaPipeline": Family(open_sana),
         "KandinskyV22CombinedPipeline": Family(open_kandinsky),
         "IFPipeline": Family(open_deepfloyd),
+        "IFSuperResolutionPipeline": Family(open_deepfloyd_larger),
         "UnCLIPPipeline": Family(open_unclip, DECODER_SCHEDULER),
         "PixelDiffusionPipeline": Family(open_pixel_diffusion),
     }

@@ -2,16 +2,20 @@
 
 T5's states condition a UNet that makes a small image, and predicts the variance of its steps. Where the bundle has a
 second UNet (`unet_2` with `scheduler_2` and `image_noising_scheduler`), that makes it larger: it is shown the enlarged
-image with some noise, and told how much. Steps, guidance and scheduler of a request are the first one's.
+image with some noise, and told how much. Steps, guidance and scheduler of a request are the first one's. The second is
+also a pipeline of its own, which enlarges the image of a request.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.pipelines.autoencoder import to_pixels
 from fmedge_runtimes.pipelines.condition import Condition
@@ -30,6 +34,8 @@ from fmedge_runtimes.schedulers.scheduler import Scheduler
 LENGTH = 77
 """Tokens that the model reads."""
 SECOND = "unet_2"
+ENLARGES = 4
+"""Times that the second UNet, alone, makes an image larger."""
 SECOND_STEPS, SECOND_GUIDANCE, NOISE_LEVEL = 50, 4.0, 250
 """Of the second UNet, which no option changes; the level is a timestep of the noise on what it is shown."""
 
@@ -37,6 +43,23 @@ SECOND_STEPS, SECOND_GUIDANCE, NOISE_LEVEL = 50, 4.0, 250
 def open_deepfloyd(parts: Parts) -> DeepFloyd:
     """The pipeline on the parts of a bundle. Raises BundleError when one is missing."""
     return DeepFloyd(parts)
+
+
+def open_deepfloyd_larger(parts: Parts) -> DeepFloydLarger:
+    """The second UNet alone, which enlarges images that requests give."""
+    return DeepFloydLarger(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Larger:
+    """How images are enlarged: the second UNet, its scheduler, and what a request says of them."""
+
+    part: str
+    scheduler: str
+    chosen: bool
+    steps: int
+    guidance: float
+    rescale: float = 0.0
 
 
 class DeepFloyd:
@@ -51,23 +74,20 @@ class DeepFloyd:
         self._text = PaddedText(parts)
         unet = parts.config("unet")
         self._channels = unet.whole("in_channels")
-        halvings = len(unet.numbers("block_out_channels")) - 1
-        self._larger = 1
+        multiple, self._times = _halved(parts, "unet"), 1
         if SECOND in parts:
-            second = parts.config(SECOND)
-            self._larger = second.whole("sample_size") // unet.whole("sample_size")
-            halvings = max(halvings, len(second.numbers("block_out_channels")) - 1)
-        self.sizes = Sizes(2**halvings * self._larger)
+            self._times = parts.config(SECOND).whole("sample_size") // unet.whole("sample_size")
+            multiple = max(multiple * self._times, _halved(parts, SECOND))
+        self.sizes = Sizes(multiple)
 
     def render(self, order: Order) -> Render:
         """Make the images; see `pipeline.Pipeline`."""
-        states, negatives = self._states(order)
+        states, negatives = _states(self._parts, self._text, order)
         yield Progress("encode", len(order.jobs), len(order.jobs))
-        size = (order.height // self._larger, order.width // self._larger)
         stage = Stage(
             "unet",
             UNET,
-            (self._channels, *size),
+            (self._channels, order.height // self._times, order.width // self._times),
             order.open_scheduler,
             guidance=order.guidance,
             rescale=order.options.guidance_rescale,
@@ -75,59 +95,91 @@ class DeepFloyd:
             learned_variance=learns_variance(order.open_scheduler.config()),
             preview=_pixels,
         )
-        guided = order.guidance > 1
-        conditions = [_condition(*both, guided=guided) for both in zip(states, negatives, strict=True)]
-        found = yield from sample(self._parts, stage, conditions, order)
+        found = yield from sample(self._parts, stage, _conditions(states, negatives, order.guidance), order)
         steps = found.steps
         if SECOND in self._parts:
-            conditions = [_condition(*both, guided=True) for both in zip(states, negatives, strict=True)]
-            found = yield from self._second(order, found.samples, conditions)
+            larger = _Larger(SECOND, "scheduler_2", False, SECOND_STEPS, SECOND_GUIDANCE)
+            conditions = _conditions(states, negatives, SECOND_GUIDANCE)
+            found = yield from _enlarged(self._parts, order, larger, found.samples, conditions)
             steps += found.steps
         return Rendered(_pixels(stacked(found.samples, range(len(order.jobs)))), found.samples, steps)
 
-    def _states(self, order: Order) -> tuple[list[Array], list[Array]]:
-        """T5's states [S, D] of each job's prompt, and of its negative one."""
-        prompts = [self._text.tokens(plain(job.prompt), LENGTH, most=LENGTH) for job in order.jobs]
-        prompts += [self._text.tokens(plain(job.negative or ""), LENGTH, most=LENGTH) for job in order.jobs]
-        with self._parts.use(self._text.name) as part:
-            states = self._text.encode(part, prompts)
-        return states[: len(order.jobs)], states[len(order.jobs) :]
 
-    def _second(
-        self, order: Order, small: Sequence[Array], conditions: Sequence[Condition]
-    ) -> Generator[Progress, None, Sampled]:
-        """Larger images of small ones [C, h, w]."""
-        noising = table_of(order.open_scheduler.config("image_noising_scheduler", chosen=False))
-        signal = noising[NOISE_LEVEL]
-        shape = (self._channels, order.height, order.width)
+class DeepFloydLarger:
+    """T5 and the second UNet; a request has the small image."""
 
-        def begin(scheduler: Scheduler, rows: Sequence[int]) -> Beginning:
-            start = order.normal(rows, shape) * np.float32(scheduler.init_noise_sigma)
-            larger = bilinear(stacked(small, rows), order.height, order.width)
-            noise = order.normal(rows, shape)
-            shown = diffused(larger, noise, np.sqrt(signal), np.sqrt(np.float32(1) - signal))
-            return Beginning(start, channels=shown)
+    takes = GUIDED | {"image"}
 
-        told = {"class_labels": np.array(NOISE_LEVEL, np.float32)}  # []
-        told_conditions = [one.and_also(told) for one in conditions]
-        schedule = partial(order.open_scheduler, "scheduler_2", chosen=False, steps=SECOND_STEPS)
-        stage = Stage(
-            SECOND,
-            UNET,
-            shape,
-            schedule,
-            guidance=SECOND_GUIDANCE,
-            guided_channels=self._channels,
-            learned_variance=learns_variance(order.open_scheduler.config("scheduler_2", chosen=False)),
-            begin=begin,
-            preview=_pixels,
-        )
-        return (yield from sample(self._parts, stage, told_conditions, order))
+    def __init__(self, parts: Parts) -> None:
+        """Raises BundleError when a part or one of its fields is missing."""
+        parts.require("unet")
+        self._parts = parts
+        self._text = PaddedText(parts)
+        self.sizes = Sizes(math.lcm(_halved(parts, "unet"), ENLARGES), enlarges=ENLARGES)
+
+    def render(self, order: Order) -> Render:
+        """Make the images; see `pipeline.Pipeline`."""
+        if order.image is None:
+            raise RequestError(f"{self._parts.folder} makes images larger; give the small one as Diffusion.image.")
+        states, negatives = _states(self._parts, self._text, order)
+        yield Progress("encode", len(order.jobs), len(order.jobs))
+        larger = _Larger("unet", "scheduler", True, order.steps, order.guidance, order.options.guidance_rescale)
+        conditions = _conditions(states, negatives, order.guidance)
+        found = yield from _enlarged(self._parts, order, larger, [order.image] * len(order.jobs), conditions)
+        return Rendered(_pixels(stacked(found.samples, range(len(order.jobs)))), found.samples, found.steps)
 
 
-def _condition(positive: Array, negative: Array, *, guided: bool) -> Condition:
+def _halved(parts: Parts, unet: str) -> int:
+    """What a UNet's sides must be multiples of."""
+    return int(2 ** (len(parts.config(unet).numbers("block_out_channels")) - 1))
+
+
+def _states(parts: Parts, text: PaddedText, order: Order) -> tuple[list[Array], list[Array]]:
+    """T5's states [S, D] of each job's prompt, and of its negative one."""
+    prompts = [text.tokens(plain(job.prompt), LENGTH, most=LENGTH) for job in order.jobs]
+    prompts += [text.tokens(plain(job.negative or ""), LENGTH, most=LENGTH) for job in order.jobs]
+    with parts.use(text.name) as part:
+        states = text.encode(part, prompts)
+    return states[: len(order.jobs)], states[len(order.jobs) :]
+
+
+def _conditions(states: Sequence[Array], negatives: Sequence[Array], guidance: float) -> list[Condition]:
     name = "encoder_hidden_states"
-    return Condition({name: positive}, {name: negative} if guided else None)
+    return [
+        Condition({name: positive}, {name: negative} if guidance > 1 else None)
+        for positive, negative in zip(states, negatives, strict=True)
+    ]
+
+
+def _enlarged(
+    parts: Parts, order: Order, larger: _Larger, small: Sequence[Array], conditions: Sequence[Condition]
+) -> Generator[Progress, None, Sampled]:
+    """Images of the order's size from small ones [C, h, w] in -1 to 1."""
+    signal = table_of(order.open_scheduler.config("image_noising_scheduler", chosen=False))[NOISE_LEVEL]
+    shape = (len(small[0]), order.height, order.width)
+
+    def begin(scheduler: Scheduler, rows: Sequence[int]) -> Beginning:
+        start = order.normal(rows, shape) * np.float32(scheduler.init_noise_sigma)
+        enlarged = bilinear(stacked(small, rows), order.height, order.width)
+        noise = order.normal(rows, shape)
+        shown = diffused(enlarged, noise, np.sqrt(signal), np.sqrt(np.float32(1) - signal))
+        return Beginning(start, channels=shown)
+
+    told = {"class_labels": np.array(NOISE_LEVEL, np.float32)}  # []
+    config = order.open_scheduler.config(larger.scheduler, chosen=larger.chosen)
+    stage = Stage(
+        larger.part,
+        UNET,
+        shape,
+        partial(order.open_scheduler, larger.scheduler, chosen=larger.chosen, steps=larger.steps, strength=1.0),
+        guidance=larger.guidance,
+        rescale=larger.rescale,
+        guided_channels=shape[0],
+        learned_variance=learns_variance(config),
+        begin=begin,
+        preview=_pixels,
+    )
+    return (yield from sample(parts, stage, [one.and_also(told) for one in conditions], order))
 
 
 def _pixels(image: Array) -> list[Pixels]:
