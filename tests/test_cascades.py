@@ -280,3 +280,18 @@ def test_larger_images_are_torchs(size: tuple[int, int]) -> None:
     assert np.abs(bilinear(small.numpy(), *size) - linear.numpy()).max() < 1e-5
     cubic = torch.nn.functional.interpolate(small, size, mode="bicubic", align_corners=False, antialias=True)
     assert np.abs(bicubic(small.numpy(), *size) - cubic.numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["kandinsky", "deepfloyd", "unclip"])
+def test_parts_in_turn_and_images_alone_are_the_same(name: str, request: pytest.FixtureRequest) -> None:
+    """One part is loaded at a time, each once; and each image is denoised alone."""
+    opened: Opened = request.getfixturevalue(name)
+    options = Diffusion(steps=2, guidance=3.0, seed=(5, 6))
+    together = opened.model().generate(PROMPTS[:2], options)
+    opened.opened.clear()
+    alone = opened.model("sequential", max_batch=1).generate(PROMPTS[:2], options)
+    assert sorted(opened.opened) == sorted(set(opened.opened))
+    assert all(session.closed for session in opened.sessions.values())
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(np.asarray(one.image, int) - np.asarray(other.image)).max() <= 3
+        assert np.median(np.abs(one.latents - other.latents)) <= BOUND

@@ -80,6 +80,13 @@ def test_stable_diffusion_3_without_t5(tmp_path: Path) -> None:
     check(open_pipeline(pipeline, tmp_path), options, PROMPTS[:2])
 
 
+def test_stable_diffusion_3_that_lost_t5(tmp_path: Path) -> None:
+    opened = open_pipeline(tiny_pipeline("sd3"), tmp_path)
+    del opened.makers["text_encoder_3"]
+    with pytest.raises(BundleError, match="text_encoder_3"):
+        opened.model()
+
+
 @pytest.mark.parametrize("name", ["dpm++2m", "unipc"])
 def test_stable_diffusion_3_with_another_scheduler(sd3: Opened, name: str) -> None:
     kind = {"dpm++2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[name]
