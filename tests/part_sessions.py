@@ -87,13 +87,96 @@ def transformer_session(module: Any) -> TorchSession:
     return session(run, axes, ("out_hidden_states",))
 
 
+def unet_session(module: Any, pipeline: str) -> TorchSession:
+    """A UNet of diffusers, whose timestep is one for all rows."""
+    config = module.config
+    names = ["sample", "timestep"]
+    words = "encoder_hidden_states" in inspect.signature(module.forward).parameters
+    words = words and config.get("encoder_hid_dim_type") != "image_proj"
+    names += ["encoder_hidden_states"] if words else []
+    names += ["class_labels"] if config.get("class_embed_type") else []
+    names += ["attention_mask"] if pipeline == "UnCLIPPipeline" and words else []
+    images = config.get("addition_embed_type") == "image"
+    absent = {"encoder_hidden_states": None} if images else {}
+
+    def run(timestep: torch.Tensor, **feeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert timestep.shape == (1,)
+        given: dict[str, Any] = {name: feeds[name] for name in names if name != "timestep"} | absent
+        if images:
+            given["added_cond_kwargs"] = {"image_embeds": feeds["image_embeds"]}
+        return {"out_sample": module(timestep=timestep[0], **given, return_dict=False)[0]}
+
+    axes = _axes(*names, *(["image_embeds"] if images else []))
+    if config.get("class_embed_type") == "identity":
+        axes["class_labels"] = "bd"
+    return session(run, axes, ("out_sample",))
+
+
+def prior_session(module: Any) -> TorchSession:
+    """The prior of unCLIP and Kandinsky, and the two tensors by which its output is scaled."""
+
+    def run(**feeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        output = module(**feeds, return_dict=False)[0]
+        return {
+            "predicted_image_embedding": output,
+            "clip_mean": module.clip_mean.data,
+            "clip_std": module.clip_std.data,
+        }
+
+    inputs = _axes("timestep", "proj_embedding", "encoder_hidden_states", "attention_mask", hidden_states="bd")
+    return session(run, inputs, ("predicted_image_embedding", "clip_mean", "clip_std"))
+
+
+def projection_session(module: Any) -> TorchSession:
+    """The text projection of unCLIP, and what stands for no image."""
+
+    def run(**feeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        states, labels = module(**feeds, do_classifier_free_guidance=False)
+        nothing = module.learned_classifier_free_guidance_embeddings.data
+        return {"encoder_hidden_states": states, "class_labels": labels, "unconditional_image_embeddings": nothing}
+
+    inputs = _axes("image_embeddings", "prompt_embeds", "text_encoder_hidden_states")
+    return session(run, inputs, ("encoder_hidden_states", "class_labels", "unconditional_image_embeddings"))
+
+
+def movq_session(module: Any) -> TorchSession:
+    """The decoder of a quantized autoencoder, whose latents are not quantized."""
+    return session(
+        lambda latent_sample: {"sample": module.decode(latent_sample, force_not_quantize=True).sample},
+        {"latent_sample": "bchw"},
+        ("sample",),
+    )
+
+
+def image_encoder_session(module: Any) -> TorchSession:
+    """CLIP's encoder of images."""
+
+    def run(pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        output = module(pixel_values)
+        return {"image_embeds": output.image_embeds, "last_hidden_state": output.last_hidden_state}
+
+    return session(run, _axes("pixel_values"), ("image_embeds", "last_hidden_state"))
+
+
+SESSIONS: Mapping[str, Callable[[Any], TorchSession]] = {
+    "PriorTransformer": prior_session,
+    "UnCLIPTextProjModel": projection_session,
+    "CLIPVisionModelWithProjection": image_encoder_session,
+}
+"""By the class of a part."""
+
+
 def graphs_of(name: str, module: Any, pipeline: str) -> Iterator[tuple[str, Callable[[], TorchSession]]]:
     """The graphs of a part of a pipeline of that class, by their names."""
     if hasattr(module, "encode") and hasattr(module, "decode"):
-        yield f"{name}_decoder", lambda: decoder_session(module)
+        yield f"{name}_decoder", lambda: movq_session(module) if name == "movq" else decoder_session(module)
         yield f"{name}_encoder", lambda: encoder_session(module)
     elif getattr(module, "main_input_name", None) == "input_ids":
         yield name, lambda: text_session(module, mask=pipeline.startswith(MASKED))
+    elif type(module).__name__ in SESSIONS:
+        yield name, lambda: SESSIONS[type(module).__name__](module)
+    elif type(module).__name__.startswith("UNet"):
+        yield name, lambda: unet_session(module, pipeline)
     else:
         yield name, lambda: transformer_session(module)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from diffusers import DiffusionPipeline, PRXTransformer2DModel, SD3Transformer2DModel
 from fmedge_runtimes.diffusion import Diffusion
 from fmedge_runtimes.errors import BundleError, RequestError
 from image_models import LENGTH, Opened, clip_tokenizer, generator, lively, text_config
@@ -55,11 +56,12 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         x = torch.randn(1, 3, *size, generator=generator(seed)) * self.scheduler.init_noise_sigma
         self.scheduler.set_timesteps(steps)
         for t in self.scheduler.timesteps:
+            sd3 = isinstance(self.transformer, SD3Transformer2DModel)
             y = self.transformer(
                 self.scheduler.scale_model_input(x, t).repeat(len(texts), 1, 1, 1),
                 timestep=t.float().expand(len(texts)),
                 encoder_hidden_states=text.last_hidden_state,
-                pooled_projections=text.pooler_output,
+                **({"pooled_projections": text.pooler_output} if sd3 else {}),
             ).sample
             if guidance != 1:
                 y = y[:1] + guidance * (y[1:] - y[:1])
@@ -67,10 +69,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return x[0].numpy()
 
 
-def pixel_pipeline(**scheduler: Any) -> PixelDiffusionPipeline:
-    torch.manual_seed(0)
-    tokenizer = clip_tokenizer()
-    transformer = SD3Transformer2DModel(
+def sd3() -> SD3Transformer2DModel:
+    """Places from a table, and the pooled embedding of the text."""
+    return SD3Transformer2DModel(
         sample_size=32,
         patch_size=8,
         in_channels=3,
@@ -83,17 +84,38 @@ def pixel_pipeline(**scheduler: Any) -> PixelDiffusionPipeline:
         pooled_projection_dim=32,
         pos_embed_max_size=5,
     )
-    return PixelDiffusionPipeline(
-        lively(transformer),
+
+
+def prx() -> PRXTransformer2DModel:
+    """Rotary places, and the text's states alone: what `fmedge train image` writes."""
+    return PRXTransformer2DModel(
+        in_channels=3,
+        patch_size=8,
+        context_in_dim=32,
+        hidden_size=32,
+        num_heads=2,
+        depth=2,
+        axes_dim=[8, 8],
+        theta=10,
+        time_factor=1.0,
+        mlp_ratio=2.5,
+    )
+
+
+TRANSFORMERS = {"sd3": sd3, "prx": prx}
+
+
+def opened(folder: Path, transformer: str = "prx", **scheduler: Any) -> Opened:
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    pipeline = PixelDiffusionPipeline(
+        lively(TRANSFORMERS[transformer]()),
         lively(CLIPTextModel(text_config(tokenizer))),
         tokenizer,
         diffusers.DPMSolverMultistepScheduler(**scheduler),
     )
-
-
-def opened(folder: Path, **scheduler: Any) -> Opened:
     # As diffusers writes the name of a class that comes with its folder.
-    return open_pipeline(pixel_pipeline(**scheduler), folder, _class_name=["pipeline", PixelDiffusionPipeline.__name__])
+    return open_pipeline(pipeline, folder, _class_name=["pipeline", PixelDiffusionPipeline.__name__])
 
 
 def check(found: Opened, options: Diffusion, prompts: list[str], size: tuple[int, int] = (32, 32)) -> None:
@@ -108,13 +130,15 @@ def check(found: Opened, options: Diffusion, prompts: list[str], size: tuple[int
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_like_diffusers(tmp_path: Path, scheduler: str, guidance: float) -> None:
+@pytest.mark.parametrize("transformer", TRANSFORMERS)
+def test_like_diffusers(tmp_path: Path, scheduler: str, guidance: float, transformer: str) -> None:
     options = Diffusion(steps=4, guidance=guidance, seed=SEEDS, negative=NEGATIVES, height=32, width=32)
-    check(opened(tmp_path, **SCHEDULERS[scheduler]), options, PROMPTS)
+    check(opened(tmp_path, transformer, **SCHEDULERS[scheduler]), options, PROMPTS)
 
 
-def test_other_size_and_alone(tmp_path: Path) -> None:
-    found = opened(tmp_path, **SCHEDULERS["sample"])
+@pytest.mark.parametrize("transformer", TRANSFORMERS)
+def test_other_size_and_alone(tmp_path: Path, transformer: str) -> None:
+    found = opened(tmp_path, transformer, **SCHEDULERS["sample"])
     check(found, Diffusion(steps=3, guidance=2.0, seed=1, height=24, width=40), PROMPTS[:1], (24, 40))
 
 
@@ -146,13 +170,14 @@ def test_previews_are_the_predicted_images(tmp_path: Path) -> None:
     ],
 )
 def test_refused(tmp_path: Path, prompt: str, options: dict[str, Any], problem: str) -> None:
-    model = opened(tmp_path, **SCHEDULERS["sample"]).model()
+    model = opened(tmp_path, "sd3", **SCHEDULERS["sample"]).model()
     with pytest.raises(RequestError, match=problem):
         model.generate(prompt, Diffusion(**{"steps": 2, "height": 32, "width": 32, **options}))
 
 
 @pytest.mark.parametrize("name", [["pipeline", "OtherPipeline"], [], None, [{}]])
 def test_other_classes_are_refused(tmp_path: Path, name: Any) -> None:
-    found = open_pipeline(pixel_pipeline(**SCHEDULERS["sample"]), tmp_path, _class_name=name)
+    found = opened(tmp_path, **SCHEDULERS["sample"])
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
     with pytest.raises(BundleError, match="does not run"):
         found.model()

@@ -55,7 +55,7 @@ class ImageModel:
         self._max_batch, self._memory = max_batch, memory
         self._parts = parts
         family = family_of(parts)
-        self._respaced = family.respaced
+        self._family = family
         self.pipeline = family.open(parts)
         facts = bundle.manifest.image
         self._batch(facts.height, facts.width, guided=False)  # refuses a memory in which nothing fits
@@ -131,12 +131,12 @@ class ImageModel:
         facts = self.bundle.manifest.image
         image = None if options.image is None else open_picture(options.image, "Diffusion.image")
         mask = None if options.mask is None else open_picture(options.mask, "Diffusion.mask")
-        multiple = self.pipeline.sizes.multiple
-        # An image keeps its own size, cut to what is possible, as in diffusers.
-        usual = facts if image is None else image
+        multiple, larger = self.pipeline.sizes.multiple, self.pipeline.sizes.enlarges
+        # An image keeps its own size, cut to what is possible, as in diffusers; or is enlarged.
+        usual = (facts.height, facts.width) if image is None else (image.height * larger, image.width * larger)
         height, width = (
             max(own - own % multiple, multiple) if given is None else int(given)
-            for given, own in ((options.height, usual.height), (options.width, usual.width))
+            for given, own in zip((options.height, options.width), usual, strict=True)
         )
         self._check_size(height, width)
         steps = facts.steps if options.steps is None else int(options.steps)
@@ -151,13 +151,18 @@ class ImageModel:
             guidance=guidance,
             height=height,
             width=width,
-            image=None if image is None else image_array(image, height, width),
+            image=None if image is None else image_array(image, height // larger, width // larger),
             mask=None if mask is None else mask_array(mask, height, width),
             strength=strength,
             max_batch=max_batch,
             split_guidance=split,
             open_scheduler=OpenScheduler(
-                self.bundle.folder, options.scheduler, steps, strength, self._respaced and image is not None
+                self.bundle.folder,
+                options.scheduler,
+                steps,
+                strength,
+                respaced=self._family.respaced and image is not None,
+                main=self._family.scheduler,
             ),
         )
 

@@ -8,7 +8,9 @@ from types import MappingProxyType
 
 from fmedge_runtimes.errors import BundleError
 from fmedge_runtimes.parts import Parts
+from fmedge_runtimes.pipelines.deepfloyd import open_deepfloyd, open_deepfloyd_larger
 from fmedge_runtimes.pipelines.flux import open_flux
+from fmedge_runtimes.pipelines.kandinsky import open_kandinsky
 from fmedge_runtimes.pipelines.pipeline import Pipeline
 from fmedge_runtimes.pipelines.pixart import open_pixart_alpha, open_pixart_sigma
 from fmedge_runtimes.pipelines.pixel_diffusion import open_pixel_diffusion
@@ -16,6 +18,7 @@ from fmedge_runtimes.pipelines.sana import open_sana
 from fmedge_runtimes.pipelines.stable_diffusion import open_stable_diffusion
 from fmedge_runtimes.pipelines.stable_diffusion_3 import open_stable_diffusion_3
 from fmedge_runtimes.pipelines.stable_diffusion_xl import open_stable_diffusion_xl
+from fmedge_runtimes.pipelines.unclip import DECODER_SCHEDULER, open_unclip
 
 Open = Callable[[Parts], Pipeline]
 
@@ -25,6 +28,8 @@ class Family:
     """One class of diffusers."""
 
     open: Open
+    scheduler: str = "scheduler"
+    """The folder of the scheduler that a request can replace."""
     respaced: bool = False
     """Whether an image's trajectory has all steps in the part that the strength leaves, as LCM's own pipeline has."""
 
@@ -54,6 +59,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "PixArtAlphaPipeline": Family(open_pixart_alpha),
         "PixArtSigmaPipeline": Family(open_pixart_sigma),
         "SanaPipeline": Family(open_sana),
+        "KandinskyV22CombinedPipeline": Family(open_kandinsky),
+        "IFPipeline": Family(open_deepfloyd),
+        "IFSuperResolutionPipeline": Family(open_deepfloyd_larger),
+        "UnCLIPPipeline": Family(open_unclip, DECODER_SCHEDULER),
         "PixelDiffusionPipeline": Family(open_pixel_diffusion),
     }
 )

@@ -22,6 +22,11 @@ class Condition:
         """Equal for jobs that can share a batch."""
         return tuple(value.shape for value in self.positive.values())
 
+    def and_also(self, inputs: Mapping[str, Array]) -> Condition:
+        """The same with more inputs, which both halves are given."""
+        negative = None if self.negative is None else {**self.negative, **inputs}
+        return Condition({**self.positive, **inputs}, negative)
+
 
 def together(each: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     """The inputs of a batch [B, ...] by name."""

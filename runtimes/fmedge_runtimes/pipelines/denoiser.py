@@ -32,6 +32,8 @@ class Form:
     """Whether the timestep comes once for each row [B], instead of once [1]."""
     timestep_of: Callable[[np.float32], np.float32] = np.float32
     """What the module is told of a scheduler's timestep."""
+    constants: tuple[str, ...] = ()
+    """Outputs that depend on no input: parameters of the module that its pipeline uses by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ class Denoiser:
         self._feeds: list[dict[str, Array]] = [{**conditions.shared, **call} for call in calls]
         self._sample: Array | None = None
         self._output: Array | None = None
+        self.constants: dict[str, Array] = {}
+        """Known behind the first run."""
 
     def __call__(self, sample: Array, timestep: float) -> Array:
         """The prediction for a sample [B, C, ...], in an array of its own. Raises BackendError."""
@@ -112,7 +116,9 @@ class Denoiser:
         """The output [R, ...], in this denoiser's own buffer; its shape is known behind the first run."""
         name = self._form.output
         if self._output is None:
-            output = self._part.output(name, self._part.run(given))
+            outputs = self._part.run(given)
+            output = self._part.output(name, outputs)
+            self.constants = {wanted: self._part.output(wanted, outputs) for wanted in self._form.constants}
             self._output = np.empty((len(self._feeds), *output.shape), output.dtype)
             self._output[number] = output
         else:

@@ -67,18 +67,21 @@ class OpenScheduler:
     strength: float
     respaced: bool
     """Whether a schedule of LCM's is spread over what the strength leaves."""
+    main: str = "scheduler"
+    """The folder of the scheduler that the name replaces."""
 
-    def config(self, part: str = "scheduler", *, chosen: bool = True) -> SchedulerConfig:
-        """The config of a scheduler's folder. With `chosen` False the request's name is not for this one.
+    def config(self, part: str | None = None, *, chosen: bool = True) -> SchedulerConfig:
+        """The config of a scheduler's folder, by default the main one's.
 
-        Raises BundleError, and RequestError for a name that is unknown or does not fit the model.
+        With `chosen` False the request's name is not for this one. Raises BundleError, and RequestError for a name that
+        is unknown or does not fit the model.
         """
-        config = read_config(self.folder / part)
+        config = read_config(self.folder / (part or self.main))
         return config if self.name is None or not chosen else switch(config, self.name)
 
     def __call__(
         self,
-        part: str = "scheduler",
+        part: str | None = None,
         *,
         chosen: bool = True,
         steps: int | None = None,
@@ -186,6 +189,8 @@ class Sizes:
     """Whether the bundle's own size is the only one."""
     most: int | None = None
     """The longest side, where a model knows no place beyond it."""
+    enlarges: int = 1
+    """How many times larger an image is than the one that the request starts from: what an upscaler does."""
 
 
 class Pipeline(Protocol):

@@ -10,14 +10,12 @@ import numpy as np
 
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.pipelines.autoencoder import Autoencoder
-from fmedge_runtimes.pipelines.condition import Condition
 from fmedge_runtimes.pipelines.masked_text import masked_conditions, plain
 from fmedge_runtimes.pipelines.padded_text import PaddedText, length_of
 from fmedge_runtimes.pipelines.pipeline import (
     AUTOENCODER,
     GUIDED,
     PADDED,
-    Array,
     Order,
     Progress,
     Render,
@@ -69,7 +67,7 @@ class PixArt:
                 "resolution": np.array(size, np.float32),
                 "aspect_ratio": np.array([order.height / order.width], np.float32),
             }
-            conditions = [_with(condition, told) for condition in conditions]
+            conditions = [condition.and_also(told) for condition in conditions]
         yield Progress("encode", len(order.jobs), len(order.jobs))
         factor = self._autoencoder.factor
         shape = (self._autoencoder.channels, order.height // factor, order.width // factor)
@@ -86,8 +84,3 @@ class PixArt:
         found = yield from sample(self._parts, stage, conditions, order)
         pixels = yield from self._autoencoder.decode(found.samples, order)
         return Rendered(pixels, found.samples, found.steps)
-
-
-def _with(condition: Condition, told: dict[str, Array]) -> Condition:
-    negative = None if condition.negative is None else {**condition.negative, **told}
-    return Condition({**condition.positive, **told}, negative)

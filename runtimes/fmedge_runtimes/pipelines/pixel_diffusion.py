@@ -1,8 +1,8 @@
 """The pipeline that `fmedge train image` writes: a transformer that denoises pixels, with no autoencoder.
 
-The states of one CLIP text encoder and its pooled embedding go to Stable Diffusion 3's transformer (Esser et al. 2024,
-arXiv 2403.03206), whose output goes to the scheduler as it is: the scheduler's config says what it predicts. The folder
-has a pipeline.py for diffusers, which is not run: the class is known by its name.
+The states of one CLIP text encoder, and its pooled embedding where the transformer's config has a place for it, go to a
+transformer of diffusers, whose output goes to the scheduler as it is: the scheduler's config says what it predicts. The
+folder has a pipeline.py for diffusers, which is not run: the class is known by its name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class PixelDiffusion:
         transformer = parts.config("transformer")
         self._channels = transformer.whole("in_channels")
         patch = transformer.whole("patch_size")
-        self.sizes = Sizes(patch, most=patch * transformer.whole("pos_embed_max_size"))
+        self._pooled = transformer.whole("pooled_projection_dim", 0) > 0
+        # Rotary places go on; a table of them ends.
+        places = transformer.whole("pos_embed_max_size", 0)
+        self.sizes = Sizes(patch, most=patch * places if places else None)
 
     def render(self, order: Order) -> Render:
         """Make the images; see `pipeline.Pipeline`."""
@@ -59,11 +62,12 @@ class PixelDiffusion:
             texts += [job.negative or "" for job in order.jobs]
         windows = [self._text.window(text) for text in texts]
         with self._parts.use(self._text.name) as part:
-            encoded = self._text.encode(part, windows, "last_hidden_state", "pooler_output")
+            pooled = "pooler_output" if self._pooled else None
+            encoded = self._text.encode(part, windows, "last_hidden_state", pooled)
         inputs: list[dict[str, Array]] = []
         for one in encoded:
-            assert one.pooled is not None  # asked for
-            inputs.append({"encoder_hidden_states": one.states, "pooled_projections": one.pooled})
+            own = {"encoder_hidden_states": one.states}
+            inputs.append(own if one.pooled is None else {**own, "pooled_projections": one.pooled})
         count = len(order.jobs)
         negatives: list[dict[str, Array]] | list[None] = inputs[count:] or [None] * count
         return [Condition(*both) for both in zip(inputs[:count], negatives, strict=True)]

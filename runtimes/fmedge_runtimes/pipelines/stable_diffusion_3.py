@@ -88,7 +88,7 @@ class _Texts:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._clips = [ClipText(parts, f"text_encoder{suffix}", f"tokenizer{suffix}") for suffix in ("", "_2")]
-        self._t5 = PaddedText(parts, "text_encoder_3", "tokenizer_3") if "text_encoder_3" in parts else None
+        self._t5 = PaddedText(parts, "text_encoder_3", "tokenizer_3") if parts.declared("text_encoder_3") else None
         self._width = parts.config("transformer").whole("joint_attention_dim")
 
     def encode(self, order: Order) -> list[Condition]:

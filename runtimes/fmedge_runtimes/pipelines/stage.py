@@ -8,6 +8,7 @@ found.samples, found.steps
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +17,7 @@ from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.pipelines.condition import Condition, together
 from fmedge_runtimes.pipelines.denoiser import Conditions, Denoiser, Form
 from fmedge_runtimes.pipelines.pipeline import Array, Order, Progress
-from fmedge_runtimes.pipelines.trajectory import Amend, Preview, check_varied, denoise
+from fmedge_runtimes.pipelines.trajectory import Amend, Predict, Preview, check_varied, denoise
 from fmedge_runtimes.schedulers.scheduler import Scheduler
 
 TRANSFORMER = Form(sample="hidden_states", output="out_hidden_states", timestep_rows=True)
@@ -44,6 +45,7 @@ class Stage:
 
     part: str
     form: Form
+    """How the part is fed."""
     shape: Sequence[int]
     """Of a sample, without the row axis."""
     scheduler: Callable[[], Scheduler]
@@ -59,6 +61,10 @@ class Stage:
     """Inputs of the denoiser without a row axis."""
     begin: Begin | None = None
     """None: noise alone."""
+    last: str | None = None
+    """The part that takes the last step, if that is another one."""
+    fold: bool = False
+    """Whether a sample's first axis is one of rows of the denoiser, as it is of every condition: several for a job."""
     preview: Preview | None = None
 
 
@@ -69,6 +75,8 @@ class Sampled:
     samples: list[Array]
     steps: int
     """Calls of the denoiser that each image took part in, guidance counted once."""
+    constants: Mapping[str, Array]
+    """Of the denoiser's outputs, those that its form names so."""
 
 
 def sample(
@@ -76,30 +84,27 @@ def sample(
 ) -> Generator[Progress, None, Sampled]:
     """Run a stage for every job. Raises BackendError, and RequestError for steps that the scheduler cannot take."""
     samples: dict[int, Array] = {}
-    steps = 0
-    with parts.use(stage.part) as part:
+    steps, constants = 0, {}
+    with ExitStack() as opened:
+        each = [opened.enter_context(parts.use(name)) for name in (stage.part, stage.last) if name is not None]
         for rows in order.batches([condition.alike for condition in conditions]):
             scheduler = stage.scheduler()
             begin = _from_noise(order, stage, scheduler, rows) if stage.begin is None else stage.begin(scheduler, rows)
-            negatives = [conditions[row].negative for row in rows]
-            denoiser = Denoiser(
-                part,
-                stage.form,
-                Conditions(
-                    together([conditions[row].positive for row in rows]),
-                    together([negative for negative in negatives if negative is not None])
-                    if None not in negatives
-                    else None,
-                    stage.shared,
-                    begin.channels,
-                ),
-                guidance=stage.guidance,
-                rescale=stage.rescale,
-                split=order.split_guidance,
-                guided_channels=stage.guided_channels,
-            )
+            batch = _batch(stage, [conditions[row] for row in rows], begin.channels)
+            denoisers = [
+                Denoiser(
+                    part,
+                    stage.form,
+                    batch,
+                    guidance=stage.guidance,
+                    rescale=stage.rescale,
+                    split=order.split_guidance,
+                    guided_channels=stage.guided_channels,
+                )
+                for part in each
+            ]
             found = yield from denoise(
-                denoiser,
+                _predict(denoisers, scheduler, fold=stage.fold),
                 scheduler,
                 begin.start,
                 order,
@@ -110,8 +115,33 @@ def sample(
             )
             check_varied(stage.part, found)
             samples.update(zip(rows, found, strict=True))
-            steps = len(scheduler.timesteps)
-    return Sampled([samples[row] for row in range(len(conditions))], steps)
+            steps, constants = len(scheduler.timesteps), denoisers[0].constants
+    return Sampled([samples[row] for row in range(len(conditions))], steps, constants)
+
+
+def _batch(stage: Stage, conditions: Sequence[Condition], channels: Array | None) -> Conditions:
+    negatives = [one.negative for one in conditions if one.negative is not None]
+    halves = [together([one.positive for one in conditions]), together(negatives) if negatives else None]
+    if stage.fold:
+        halves = [None if half is None else {name: _rows(value) for name, value in half.items()} for half in halves]
+    positive, negative = halves
+    assert positive is not None
+    return Conditions(positive, negative, stage.shared, channels)
+
+
+def _rows(values: Array) -> Array:
+    """[B, R, ...] as [B * R, ...]."""
+    return values.reshape(-1, *values.shape[2:])
+
+
+def _predict(denoisers: Sequence[Denoiser], scheduler: Scheduler, *, fold: bool) -> Predict:
+    end = float(scheduler.timesteps[-1])
+
+    def predict(values: Array, timestep: float) -> Array:
+        denoiser = denoisers[-1] if timestep == end else denoisers[0]
+        return denoiser(_rows(values), timestep).reshape(values.shape) if fold else denoiser(values, timestep)
+
+    return predict
 
 
 def _from_noise(order: Order, stage: Stage, scheduler: Scheduler, rows: Sequence[int]) -> Beginning:
