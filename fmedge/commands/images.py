@@ -108,9 +108,11 @@ def write_images(
     report: Callable[[str, int, int], None],
 ) -> None:
     """Make the images of all prompts and write each as it is ready. Raises FmedgeError."""
+    negatives = tuple(line.overrides.get("negative", base.negative_of(0)) for line in lines)
     options = replace(
         base,
-        negative=tuple(line.overrides.get("negative", base.negative_of(0)) for line in lines),
+        # A pipeline that knows no negative prompts must not be told that there is none.
+        negative=negatives if any(negative is not None for negative in negatives) else None,
         seed=tuple(line.overrides.get("seed", base.seed_of(0)) for line in lines),
     )
     prompts = [_text(line) for line in lines]

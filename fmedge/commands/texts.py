@@ -43,10 +43,9 @@ def generate_texts(call: Call, changes: Mapping[str, Any], *, resume: bool, chat
     if resume and call.force:
         raise typer.BadParameter("--resume continues the output and --force replaces it; give one of them.")
     lines = [] if job else read_prompts(call.prompts, source)
+    files = opened(Path(str(source)), Path(str(output)), resume=resume, force=call.force) if job else nullcontext()
     with (
-        opened(Path(str(source)), Path(str(output)), resume=resume, force=call.force)
-        if job
-        else nullcontext() as opening,
+        files as opening,
         load_text(
             call.bundle,
             device=call.device,

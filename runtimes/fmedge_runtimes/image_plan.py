@@ -180,6 +180,9 @@ def _autoencoder(config: Config, height: int, width: int, factor: int, batch: in
 def _text(config: Config) -> float:
     width = config.number("hidden_size", config.number("d_model", 512))
     heads = config.number("num_attention_heads", config.number("num_heads", math.ceil(width / 64)))
-    length = config.number("max_position_embeddings", 0) or TEXT_TOKENS
-    length = min(length, TEXT_TOKENS)
-    return FLOAT * ROWS * (TOKEN_ACTIVATIONS * width * length + SCORES * heads * length**2)
+    length = min(config.number("max_position_embeddings", 0) or TEXT_TOKENS, TEXT_TOKENS)
+    rows = ROWS
+    if "image_size" in config.values:
+        # An encoder of images, one at a time.
+        length, rows = (config.number("image_size") / config.number("patch_size", 16)) ** 2 + 1, 1
+    return FLOAT * rows * (TOKEN_ACTIVATIONS * width * length + SCORES * heads * length**2)
