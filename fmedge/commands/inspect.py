@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fmedge_runtimes.bundle import Bundle, Evidence
+    from fmedge_runtimes.bundle import Bundle, Evidence, ImageBundle
 
 
 def command(
@@ -22,21 +22,24 @@ def command(
     Checks the manifest and the sizes of the files; `fmedge verify` checks their content too. A decoder that another
     exporter wrote is opened to see whether it can run.
     """
-    from fmedge_runtimes.bundle import open_bundle
+    from fmedge_runtimes.bundle import open_any_bundle
     from fmedge_runtimes.foreign import describe_foreign, find_foreign
 
     foreign = find_foreign(bundle)
-    opened = open_bundle(bundle, checksums=False) if foreign is None else describe_foreign(foreign)
+    opened = open_any_bundle(bundle, checksums=False) if foreign is None else describe_foreign(foreign)
     show(opened, as_json=as_json)
 
 
-def show(bundle: Bundle, *, as_json: bool) -> None:
+def show(bundle: Bundle | ImageBundle, *, as_json: bool) -> None:
     """Print a bundle as a table, or its manifest as one JSON line."""
     if as_json:
         typer.echo(bundle.manifest.model_dump_json())
         return
-    width = max(len(name) for name, _ in _rows(bundle))
-    for name, value in _rows(bundle):
+    from fmedge_runtimes.bundle import ImageBundle
+
+    rows = _image_rows(bundle) if isinstance(bundle, ImageBundle) else _rows(bundle)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
         typer.echo(f"{name:<{width}}  {value}")
 
 
@@ -60,13 +63,33 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
             ("tokenizer", text.tokenizer or "no tokenizer.json: prompts are token ids"),
             ("evidence", "none, and no checksums: it is foreign to fmedge, which has compared it with nothing"),
         ]
-    rows = [
-        ("bundle", f"{bundle.folder} ({bundle.nbytes / 1e6:.1f} MB, format {manifest.format})"),
+    return _origin(bundle) + model + _proof(bundle)
+
+
+def _image_rows(bundle: ImageBundle) -> list[tuple[str, str]]:
+    manifest, image = bundle.manifest, bundle.manifest.image
+    block = f", blocks of {manifest.block_size}" if manifest.block_size else ""
+    model = [
+        ("pipeline", image.pipeline),
+        ("graphs", ", ".join(manifest.graphs)),
+        ("target", f"{manifest.target}, quantization {manifest.precision}{block}"),
+        ("image", f"{image.width} x {image.height}, {image.steps} steps, guidance {image.guidance:g}, unless asked"),
+    ]
+    return _origin(bundle) + model + _proof(bundle)
+
+
+def _origin(bundle: Bundle | ImageBundle) -> list[tuple[str, str]]:
+    source = bundle.manifest.source
+    return [
+        ("bundle", f"{bundle.folder} ({bundle.nbytes / 1e6:.1f} MB, format {bundle.manifest.format})"),
         ("source", source.id + (f" at {source.revision}" if source.revision else "")),
         ("licence", source.licence or "not stated by the source"),
-        *model,
     ]
-    rows += [(f"evidence ({item.name})", _evidence(item)) for item in manifest.evidence]
+
+
+def _proof(bundle: Bundle | ImageBundle) -> list[tuple[str, str]]:
+    manifest = bundle.manifest
+    rows = [(f"evidence ({item.name})", _evidence(item)) for item in manifest.evidence]
     if not manifest.evidence:
         rows.append(("evidence", "none: exported with --verify none"))
     if manifest.forced:
