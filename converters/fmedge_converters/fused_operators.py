@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class FusedOperators(TorchFunctionMode):
-    """Records scaled_dot_product_attention as one operator."""
+    """Records scaled_dot_product_attention as one operator, and leaves out squeezes that do nothing."""
 
     def __torch_function__(
         self,
@@ -27,7 +27,17 @@ class FusedOperators(TorchFunctionMode):
         """Call a function of torch, or record what stands for it."""
         if func is torch.nn.functional.scaled_dot_product_attention:
             return attention(*args, **(kwargs or {}))
+        if func in SQUEEZES and len(args) == 2 and _is_dynamic(*args):
+            return args[0]
         return func(*args, **(kwargs or {}))
+
+
+SQUEEZES = (torch.squeeze, torch.Tensor.squeeze)
+
+
+def _is_dynamic(tensor: torch.Tensor, dim: int) -> bool:
+    """Whether an axis has a size that is not known. Torch keeps such an axis if it is not 1, where ONNX would fail."""
+    return isinstance(dim, int) and isinstance(tensor.shape[dim], torch.SymInt)
 
 
 def attention(

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fmedge_converters.complex_numbers import ComplexAsPairs
 from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.exported_program import traced_once
 from fmedge_converters.fakes import fake_parameters, is_fake, name_axes, reason
 from fmedge_converters.fused_operators import FusedOperators
 from fmedge_converters.parts.part import Call, Input
@@ -27,9 +28,9 @@ from fmedge_converters.translations import TRANSLATIONS
 
 OPSET = 20
 """Above it a group norm is one operator, for which ONNX Runtime has no kernel."""
-SIZES = (3, 5, 27, 22, 9, 14, 17, 11)
-"""Of dynamic axes, in the order in which they appear. Not 0 or 1, not equal, no powers of two: sizes that the module
-would treat as special."""
+SIZES = {"batch": 3, "sequence": 5, "height": 23, "width": 19, "image_sequence": 14}
+"""Of dynamic axes. Not 0 or 1, not equal, odd, and large enough for five levels of a UNet: sizes that are special, or
+become so when they are halved, would be traced as such."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +62,22 @@ class _Called(torch.nn.Module):
     def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         with FusedOperators(), ComplexAsPairs():
             given = {
-                name: value.to(self.dtype) if value.is_floating_point() and name != "timestep" else value
+                name: _cast(value, torch.float32 if name == "timestep" else self.dtype)
                 for name, value in inputs.items()
             }
             outputs = self.call.run(self.module, given)
         self.name_outputs(outputs)
-        return tuple(value.to(torch.float32) if value.is_floating_point() else value for value in outputs.values())
+        return tuple(_cast(value, torch.float32) for value in outputs.values())
+
+
+def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Floats in that type; the exporter keeps casts that change nothing."""
+    return value.to(dtype) if value.is_floating_point() and value.dtype != dtype else value
 
 
 def example_sizes(call: Call) -> dict[str, int]:
     """A size for every dynamic axis of a call."""
-    axes = dict.fromkeys(dim for item in call.inputs for dim in item.dims if isinstance(dim, str))
-    sizes = {}
-    for axis, size in zip(axes, SIZES, strict=False):
-        multiple = call.multiples.get(axis, 1)
-        sizes[axis] = size if multiple == 1 else multiple * (size | 1)
-    return sizes
+    return {axis: size * call.multiples.get(axis, 1) for axis, size in SIZES.items()}
 
 
 def _example(item: Input, sizes: Mapping[str, int]) -> torch.Tensor:
@@ -125,7 +126,7 @@ def _export(called: _Called, call: Call) -> torch.onnx.ONNXProgram:
     with torch.no_grad():
         exported = torch.export.export(called, (example,), dynamic_shapes=(dynamic,), strict=False)
         program: torch.onnx.ONNXProgram | None = torch.onnx.export(
-            exported,
+            traced_once(exported),
             (),
             dynamo=True,
             opset_version=OPSET,
