@@ -12,11 +12,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from fmedge_runtimes.errors import SourceError
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
 
 from fmedge_converters.complex_numbers import ComplexAsPairs
 from fmedge_converters.decoder import quiet_libraries
@@ -43,7 +45,7 @@ class TracedModule:
     dtypes: Mapping[str, torch.dtype]
     """Of each parameter, by its name in the module."""
     outputs: tuple[str, ...]
-    """Names for the graph's outputs, to be given by `name_outputs` when it has been rewritten."""
+    """Names for the graph's outputs, to be given by `name_values` when it has been rewritten."""
 
 
 class _Called(torch.nn.Module):
@@ -108,9 +110,6 @@ def trace_module(module: torch.nn.Module, call: Call, dtype: torch.dtype, where:
             raise SourceError(f"{where} cannot be traced: {reason(error)}") from error
     model = program.model
     _require_dynamic(model, call, where)
-    for value in model.graph.inputs:
-        if value.name in call.batched:
-            value.shape = ir.Shape([call.batched[str(value.name)]])
     parameters = {name: name.removeprefix("module.") for name in model.graph.initializers if is_fake(model, name)}
     dtypes = {name: value.dtype for name, value in module.named_parameters(remove_duplicate=False)}
     return TracedModule(model, parameters, dtypes, tuple(names))
@@ -119,25 +118,39 @@ def trace_module(module: torch.nn.Module, call: Call, dtype: torch.dtype, where:
 def _export(called: _Called, call: Call) -> torch.onnx.ONNXProgram:
     sizes = example_sizes(call)
     example = {item.name: _example(item, sizes) for item in call.inputs}
+    axes: dict[str, Any] = {
+        # A multiple of a symbol where halves are doubled again: only then is the result known to be of the same size.
+        axis: Dim.DYNAMIC if call.multiples.get(axis, 1) == 1 else call.multiples[axis] * Dim(f"part_of_{axis}")
+        for axis in SIZES
+    }
     dynamic = {
-        item.name: {index: torch.export.Dim.DYNAMIC for index, dim in enumerate(item.dims) if isinstance(dim, str)}
+        item.name: {index: axes[dim] for index, dim in enumerate(item.dims) if isinstance(dim, str)}
         for item in call.inputs
     }
     with torch.no_grad():
         exported = torch.export.export(called, (example,), dynamic_shapes=(dynamic,), strict=False)
-        program: torch.onnx.ONNXProgram | None = torch.onnx.export(
-            traced_once(exported),
-            (),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[item.name for item in call.inputs],
-            custom_translation_table=dict(TRANSLATIONS),
-            optimize=False,
-            verbose=False,
-        )
+        try:
+            program = _to_onnx(traced_once(exported), call)
+        except torch.onnx.errors.OnnxExporterError:  # an operator that ONNX lacks, and that had to be decomposed
+            exported = torch.export.export(called, (example,), dynamic_shapes=(dynamic,), strict=False)
+            program = _to_onnx(exported, call)
+    name_axes(program, [item.dims for item in call.inputs])
+    return program
+
+
+def _to_onnx(exported: torch.export.ExportedProgram, call: Call) -> torch.onnx.ONNXProgram:
+    program = torch.onnx.export(
+        exported,
+        (),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=[item.name for item in call.inputs],
+        custom_translation_table=dict(TRANSLATIONS),
+        optimize=False,
+        verbose=False,
+    )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
-    name_axes(program, [item.dims for item in call.inputs])
     return program
 
 
@@ -150,8 +163,11 @@ def _require_dynamic(model: ir.Model, call: Call, where: str) -> None:
                 )
 
 
-def name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
-    """Name the outputs of a graph; a value that is two of them, or an input too, is copied."""
+def name_values(graph: ir.Graph, call: Call, names: Sequence[str]) -> None:
+    """Name the axes of a graph's inputs as the call has them, and its outputs; a value that is two of these, or an
+    input too, is copied."""
+    for value, item in zip(graph.inputs, call.inputs, strict=True):
+        value.shape = ir.Shape([call.batched[item.name]] if item.name in call.batched else item.dims)
     taken: set[ir.Value] = set(graph.inputs)
     for index, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
         output = value

@@ -15,9 +15,10 @@ from fmedge_runtimes.errors import SourceError
 
 from fmedge_converters.build import bind_weights, numpy_dtype
 from fmedge_converters.checkpoint import Checkpoint, Files
+from fmedge_converters.decoder import quiet_libraries
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.kept_precise import is_kept
-from fmedge_converters.module_trace import name_outputs, trace_module
+from fmedge_converters.module_trace import name_values, trace_module
 from fmedge_converters.parts.part import Call
 from fmedge_converters.passes import PART_PASSES
 from fmedge_converters.passes.linear import linears
@@ -82,10 +83,11 @@ def build_part(
             }
             graph = bind_weights(traced.model, traced.parameters, typed)
             progress(f"{name}: rewriting", 0, 0)
-            for rewrite in PART_PASSES:
-                rewrite(graph, 0)
+            with quiet_libraries():
+                for rewrite in PART_PASSES:
+                    rewrite(graph, 0)
             quantized = _quantize(graph, options.scheme, options.block_size)
-            name_outputs(graph.graph, traced.outputs)
+            name_values(graph.graph, call, traced.outputs)
             folder = output / name
             folder.mkdir(parents=True)
             written = write_graph(graph, folder, STEM, functools.partial(progress, f"{name}: weights"))

@@ -67,7 +67,7 @@ def compare(module: Any, call: Call, graph: Path) -> Compared:  # noqa: ANN401 -
             with quiet_libraries(), torch.no_grad():
                 wanted = call.run(module, {name: torch.from_numpy(value) for name, value in inputs.items()})
             for name, reference in wanted.items():
-                worst, average = _difference(found[name], reference.float().numpy())
+                worst, average = _difference(found[name], reference.detach().float().numpy())
                 largest, mean = max(largest, worst), max(mean, average)
     finally:
         session.close()
@@ -101,8 +101,8 @@ def _input(item: Input, call: Call, sizes: Mapping[str, int], random: np.random.
         if item.below == 2:
             ids[:, 0] = 1  # a row of a mask that hides everything has no meaning
         return ids
-    if item.name == "timestep":
-        return random.uniform(0, 999, shape).astype(np.float32)
+    if item.largest is not None:
+        return random.uniform(0, item.largest, shape).astype(np.float32)
     return random.standard_normal(shape, np.float32)
 
 

@@ -27,8 +27,8 @@ from fmedge_converters.large_tensors import LargeOnMeta
 from fmedge_converters.source import licence_of
 
 CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
-OTHER_LIBRARIES = {"unclip": "diffusers.pipelines.deprecated.unclip"}
-"""Modules of diffusers that an index names by their last part alone."""
+HIDDEN = {"UnCLIPTextProjModel": "diffusers.pipelines.deprecated.unclip"}
+"""Classes that lie deeper in diffusers than an index says; and where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +136,9 @@ def _part(folder: Path, name: str, value: object) -> PartSource | None:
 
 
 def _find_class(library: object, name: str) -> type[Any] | None:
-    known: Mapping[str, Any] = {"diffusers": diffusers, "transformers": transformers}
-    module = known.get(str(library))
-    if library in OTHER_LIBRARIES:
-        module = importlib.import_module(OTHER_LIBRARIES[str(library)])
+    module: Any = {"diffusers": diffusers, "transformers": transformers}.get(str(library))
+    if name in HIDDEN:
+        module = importlib.import_module(HIDDEN[name])
     with quiet_libraries():
         try:
             found = getattr(module, name, None)
@@ -158,7 +157,9 @@ def empty_part(part: PartSource) -> Any:  # noqa: ANN401 - any module
         with quiet_libraries(), init_empty_weights(include_buffers=False), LargeOnMeta():
             if issubclass(part.kind, transformers.PreTrainedModel):
                 settings = part.kind.config_class.from_pretrained(part.folder)
-                module = part.kind._from_config(settings, dtype=torch.float32, attn_implementation="sdpa")
+                module = part.kind._from_config(
+                    settings, dtype=torch.float32, attn_implementation=_attention(part.kind)
+                )
             else:
                 module = part.kind.from_config(config)
     except Exception as error:  # each class has its own ways to refuse
@@ -171,6 +172,11 @@ def empty_part(part: PartSource) -> Any:  # noqa: ANN401 - any module
     return module.eval()
 
 
+def _attention(kind: type[Any]) -> str:
+    """The operator for attention, where a class of transformers can use it."""
+    return "sdpa" if kind._supports_sdpa else "eager"
+
+
 def loaded_part(part: PartSource, dtype: torch.dtype, *, allow_pickle: bool) -> Any:  # noqa: ANN401 - any module
     """The module of a part with its weights in memory, as diffusers and transformers load it."""
     options: dict[str, Any] = {"use_safetensors": None if allow_pickle else True}
@@ -181,7 +187,7 @@ def loaded_part(part: PartSource, dtype: torch.dtype, *, allow_pickle: bool) -> 
     if variant is not None and not plain:
         options["variant"] = variant
     if issubclass(part.kind, transformers.PreTrainedModel):
-        options |= {"dtype": dtype, "attn_implementation": "sdpa"}
+        options |= {"dtype": dtype, "attn_implementation": _attention(part.kind)}
     else:
         options |= {"torch_dtype": dtype}
     with quiet_libraries():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ def _text(config: Config) -> Input | None:
     return Input("encoder_hidden_states", ("batch", "sequence", _text_size(config)))
 
 
+def _timestep(config: Config) -> Input:
+    # What the module multiplies it by brings it to the thousand steps of training.
+    return Input("timestep", ("batch",), largest=999 / (config.get("time_factor") or 1))
+
+
 def _class_labels(config: Config) -> Input | None:
     kind = config.get("class_embed_type")
     if kind == "identity":
@@ -68,7 +74,7 @@ def _guidance(config: Config) -> Input | None:
 ARGUMENTS: Mapping[str, Describe] = {
     "sample": _image("sample"),
     "hidden_states": _image("hidden_states"),
-    "timestep": _batch("timestep"),
+    "timestep": _timestep,
     "encoder_hidden_states": _text,
     "pooled_projections": _sized("pooled_projections", "pooled_projection_dim"),
     "guidance": _guidance,
@@ -94,10 +100,11 @@ def denoiser(module: Any, asked: Asked) -> dict[str, Call]:  # noqa: ANN401 - an
     inputs = {name: item for name, item in known.items() if item is not None}
     if "img_ids" in inputs:  # latents in packages of 2 x 2, one after the other
         inputs["hidden_states"] = Input("hidden_states", ("batch", "image_sequence", config["in_channels"]))
+        inputs["timestep"] = replace(inputs["timestep"], largest=1.0)
     mask = MASKS.get(type(module).__name__) or MASKS.get(asked.pipeline)
     if mask is not None and "encoder_hidden_states" in inputs:
         inputs[mask] = Input(mask, ("batch", "sequence"), integer=True)
-    patch = int(config.get("patch_size") or 1) if "img_ids" not in inputs else 1
+    multiple = 1 if "img_ids" in inputs else _multiple(config)
     conditions = _conditions(config) if CONDITIONS in parameters else {}
     absent = {name: None for name, item in known.items() if item is None and name == "encoder_hidden_states"}
     main = "sample" if "sample" in inputs else "hidden_states"
@@ -111,7 +118,7 @@ def denoiser(module: Any, asked: Asked) -> dict[str, Call]:  # noqa: ANN401 - an
         output = model(**arguments, return_dict=False)[0]
         return {f"out_{main}": output}
 
-    call = Call((*inputs.values(), *conditions.values()), run, multiples={"height": patch, "width": patch})
+    call = Call((*inputs.values(), *conditions.values()), run, multiples={"height": multiple, "width": multiple})
     return {asked.name: call}
 
 
@@ -127,3 +134,11 @@ def _conditions(config: Config) -> dict[str, Input]:
     elif config.get("use_additional_conditions"):  # PixArt
         found = [Input("resolution", ("batch", 2)), Input("aspect_ratio", ("batch", 1))]
     return {item.name: item for item in found}
+
+
+def _multiple(config: Config) -> int:
+    """What height and width must be multiples of."""
+    ups = config.get("up_block_types") or ()
+    # Blocks that double what they get, where others ask for the size that was halved.
+    doubling = any(str(name).startswith(("SimpleCrossAttn", "Resnet")) for name in ups)
+    return int(2 ** (len(ups) - 1)) if doubling else int(config.get("patch_size") or 1)

@@ -23,6 +23,8 @@ class Input:
     """int64 instead of float32."""
     below: int = 2
     """Integers that the module takes are less than this: ids have a vocabulary, masks are 0 and 1."""
+    largest: float | None = None
+    """Numbers that the module takes lie between 0 and this; None: they are normally distributed."""
 
 
 @dataclass(frozen=True, slots=True)

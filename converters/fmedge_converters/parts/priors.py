@@ -18,7 +18,7 @@ def prior(module: Any, asked: Asked) -> dict[str, Call]:  # noqa: ANN401 - a Pri
     size, tokens = config.embedding_dim, config.num_embeddings
     inputs = (
         Input("hidden_states", ("batch", size)),
-        Input("timestep", ("batch",)),
+        Input("timestep", ("batch",), largest=999),
         Input("proj_embedding", ("batch", config.embedding_proj_dim or size)),
         Input("encoder_hidden_states", ("batch", tokens, size)),
         Input("attention_mask", ("batch", tokens), integer=True),
