@@ -92,10 +92,7 @@ def _inputs(call: Call, sizes: Mapping[str, int], random: np.random.Generator) -
 
 
 def _input(item: Input, call: Call, sizes: Mapping[str, int], random: np.random.Generator) -> Array:
-    shape = [
-        math.ceil(sizes[dim] / call.multiples.get(dim, 1)) * call.multiples.get(dim, 1) if isinstance(dim, str) else dim
-        for dim in item.dims
-    ]
+    shape = [_size(dim, call, sizes) if isinstance(dim, str) else dim for dim in item.dims]
     if item.integer:
         ids = random.integers(0, item.below, shape)
         if item.below == 2:
@@ -104,6 +101,12 @@ def _input(item: Input, call: Call, sizes: Mapping[str, int], random: np.random.
     if item.largest is not None:
         return random.uniform(0, item.largest, shape).astype(np.float32)
     return random.standard_normal(shape, np.float32)
+
+
+def _size(axis: str, call: Call, sizes: Mapping[str, int]) -> int:
+    multiple = call.multiples.get(axis, 1)
+    size = min(sizes[axis], call.limits.get(axis, sizes[axis]))
+    return math.ceil(size / multiple) * multiple
 
 
 def _difference(found: Array, wanted: Array) -> tuple[float, float]:

@@ -43,7 +43,9 @@ def text_encoder(module: Any, asked: Asked) -> dict[str, Call]:  # noqa: ANN401 
                 named[f"normed_hidden_states.{number}"] = norm(state)
         return named
 
-    return {asked.name: Call((ids, mask) if masked else (ids,), run)}
+    longest = getattr(module.config, "max_position_embeddings", None)
+    limits = {} if longest is None else {"sequence": int(longest)}
+    return {asked.name: Call((ids, mask) if masked else (ids,), run, limits=limits)}
 
 
 def image_encoder(module: Any, asked: Asked) -> dict[str, Call]:  # noqa: ANN401 - any model of transformers

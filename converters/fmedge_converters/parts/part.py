@@ -36,6 +36,8 @@ class Call:
     """Calls the module with the inputs; returns the outputs by the names that they have in the graph."""
     multiples: Mapping[str, int] = field(default_factory=dict)
     """Axes whose sizes must be multiples of a number."""
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """Axes that may not be longer."""
     batched: Mapping[str, str] = field(default_factory=dict)
     """Inputs with one axis of size 1 in the example that may also have the size of the batch; and that axis' name."""
 
