@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from fmedge_runtimes.errors import ExportError, SourceError
 
 from fmedge_converters.export_checks import check_block_size, check_disk, check_output, graph_facts, judge, made_by
 from fmedge_converters.export_options import ExportOptions
+from fmedge_converters.hub import fetch
+from fmedge_converters.image_adapter import ImageAdapter
 from fmedge_converters.image_facts import image_facts
 from fmedge_converters.output_folder import flush, sweep, written_aside
 from fmedge_converters.part_build import BuiltGraph, PartOptions, build_part
@@ -45,7 +48,7 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     module). Whatever it raises, the output is as it was before.
     """
     target = find_target(options.target)
-    scheme = find_scheme(target, options.quantize)
+    scheme = find_scheme(target, options.quantize, images=True)
     _check_options(options)
     sweep(options.output)
     check_output(options)
@@ -55,6 +58,7 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     calls = {part.name: _calls(part, modules[part.name], source) for part in source.parts if part.is_module}
     parameters = sum(value.numel() for module in modules.values() for value in module.parameters())
     check_disk(options.output, parameters, scheme.bits)
+    adapter = _adapter(source, modules, options)
     with written_aside(options.output) as folder:
         shutil.copyfile(source.folder / MODEL_INDEX, folder / MODEL_INDEX)
         built: list[BuiltGraph] = []
@@ -64,7 +68,7 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
             if not part.is_module:
                 write_part_files(part, folder)
                 continue
-            chosen = _part_options(modules[part.name], target, scheme, options)
+            chosen = _part_options(modules[part.name], target, scheme, adapter, options)
             graphs = build_part(part, modules[part.name], calls[part.name], folder, chosen, progress)
             built += graphs
             for graph in graphs:
@@ -74,7 +78,7 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
                     chosen.scheme.name if graph.quantized else FLOATING.name,
                 )
             if options.verify == "full":
-                compared |= _compare(part, graphs, options, progress)
+                compared |= _compare(part, graphs, adapter, options, progress)
         evidence: tuple[Evidence, ...] = ()
         if options.verify == "full":
             evidence = (parts_evidence(compared, precisions),)
@@ -83,7 +87,11 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
             format=FORMAT,
             kind="image",
             source=SourceFacts(
-                id=source.id, revision=source.revision, architecture=source.pipeline, licence=source.licence
+                id=source.id,
+                revision=source.revision,
+                architecture=source.pipeline,
+                licence=source.licence,
+                adapter=None if options.adapter is None else Path(options.adapter).name,
             ),
             target=target.name,
             precision=scheme.name,
@@ -126,19 +134,40 @@ def _calls(part: PartSource, module: Any, source: PipelineSource) -> Mapping[str
     return kind.graphs(module, Asked(part.name, source.pipeline))
 
 
-def _part_options(module: Any, target: Target, scheme: Scheme, options: ExportOptions) -> PartOptions:  # noqa: ANN401
+def _adapter(source: PipelineSource, modules: Mapping[str, Any], options: ExportOptions) -> ImageAdapter | None:
+    if options.adapter is None:
+        return None
+    path = Path(options.adapter).expanduser()
+    if not path.exists():
+        path = fetch(options.adapter, None, ["*.json", "*.safetensors"])
+    return ImageAdapter(path, source.pipeline, options.adapter_scale, list(modules), modules.get("unet"))
+
+
+def _part_options(
+    module: Any,  # noqa: ANN401 - any module
+    target: Target,
+    scheme: Scheme,
+    adapter: ImageAdapter | None,
+    options: ExportOptions,
+) -> PartOptions:
     config = getattr(module, "config", None)
     # Autoencoders that say so overflow in fp16, and what they make is the picture itself.
     dtype = torch.float32 if getattr(config, "force_upcast", False) else target.dtype
     autoencodes = hasattr(module, "encode") and hasattr(module, "decode")
-    return PartOptions(dtype, FLOATING if autoencodes else scheme, options.block_size, options.allow_pickle)
+    return PartOptions(dtype, FLOATING if autoencodes else scheme, options.block_size, options.allow_pickle, adapter)
 
 
 def _compare(
-    part: PartSource, graphs: list[BuiltGraph], options: ExportOptions, progress: Progress
+    part: PartSource,
+    graphs: list[BuiltGraph],
+    adapter: ImageAdapter | None,
+    options: ExportOptions,
+    progress: Progress,
 ) -> dict[str, Compared]:
     progress(f"{part.name}: comparing with PyTorch", 0, 0)
     reference = loaded_part(part, torch.float32, allow_pickle=options.allow_pickle)
+    if adapter is not None:
+        adapter.merge(part.name, reference)
     return {graph.name: compare(reference, graph.call, graph.written.graph) for graph in graphs}
 
 

@@ -17,6 +17,7 @@ from fmedge_converters.build import bind_weights, numpy_dtype
 from fmedge_converters.checkpoint import Checkpoint, Files
 from fmedge_converters.decoder import quiet_libraries
 from fmedge_converters.graph import DecoderGraph
+from fmedge_converters.image_adapter import ImageAdapter
 from fmedge_converters.kept_precise import is_kept
 from fmedge_converters.module_trace import name_values, trace_module
 from fmedge_converters.parts.part import Call
@@ -25,6 +26,7 @@ from fmedge_converters.passes.linear import linears
 from fmedge_converters.pipeline_source import PartSource
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
+from fmedge_converters.schemes.stored_floats import store_weights
 from fmedge_converters.weight import Array, Weight, mapped
 from fmedge_converters.writer import WrittenGraph, write_graph
 
@@ -42,6 +44,8 @@ class PartOptions:
     scheme: Scheme
     block_size: int | None
     allow_pickle: bool = False
+    adapter: ImageAdapter | None = None
+    """A LoRA to merge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class BuiltGraph:
     model: ir.Model
     written: WrittenGraph
     quantized: int
-    """Matrices that are not floating point."""
+    """Weights that are not what the target computes with."""
 
 
 def build_part(
@@ -74,6 +78,8 @@ def build_part(
         for name, value in checkpoint.buffers(module).items():
             module.get_buffer(name).copy_(value)
         weights = checkpoint.weights(module)
+        if options.adapter is not None:
+            weights = options.adapter.applied(part.name, weights)
         for name, call in calls.items():
             progress(f"{name}: tracing", 0, 0)
             traced = trace_module(module, call, options.dtype, str(part.folder))
@@ -102,8 +108,10 @@ def _quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None) -> in
         floating = scheme is FLOATING or is_kept(linear.name.removeprefix("module."))
         spell = FLOATING.linear if floating else scheme.linear
         spell(graph, linear, is_head=False, block_size=block_size or scheme.block_size)
-        count += not floating
+        count += not floating and scheme.storage is None
     graph.remove_unused()
+    if scheme.storage is not None:
+        count += store_weights(graph, scheme.storage)
     return count
 
 

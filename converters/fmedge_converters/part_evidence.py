@@ -40,6 +40,8 @@ class Difference:
 DIFFERENCES = {
     ("float32", "none"): Difference(largest=2e-4, mean=5e-5),
     ("float16", "none"): Difference(largest=2e-2, mean=1e-2),
+    ("float32", "fp16"): Difference(largest=2e-2, mean=5e-3),
+    ("float32", "bf16"): Difference(largest=5e-2, mean=2e-2),
     ("float32", "int8"): Difference(largest=0.15, mean=0.06),
     ("float16", "int8"): Difference(largest=0.05, mean=0.02),
     ("float32", "int4"): Difference(largest=0.5, mean=0.25),
