@@ -640,6 +640,45 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 }
 
 
+PIXEL = "pixel"
+
+
+def save_pixel(folder: Path) -> Path:
+    """What `fmedge train image` writes: a transformer in pixel space, and a pipeline class of its own."""
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    tokenizer.model_max_length = 16
+    parts = {
+        "scheduler": diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="sample"),
+        "text_encoder": _clip(tokenizer, max_position_embeddings=16),
+        "tokenizer": tokenizer,
+        "transformer": diffusers.PRXTransformer2DModel(
+            in_channels=3,
+            patch_size=8,
+            context_in_dim=32,
+            hidden_size=64,
+            mlp_ratio=2.0,
+            num_heads=4,
+            depth=2,
+            axes_dim=[8, 8],
+            theta=10,
+            time_factor=1.0,
+        ),
+    }
+    generator = torch.Generator().manual_seed(1)
+    index: dict[str, Any] = {"_class_name": ["pipeline", "PixelDiffusionPipeline"], "_diffusers_version": "0.42.1"}
+    with quiet_libraries():
+        for name, part in parts.items():
+            if isinstance(part, torch.nn.Module):
+                _spread(part.eval(), generator)
+            part.save_pretrained(folder / name)
+            index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
+    index |= {"default_sample_size": 32, "default_steps": 10, "default_guidance": 1.0}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    (folder / "pipeline.py").write_text("raise RuntimeError('code of a folder must not run')\n")
+    return folder
+
+
 def _modules(pipeline: Any) -> list[torch.nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
@@ -670,7 +709,9 @@ def tiny_pipeline(name: str) -> Any:
 
 
 def save_pipeline(name: str, folder: Path, **options: Any) -> Path:
-    """Save a pipeline of PIPELINES as diffusers does; `options` are those of its save_pretrained."""
+    """Save a pipeline of PIPELINES, or PIXEL, as diffusers does; `options` are those of its save_pretrained."""
+    if name == PIXEL:
+        return save_pixel(folder)
     with quiet_libraries():
         tiny_pipeline(name).save_pretrained(folder, **options)
     return folder

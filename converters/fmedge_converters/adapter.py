@@ -226,8 +226,8 @@ class Adapter:
             raise SourceError(f"{where} has factors of shapes {list(a.shape)} and {list(b.shape)}, not matrices.")
         config = self.config
         try:
-            rank = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
-            alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
+            rank = int(by_pattern(config.get("rank_pattern"), module, config["r"]))
+            alpha = float(by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
         except (KeyError, TypeError, ValueError, re.error) as error:
             raise SourceError(f"{self.folder / CONFIG}: r and lora_alpha are no numbers ({error}).") from error
         if rank < 1:
@@ -297,7 +297,7 @@ def _target(model: PreTrainedModel, module: str, update: LowRank) -> tuple[str, 
     return f"{module}.{fitting[0]}", bool(getattr(found, "is_transposed", False))
 
 
-def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+def by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
     """The value of the first pattern that matches the end of a module's name, as PEFT decides it."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,9 +110,14 @@ def _keeping(weights: dict[str, Weight], scheme: Scheme) -> dict[str, Weight]:
 
 
 def bind(traced: TracedDecoder, weights: dict[str, Weight]) -> DecoderGraph:
-    """Give every parameter of the graph its weight, unread."""
-    graph = DecoderGraph(traced.model, {})
-    for name, parameter in traced.parameters.items():
+    """Give every parameter of a decoder's graph its weight, unread."""
+    return bind_weights(traced.model, traced.parameters, weights)
+
+
+def bind_weights(model: ir.Model, parameters: Mapping[str, str], weights: Mapping[str, Weight]) -> DecoderGraph:
+    """Give every initializer that `parameters` names its weight, unread."""
+    graph = DecoderGraph(model, {})
+    for name, parameter in parameters.items():
         weight = weights[parameter]
         value = graph.graph.initializers[name]
         value.const_value = ir.LazyTensor(

@@ -154,6 +154,8 @@ class Checkpoint:
     def _converted(
         self, tensors: Mapping[str, Weight], model: PreTrainedModel, names: Collection[str] | None = None
     ) -> dict[str, Weight]:
+        if not isinstance(model, PreTrainedModel):
+            return _of_diffusers(tensors, model, names)
         if self._wrapper is None:
             return converted(tensors, model, names)
         asked = {other: name for name, other in self._wrapper.names.items() if names is None or name in names}
@@ -199,6 +201,18 @@ class Checkpoint:
             return array
 
         return replace(weight, read=read)
+
+
+def _of_diffusers(
+    tensors: Mapping[str, Weight],
+    model: Any,  # noqa: ANN401 - any model of diffusers
+    names: Collection[str] | None,
+) -> dict[str, Weight]:
+    """The weights by the names of a model of diffusers, which renames those of older versions itself."""
+    renamed = dict(tensors)
+    model._fix_state_dict_keys_on_load(renamed)
+    known = model.state_dict() if names is None else names
+    return {name: weight for name, weight in renamed.items() if name in known}
 
 
 def _share(weights: dict[str, Weight], tied: Mapping[str, str]) -> None:

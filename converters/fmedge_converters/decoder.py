@@ -35,6 +35,7 @@ from fmedge_converters.complex_numbers import ComplexAsPairs
 from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.example_step import SIZES, example_step
 from fmedge_converters.experts import IMPLEMENTATION as EXPERTS
+from fmedge_converters.fakes import fake_parameters, is_fake, name_axes, reason
 from fmedge_converters.kernels import recurrent_kernels
 from fmedge_converters.large_tensors import LargeOnMeta
 from fmedge_converters.own_past import OwnPast, Plain, find_own_past, plain_tensors, require_states
@@ -100,17 +101,6 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The part of a configuration that describes the decoder."""
     return config.get_text_config(decoder=True)
-
-
-def _fake_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Replace meta parameters by fake ones on the CPU, keeping those that are tied the same object."""
-    fakes: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(parameter) not in fakes:
-                kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
-                fakes[id(parameter)] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=kind), requires_grad=False)
-            module.register_parameter(name, fakes[id(parameter)])
 
 
 class _Step(torch.nn.Module):
@@ -268,7 +258,7 @@ def trace_decoder(
         layout, program = _trace(model, dialect, dtype, context)
         require_own_positions(program.model)
     graph = program.model
-    parameters = {name: name.removeprefix("model.") for name in graph.graph.initializers if _is_fake(graph, name)}
+    parameters = {name: name.removeprefix("model.") for name in graph.graph.initializers if is_fake(graph, name)}
     return TracedDecoder(graph, model, layout.caches, layout.states, parameters)
 
 
@@ -321,12 +311,12 @@ def _on_fakes(
         model.get_buffer(name).copy_(value)
     try:
         with quiet_libraries(), FakeTensorMode(allow_non_fake_inputs=True):
-            _fake_parameters(model, dtype)
+            fake_parameters(model, lambda _, parameter: dtype if parameter.dtype.is_floating_point else parameter.dtype)
             yield model
     except SourceError as error:
         raise SourceError(f"{config.model_type} cannot be exported: {error}") from error
     except Exception as error:
-        raise SourceError(f"{config.model_type} cannot be traced: {_reason(error)}") from error
+        raise SourceError(f"{config.model_type} cannot be traced: {reason(error)}") from error
 
 
 def _trace(
@@ -348,16 +338,6 @@ def _trace(
     return layout, program
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of what went wrong at the bottom; the exporter wraps it in advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    # A line that ends with a colon announces the next one.
-    count = 2 if lines and lines[0].endswith(":") else 1
-    return f"{type(error).__name__}: {' '.join(lines[:count])}"
-
-
 def _require_dynamic(model: ir.Model, axes: Sequence[str]) -> None:
     """A model whose code counts its tokens in Python has been traced for the example's numbers only."""
     ids = next(value for value in model.graph.inputs if value.name == "input_ids")
@@ -366,11 +346,6 @@ def _require_dynamic(model: ir.Model, axes: Sequence[str]) -> None:
         raise SourceError(
             f"its code fixes the number of {' and '.join(fixed)} in a step, so the graph would serve one."
         )
-
-
-def _is_fake(model: ir.Model, name: str) -> bool:
-    raw = getattr(model.graph.initializers[name].const_value, "raw", None)
-    return isinstance(raw, torch.nn.Parameter)
 
 
 def _export(model: PreTrainedModel, dialect: Dialect, layout: Layout, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
@@ -391,15 +366,5 @@ def _export(model: PreTrainedModel, dialect: Dialect, layout: Layout, dtype: tor
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     # torch names no axis at all once a list of inputs is empty.
-    _name_axes(program, example.axes)
+    name_axes(program, example.axes)
     return program
-
-
-def _name_axes(program: torch.onnx.ONNXProgram, inputs: Sequence[Sequence[str | int]]) -> None:
-    """Give the dynamic axes of each input, in their order, these names throughout the graph."""
-    names: dict[str | ir.SymbolicDim, str] = {}
-    for value, dims in zip(program.model.graph.inputs, inputs, strict=True):
-        for symbol, name in zip(value.shape or (), dims, strict=True):
-            if isinstance(name, str):
-                names[str(symbol)] = name
-    program.rename_axes(names)

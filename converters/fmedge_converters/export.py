@@ -1,29 +1,27 @@
-"""Export a decoder to a bundle: one function, from a source to a folder that is complete or not there at all.
+"""Export a model to a bundle: one function, from a source to a folder that is complete or not there at all.
+
+A folder or repository with model_index.json is a pipeline that makes images (image_export.py), any other a decoder.
 
 export(ExportOptions("path/to/model", Path("out/bundle"), quantize="int4"))
 """
 
 from __future__ import annotations
 
-import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 from fmedge_runtimes.bundle import (
     FORMAT,
-    MANIFEST,
     Bundle,
     Evidence,
     Golden,
     GraphFacts,
+    ImageBundle,
     SamplingFacts,
     SourceFacts,
-    TensorFacts,
     TextFacts,
     TextManifest,
     list_files,
@@ -31,10 +29,9 @@ from fmedge_runtimes.bundle import (
     write_manifest,
 )
 from fmedge_runtimes.decoder import Decoder
-from fmedge_runtimes.errors import ExportError, ParityError, SourceError
+from fmedge_runtimes.errors import ExportError, SourceError
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from fmedge_runtimes.tokenizer import Tokenizer
-from fmedge_runtimes.version import __version__
 from transformers import GenerationConfig
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder
@@ -51,6 +48,7 @@ from fmedge_converters.evidence import (
     text_facts,
     weights_evidence,
 )
+from fmedge_converters.export_checks import check_block_size, check_disk, check_output, graph_facts, judge, made_by
 from fmedge_converters.export_options import LONGEST_DEFAULT, ExportOptions
 from fmedge_converters.int8_cache import CALIBRATION_TOKENS, quantize_cache
 from fmedge_converters.layouts import find_layout
@@ -58,7 +56,7 @@ from fmedge_converters.layouts.layout import Finished, Layout
 from fmedge_converters.output_folder import flush, sweep, written_aside
 from fmedge_converters.reference import open_reference, require_memory
 from fmedge_converters.schemes.scheme import Scheme
-from fmedge_converters.source import Source, open_source
+from fmedge_converters.source import Source, is_pipeline, open_source
 from fmedge_converters.targets import check_cache, find_scheme, find_target
 from fmedge_converters.tokenizer_files import TokenizerFacts, write_tokenizer
 
@@ -75,7 +73,22 @@ class _Tokens:
     """What follows the text, for scales; the text itself if it is short."""
 
 
-def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bundle:
+def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bundle | ImageBundle:
+    """Export a decoder or a pipeline that makes images, and prove the result.
+
+    Raises SourceError (the model), ExportError (options, output, disk), ParityError (the result differs from the
+    source). Whatever it raises, the output is as it was before.
+    """
+    if is_pipeline(options.source, options.revision):
+        from fmedge_converters.image_export import export_pipeline
+
+        return export_pipeline(options, progress)
+    if options.adapter_scale != ExportOptions.adapter_scale:
+        raise ExportError("--adapter-scale is for pipelines that make images; a PEFT folder says its own scale.")
+    return export_decoder(options, progress)
+
+
+def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None) -> Bundle:
     """Export a decoder and prove the result.
 
     Raises SourceError (the model), ExportError (options, output, disk), ParityError (the result differs from the
@@ -86,19 +99,19 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
     check_cache(target, options.cache)
     layout = find_layout(target, options.layout)
     sweep(options.output)
-    _check_output(options)
+    check_output(options)
     source = open_source(options.source, options.revision, adapter=options.adapter, allow_pickle=options.allow_pickle)
     parameters = _parameters(source)
     context = _context(source, options)
-    _check_block_size(scheme, options)
-    _check_disk(options.output, parameters, scheme.bits)
+    check_block_size(scheme, options)
+    check_disk(options.output, parameters, scheme.bits)
     if options.verify == "full":
         require_memory(source, parameters, scheme.bits)
     evaluation_text = _evaluation_text(options.text)
     evidence: list[Evidence] = []
     if options.verify != "none":
         evidence.append(graph_evidence(source.config, progress))
-        _judge(evidence[-1], options)
+        judge(evidence[-1], options)
     with written_aside(options.output) as folder:
         tokenizer = write_tokenizer(source.tokenizer_folder, folder, source.tokenizer_gguf)
         if layout is not None and tokenizer is not None:
@@ -113,20 +126,20 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
         if options.cache == "int8":
             facts, proof = quantize_cache(built, facts, tokens.calibration, tokens.text, progress)
             evidence.append(proof)
-            _judge(proof, options)
+            judge(proof, options)
         goldens: tuple[Golden, ...] = ()
         if options.verify == "full":
             full = _compare(source, built, facts, parameters, tokens, scheme, progress)
             evidence.append(full.evidence)
             goldens = full.goldens
-            _judge(full.evidence, options)
-        graphs = {"decoder": _graph_facts(built.model, built.written.graph)}
+            judge(full.evidence, options)
+        graphs = {"decoder": graph_facts(built.model, built.written.graph)}
         if layout is not None:
             finished = Finished(folder, built.written.graph, source.config, generation, facts, target)
             graphs[layout.name], proofs = _lay_out(layout, finished, goldens, progress)
             evidence += proofs
             for proof in proofs:
-                _judge(proof, options)
+                judge(proof, options)
         manifest = TextManifest(
             format=FORMAT,
             kind="text",
@@ -147,24 +160,12 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
             golden=goldens,
             forced=not all(item.passed for item in evidence),
             files=list_files(folder, {built.written.data: built.written.data_sha256}),
-            made_by=_made_by(),
+            made_by=made_by(),
         )
         flush(folder)
         # Last, so that a folder with a manifest is whole.
         write_manifest(folder, manifest)
     return open_bundle(options.output, checksums=False)
-
-
-def _check_output(options: ExportOptions) -> None:
-    output = options.output
-    if not output.exists() and not output.is_symlink():
-        return
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if not options.force:
-        raise ExportError(f"{output} exists; choose another folder, or --force to replace a bundle.")
-    if not (output / MANIFEST).is_file():
-        raise ExportError(f"{output} exists and is not a bundle; --force replaces bundles only.")
 
 
 def _parameters(source: Source) -> int:
@@ -181,35 +182,6 @@ def _context(source: Source, options: ExportOptions) -> int:
     if longest is not None and options.context > longest:
         raise ExportError(f"--context {options.context} is more than the {longest} positions that {source.id} knows.")
     return options.context
-
-
-def _check_block_size(scheme: Scheme, options: ExportOptions) -> None:
-    if options.block_size is not None and not scheme.block_size:
-        raise ExportError(f"--block-size means nothing to --quantize {scheme.name} for {options.target}; leave it out.")
-
-
-def _check_disk(output: Path, parameters: int, bits: int) -> None:
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    # Scales and an 8-bit head and embedding come on top of the layers' bits.
-    need = int(parameters * max(bits, 6) / 8 * 1.05)
-    free = shutil.disk_usage(parent).free
-    if need > free:
-        raise ExportError(f"the bundle needs about {need / 1e9:.1f} GB and {parent} has {free / 1e9:.1f} GB free.")
-
-
-def _judge(evidence: Evidence, options: ExportOptions) -> None:
-    if evidence.passed or options.force:
-        return
-    figures = ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in evidence.figures.items()
-    )
-    raise ParityError(
-        f"the export does not compute what its source computes, so nothing was written ({evidence.name}: "
-        f"{evidence.what}: {figures}); --force writes it all the same and records that in the manifest."
-    )
 
 
 def _compare(
@@ -237,7 +209,7 @@ def _lay_out(
 ) -> tuple[GraphFacts, list[Evidence]]:
     """Write a layout's files, and compare its graph with the bundle's own where there are golden continuations."""
     graph = finished.folder / layout.graph
-    facts = _graph_facts(layout.finish(finished), graph)
+    facts = graph_facts(layout.finish(finished), graph)
     if not goldens:
         return facts, []
     progress(f"comparing {graph.name} with {finished.decoder.name}", 0, 0)
@@ -329,35 +301,3 @@ def _evaluation_text(path: Path | None) -> str:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"cannot read the text {path}: {error}.") from error
-
-
-def _graph_facts(model: ir.Model, path: Path) -> GraphFacts:
-    def facts(values: Sequence[ir.Value]) -> tuple[TensorFacts, ...]:
-        return tuple(
-            TensorFacts(
-                name=str(value.name),
-                dtype="unknown" if value.dtype is None else str(value.dtype.numpy()),
-                shape=tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()),
-            )
-            for value in values
-        )
-
-    return GraphFacts(file=path.name, inputs=facts(model.graph.inputs), outputs=facts(model.graph.outputs))
-
-
-def _made_by() -> dict[str, str]:
-    packages = ("torch", "transformers", "onnx-ir", "onnxruntime")
-    return {
-        "fmedge": __version__,
-        "python": platform.python_version(),
-        **{name: _version(name) for name in packages},
-    }
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

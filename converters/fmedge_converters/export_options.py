@@ -37,7 +37,9 @@ class ExportOptions:
     text: Path | None = None
     """Text for the comparison of perplexities and the scales of a cache; None takes Python's own documentation."""
     adapter: str | None = None
-    """PEFT folder or hub id of a LoRA to merge into the weights."""
+    """LoRA to merge into the weights: PEFT folder or hub id; for images a folder or file of diffusers or kohya, too."""
+    adapter_scale: float = 1.0
+    """How much of an image pipeline's LoRA is added."""
     allow_pickle: bool = False
     """Read weights that are stored as pickles, with PyTorch's weights-only loader."""
     layout: str | None = None

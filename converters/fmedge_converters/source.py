@@ -7,12 +7,14 @@ is no text decoder, needs foreign code, or is quantized in a form that fmedge do
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from fmedge_runtimes.bundle import MODEL_INDEX
 from fmedge_runtimes.errors import SourceError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -24,17 +26,9 @@ from fmedge_converters.checkpoint import Files
 from fmedge_converters.decoder import empty_model
 from fmedge_converters.formats import find_format
 from fmedge_converters.gguf_config import gguf_config, gguf_file, gguf_licence
+from fmedge_converters.hub import SMALL_FILES, fetch
 from fmedge_converters.wrapper import Wrapper, open_wrapper
 
-HUB_FILES = (
-    "*.json",
-    "*.model",
-    "*.jinja",
-    "*.txt",
-    "README.md",
-    "LICENSE*",
-)
-"""What is fetched from a hub besides safetensors: never pickles, never code."""
 IGNORED_WEIGHTS = ["*/*", "consolidated*"]
 """Safetensors of another layout than transformers'."""
 PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]
@@ -98,6 +92,14 @@ class _Facts:
     loads_by_itself: bool
 
 
+def is_pipeline(source: str, revision: str | None) -> bool:
+    """Whether a source is a folder, or a repository of the hub, with model_index.json. Raises SourceError."""
+    folder = Path(source).expanduser()
+    if not folder.exists() and gguf_file(folder) is None:
+        folder = fetch(source, revision, SMALL_FILES)
+    return (folder / MODEL_INDEX).is_file()
+
+
 def open_source(
     source: str, revision: str | None = None, *, adapter: str | None = None, allow_pickle: bool = False
 ) -> Source:
@@ -141,7 +143,7 @@ def _folder_facts(folder: Path) -> _Facts:
     raw = _raw_config(folder)
     config, wrapper = _decoder(folder, raw)
     plain = config.model_type == raw["model_type"] and not raw.get("quantization_config")
-    return _Facts(config, wrapper, _licence(folder, raw), plain)
+    return _Facts(config, wrapper, licence_of(folder, raw), plain)
 
 
 def _gguf_facts(file: Path) -> _Facts:
@@ -201,52 +203,23 @@ def _untie(config: PretrainedConfig, files: Files) -> None:
 
 
 def _from_hub(source: str, revision: str | None, allow_pickle: bool) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        # The small files first: most refusals need no weights.
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(HUB_FILES)))
-        if _is_adapter(folder):
-            read_adapter_config(folder)
-        else:
-            _decoder(folder, _raw_config(folder))
-        # The cache names a snapshot's folder by its commit.
-        commit = folder.name
-        snapshot_download(source, revision=commit, allow_patterns=["*.safetensors"], ignore_patterns=IGNORED_WEIGHTS)
-        if allow_pickle and not any(folder.glob("*.safetensors")):
-            snapshot_download(source, revision=commit, allow_patterns=PICKLES)
-    except HFValidationError as error:
-        raise SourceError(f"{source} is neither a folder that exists nor a hub id like owner/name.") from error
-    except GatedRepoError as error:
-        raise SourceError(f"{source} is gated: accept its terms on the hub, then run `hf auth login`.") from error
-    except RevisionNotFoundError as error:
-        raise SourceError(f"{source} has no revision {revision}.") from error
-    except RepositoryNotFoundError as error:
-        raise SourceError(
-            f"{source} is neither a folder that exists nor a model on the hub (a private one needs `hf auth login`)."
-        ) from error
-    except OSError as error:
-        if not isinstance(error, LocalEntryNotFoundError) and error.errno is not None:
-            raise SourceError(f"cannot fetch {source}: {error.strerror}.") from error
-        raise SourceError(
-            f"{source} is not a folder, and the hub cannot be reached to look for it (it is not in the cache either); "
-            "check the path or the network."
-        ) from error
+    # The small files first: most refusals need no weights.
+    folder = fetch(source, revision, SMALL_FILES)
+    if _is_adapter(folder):
+        read_adapter_config(folder)
+    else:
+        _decoder(folder, _raw_config(folder))
+    # The cache names a snapshot's folder by its commit.
+    commit = folder.name
+    fetch(source, commit, ["*.safetensors"], IGNORED_WEIGHTS)
+    if allow_pickle and not any(folder.glob("*.safetensors")):
+        fetch(source, commit, PICKLES)
     return folder, commit
 
 
 def _raw_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        if (folder / "model_index.json").is_file():
-            raise SourceError(f"{folder} is a diffusers pipeline; this version exports text decoders only.")
         if (folder / "fmedge.json").is_file():
             raise SourceError(f"{folder} is already a bundle; export the model it was made from.")
         raise SourceError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
@@ -287,7 +260,8 @@ def _decoder(folder: Path, raw: dict[str, Any]) -> tuple[PretrainedConfig, Wrapp
     return config, None
 
 
-def _licence(folder: Path, raw: dict[str, Any]) -> str | None:
+def licence_of(folder: Path, raw: Mapping[str, Any]) -> str | None:
+    """What a configuration, or the card beside it, says of the licence."""
     if isinstance(raw.get("license"), str):
         return str(raw["license"])
     card = folder / "README.md"

@@ -15,7 +15,8 @@ from fmedge_converters.passes import ORT_PASSES, Pass
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.qmoe import qmoe
-from fmedge_converters.schemes.scheme import Scheme
+from fmedge_converters.schemes.scheme import Scheme, SpellMixture
+from fmedge_converters.schemes.stored_floats import BF16, FP16
 from fmedge_converters.schemes.weight_only import weight_only
 
 
@@ -30,10 +31,24 @@ class Target:
     dtype: torch.dtype
     """Of activations, of the cache, and of what is not quantized."""
     schemes: Mapping[str, Scheme]
+    image_schemes: Mapping[str, Scheme]
+    """For the parts of pipelines that make images."""
     read_first: frozenset[str]
     """Operators that may write a recurrent state over the one they read; tests/test_kernels.py has the proof."""
     no_int8_cache: str | None = None
     """Why keys and values cannot be kept in int8; None if they can."""
+
+
+def _int4(accuracy_level: int, experts: SpellMixture, keeps: tuple[int, ...]) -> Scheme:
+    summary = "4-bit weights, 8-bit head"
+    return weight_only(
+        "int4", summary, bits=4, head_bits=8, accuracy_level=accuracy_level, mixture=experts, keeps=keeps
+    )
+
+
+CPU_INT4 = _int4(4, qmoe(4, 4, zero_points=True), (2, 4, 8))
+CUDA_INT4 = _int4(0, qmoe(4), (4, 8))
+CUDA_INT8 = weight_only("int8", "8-bit weights", 8, head_bits=8, accuracy_level=0, mixture=qmoe(8), keeps=(8,))
 
 
 def _by_name(*schemes: Scheme) -> Mapping[str, Scheme]:
@@ -48,19 +63,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dialect=ORT,
             passes=ORT_PASSES,
             dtype=torch.float32,
-            schemes=_by_name(
-                FLOATING,
-                DYNAMIC_INT8,
-                weight_only(
-                    "int4",
-                    "4-bit weights, 8-bit head",
-                    bits=4,
-                    head_bits=8,
-                    accuracy_level=4,
-                    mixture=qmoe(4, 4, zero_points=True),
-                    keeps=(2, 4, 8),
-                ),
-            ),
+            schemes=_by_name(FLOATING, DYNAMIC_INT8, CPU_INT4),
+            image_schemes=_by_name(FLOATING, FP16, BF16, DYNAMIC_INT8, CPU_INT4),
             read_first=frozenset(("LinearAttention", "CausalConvWithState")),
         ),
         "cuda": Target(
@@ -69,19 +73,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dialect=ORT,
             passes=ORT_PASSES,
             dtype=torch.float16,
-            schemes=_by_name(
-                FLOATING,
-                weight_only("int8", "8-bit weights", 8, head_bits=8, accuracy_level=0, mixture=qmoe(8), keeps=(8,)),
-                weight_only(
-                    "int4",
-                    "4-bit weights, 8-bit head",
-                    bits=4,
-                    head_bits=8,
-                    accuracy_level=0,
-                    mixture=qmoe(4),
-                    keeps=(4, 8),
-                ),
-            ),
+            schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4),
+            image_schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4),
             read_first=frozenset(),
             no_int8_cache="ONNX Runtime's CUDA kernel has int8 caches, but none has run on a GPU here yet",
         ),
@@ -103,13 +96,15 @@ def find_target(name: str) -> Target:
     return TARGETS[name]
 
 
-def find_scheme(target: Target, name: str) -> Scheme:
-    """The scheme of a name for a target. Raises ExportError when there is none."""
-    if name not in target.schemes:
-        raise ExportError(
-            f"target {target.name} has no quantization {name}; choose one of {', '.join(target.schemes)}."
-        )
-    return target.schemes[name]
+def find_scheme(target: Target, name: str, *, images: bool = False) -> Scheme:
+    """The scheme of a name for decoders, or for pipelines that make images, on a target.
+
+    Raises ExportError when there is none.
+    """
+    schemes = target.image_schemes if images else target.schemes
+    if name not in schemes:
+        raise ExportError(f"target {target.name} has no quantization {name}; choose one of {', '.join(schemes)}.")
+    return schemes[name]
 
 
 def check_cache(target: Target, cache: str) -> None:

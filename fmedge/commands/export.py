@@ -1,4 +1,4 @@
-"""`fmedge export`: a decoder to a bundle."""
+"""`fmedge export`: a decoder or an image pipeline to a bundle."""
 
 from __future__ import annotations
 
@@ -29,12 +29,17 @@ EPILOG = """
 
 def command(
     source: Annotated[
-        str, typer.Argument(help="Hugging Face folder, hub id, .gguf file, folder of `fmedge train`, or a LoRA.")
+        str,
+        typer.Argument(
+            help="Folder of transformers or diffusers, hub id, .gguf file, folder of `fmedge train`, or a LoRA."
+        ),
     ],
     output: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = ExportOptions.revision,
     target: Annotated[str, typer.Option(help="cpu or cuda.")] = ExportOptions.target,
-    quantize: Annotated[str, typer.Option(help="none, int8 or int4.")] = ExportOptions.quantize,
+    quantize: Annotated[
+        str, typer.Option(help="none, int8 or int4; for images on the CPU fp16 and bf16, too.")
+    ] = ExportOptions.quantize,
     block_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale (16 to 256), for int4 and for int8 on CUDA.")
     ] = ExportOptions.block_size,
@@ -54,8 +59,11 @@ def command(
         typer.Option(help="Text for comparisons and the scales of --cache; Python's own documentation unless given."),
     ] = ExportOptions.text,
     adapter: Annotated[
-        str | None, typer.Option(help="LoRA to merge into the weights: a PEFT folder or a hub id.")
+        str | None, typer.Option(help="LoRA to merge into the weights: a folder, a hub id, or for images a file.")
     ] = ExportOptions.adapter,
+    adapter_scale: Annotated[
+        float, typer.Option(help="How much of an image pipeline's LoRA is added.")
+    ] = ExportOptions.adapter_scale,
     allow_pickle: Annotated[
         bool,
         typer.Option("--allow-pickle", help="Read pytorch_model.bin, with PyTorch's weights-only loader."),
@@ -69,7 +77,7 @@ def command(
     ] = ExportOptions.force,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON line.")] = False,
 ) -> None:
-    """Export a decoder to a bundle, with the proof that it computes what its source computes."""
+    """Export a decoder, or a pipeline that makes images, with the proof that it computes what its source computes."""
     from fmedge.commands.console import progress_bar
     from fmedge.commands.inspect import show
     from fmedge.extras import require_export
@@ -89,6 +97,7 @@ def command(
         verify=verify,
         text=text,
         adapter=adapter,
+        adapter_scale=adapter_scale,
         allow_pickle=allow_pickle,
         layout=layout,
         force=force,

@@ -16,7 +16,10 @@ from fmedge_converters.containers.shards import add_tensors, indexed_files, refu
 from fmedge_converters.stored import DTYPES, Container, StoredTensor
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+STEMS = ("model", "diffusion_pytorch_model")
+"""How transformers and diffusers name the weights of a model."""
+VARIANTS = ("", ".fp32", ".bf16", ".fp16")
+"""What diffusers adds for another precision; the first that is there is read."""
 METADATA = "__metadata__"
 
 
@@ -25,12 +28,15 @@ def find(folder: Path) -> tuple[Path, ...]:
 
     Raises SourceError when a shard of the index is missing.
     """
-    if (folder / SINGLE).is_file():
-        return (folder / SINGLE,)
-    index = folder / INDEX
-    if not index.is_file():
-        return ()
-    return indexed_files(index)
+    for stem in STEMS:
+        for variant in VARIANTS:
+            single = folder / f"{stem}{variant}.safetensors"
+            if single.is_file():
+                return (single,)
+            for name in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
+                if (folder / name).is_file():
+                    return indexed_files(folder / name)
+    return ()
 
 
 def open_files(files: Sequence[Path], _stack: ExitStack) -> dict[str, StoredTensor]:

@@ -19,11 +19,12 @@ from fmedge_converters.containers.shards import add_tensors, indexed_files, refu
 from fmedge_converters.stored import DTYPES, Container, StoredTensor
 
 SINGLE = "pytorch_model.bin"
-INDEX = "pytorch_model.bin.index.json"
+NAMES = (SINGLE, "diffusion_pytorch_model.bin")
+"""How transformers and diffusers name the weights of a model."""
 OTHERS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONVERT = "load it with transformers once and save it with save_pretrained, which writes safetensors"
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+KINDS = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def find(folder: Path) -> tuple[Path, ...]:
@@ -31,10 +32,11 @@ def find(folder: Path) -> tuple[Path, ...]:
 
     Raises SourceError: a shard of the index is missing; there are pickles, but not as transformers names them.
     """
-    if (folder / SINGLE).is_file():
-        return (folder / SINGLE,)
-    if (folder / INDEX).is_file():
-        return indexed_files(folder / INDEX)
+    for name in NAMES:
+        if (folder / name).is_file():
+            return (folder / name,)
+        if (folder / f"{name}.index.json").is_file():
+            return indexed_files(folder / f"{name}.index.json")
     others = [path.name for pattern in OTHERS for path in sorted(folder.glob(pattern))]
     if others:
         raise SourceError(f"{folder} holds a pickle under a name of its own ({others[0]}), and no {SINGLE}; {CONVERT}.")
@@ -57,7 +59,7 @@ def _stored(file: Path, name: object, tensor: object) -> StoredTensor:
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
         kind = type(tensor).__name__
         raise SourceError(f"{file} is not a plain table of tensors: {str(name)[:60]!r} is a {kind}; {CONVERT}.")
-    kind = NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+    kind = KINDS.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
     return StoredTensor(file, name, tuple(tensor.shape), kind, functools.partial(_read, tensor))
 
 

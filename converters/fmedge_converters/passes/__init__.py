@@ -29,3 +29,12 @@ ORT_PASSES: tuple[Pass, ...] = (
     merge_projections,
     fuse_skip_norms,
 )
+
+PART_PASSES: tuple[Pass, ...] = (
+    fold_constants,
+    simplify_reshapes,
+    fuse_rms_norms,
+    recognise_linears,
+    simplify_reshapes,
+)
+"""For the parts of image pipelines."""

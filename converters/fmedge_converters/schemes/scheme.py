@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import onnx_ir as ir
 
 from fmedge_converters.graph import DecoderGraph
@@ -54,5 +55,7 @@ class Scheme:
     """Weights that share a scale unless --block-size says otherwise; 0 for a scheme without blocks."""
     mixture: SpellMixture | None = None
     """None leaves every mixture in its plain form, in which each expert's matrices are Linears of their own."""
+    storage: np.dtype[np.generic] | None = None
+    """The type that weights have in the file, if it is not the one that is computed with."""
     keeps: tuple[int, ...] = ()
     """Bits of the weights that are written with the codes of a source that is quantized already."""

@@ -1,0 +1,95 @@
+"""What every export checks and records, whatever it exports."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import onnx_ir as ir
+from fmedge_runtimes.bundle import MANIFEST, Evidence, GraphFacts, TensorFacts
+from fmedge_runtimes.errors import ExportError, ParityError
+from fmedge_runtimes.version import __version__
+
+from fmedge_converters.export_options import ExportOptions
+from fmedge_converters.schemes.scheme import Scheme
+
+
+def check_output(options: ExportOptions) -> None:
+    """Raise ExportError when the output exists and may not be replaced."""
+    output = options.output
+    if not output.exists() and not output.is_symlink():
+        return
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if not options.force:
+        raise ExportError(f"{output} exists; choose another folder, or --force to replace a bundle.")
+    if not (output / MANIFEST).is_file():
+        raise ExportError(f"{output} exists and is not a bundle; --force replaces bundles only.")
+
+
+def check_block_size(scheme: Scheme, options: ExportOptions) -> None:
+    """Raise ExportError for a block size where there are no blocks."""
+    if options.block_size is not None and not scheme.block_size:
+        raise ExportError(f"--block-size means nothing to --quantize {scheme.name} for {options.target}; leave it out.")
+
+
+def check_disk(output: Path, parameters: int, bits: int) -> None:
+    """Raise ExportError when the disk has too little room for so many parameters."""
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    # Scales and an 8-bit head and embedding come on top of the layers' bits.
+    need = int(parameters * max(bits, 6) / 8 * 1.05)
+    free = shutil.disk_usage(parent).free
+    if need > free:
+        raise ExportError(f"the bundle needs about {need / 1e9:.1f} GB and {parent} has {free / 1e9:.1f} GB free.")
+
+
+def judge(evidence: Evidence, options: ExportOptions) -> None:
+    """Raise ParityError when a comparison failed, unless --force is given."""
+    if evidence.passed or options.force:
+        return
+    figures = ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in evidence.figures.items()
+    )
+    raise ParityError(
+        f"the export does not compute what its source computes, so nothing was written ({evidence.name}: "
+        f"{evidence.what}: {figures}); --force writes it all the same and records that in the manifest."
+    )
+
+
+def graph_facts(model: ir.Model, path: Path) -> GraphFacts:
+    """A graph's inputs and outputs, as the manifest has them."""
+
+    def facts(values: Sequence[ir.Value]) -> tuple[TensorFacts, ...]:
+        return tuple(
+            TensorFacts(
+                name=str(value.name),
+                dtype="unknown" if value.dtype is None else str(value.dtype.numpy()),
+                shape=tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()),
+            )
+            for value in values
+        )
+
+    return GraphFacts(file=path.name, inputs=facts(model.graph.inputs), outputs=facts(model.graph.outputs))
+
+
+def made_by(*others: str) -> dict[str, str]:
+    """Versions of what had a part in an export."""
+    packages = ("torch", "transformers", *others, "onnx-ir", "onnxruntime")
+    return {
+        "fmedge": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

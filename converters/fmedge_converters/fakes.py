@@ -1,0 +1,48 @@
+"""Fake tensors: modules are traced on them, so that no weight need exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+import torch
+
+
+def fake_parameters(module: torch.nn.Module, dtype_of: Callable[[str, torch.nn.Parameter], torch.dtype]) -> None:
+    """Replace parameters on the meta device by fake ones on the CPU, keeping those that are tied the same object.
+
+    For use under FakeTensorMode. `dtype_of` gets each parameter and its name.
+    """
+    fakes: dict[int, torch.nn.Parameter] = {}
+    for prefix, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in fakes:
+                kind = dtype_of(f"{prefix}.{name}" if prefix else name, parameter)
+                fakes[id(parameter)] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=kind), requires_grad=False)
+            owner.register_parameter(name, fakes[id(parameter)])
+
+
+def is_fake(model: ir.Model, name: str) -> bool:
+    """Whether an initializer of a traced graph is a parameter of its module."""
+    raw = getattr(model.graph.initializers[name].const_value, "raw", None)
+    return isinstance(raw, torch.nn.Parameter)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom; the exporter wraps it in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    # A line that ends with a colon announces the next one.
+    count = 2 if lines and lines[0].endswith(":") else 1
+    return f"{type(error).__name__}: {' '.join(lines[:count])}"
+
+
+def name_axes(program: torch.onnx.ONNXProgram, inputs: Sequence[Sequence[str | int]]) -> None:
+    """Give the dynamic axes of each input, in their order, these names throughout the graph."""
+    names: dict[str | ir.SymbolicDim, str] = {}
+    for value, dims in zip(program.model.graph.inputs, inputs, strict=True):
+        for symbol, name in zip(value.shape or (), dims, strict=True):
+            if isinstance(name, str):
+                names[str(symbol)] = name
+    program.rename_axes(names)

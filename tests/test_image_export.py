@@ -1,0 +1,429 @@
+"""Export of text-to-image pipelines: parts, tables, tokenizers, quantization, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import onnx
+import pytest
+import tokenizers
+import torch
+import transformers
+from fmedge_converters import part_build
+from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.export import export
+from fmedge_converters.export_options import ExportOptions
+from fmedge_converters.image_adapter import ImageAdapter
+from fmedge_converters.image_facts import image_facts
+from fmedge_converters.part_build import PartOptions, build_part
+from fmedge_converters.part_evidence import DIFFERENCES, compare
+from fmedge_converters.parts import find_kind
+from fmedge_converters.parts.part import Asked
+from fmedge_converters.pipeline_files import write_part_files
+from fmedge_converters.pipeline_source import empty_part, loaded_part, open_pipeline
+from fmedge_converters.targets import TARGETS
+from fmedge_runtimes.bundle import ImageBundle, open_image_bundle
+from fmedge_runtimes.errors import ExportError, FmedgeError, ParityError, SourceError
+from tiny_diffusers import PIPELINES, PIXEL, save_pipeline, tiny_pipeline
+
+CPU = TARGETS["cpu"]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny pipeline, made once."""
+    root, made = tmp_path_factory.mktemp("pipelines"), set()
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            save_pipeline(name, root / name)
+            made.add(name)
+        return root / name
+
+    return folder
+
+
+@pytest.fixture
+def copied(folders: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a tiny pipeline's folder, to be damaged."""
+    return lambda name: Path(shutil.copytree(folders(name), tmp_path / name))
+
+
+@pytest.fixture(scope="module")
+def traces() -> dict[Any, Any]:
+    return {}
+
+
+@pytest.fixture
+def traced_once(traces: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of the same part share a trace, which is most of the work for a tiny one."""
+    trace = part_build.trace_module
+
+    def trace_once(module: Any, call: Any, dtype: Any, where: str) -> Any:
+        key = (where.rsplit("/", 2)[-2:], type(module).__name__, str(call.inputs), str(dtype))
+        if str(key) not in traces:
+            traces[str(key)] = trace(module, call, dtype, where)
+        traced = traces[str(key)]
+        return replace(traced, model=traced.model.clone())
+
+    monkeypatch.setattr(part_build, "trace_module", trace_once)
+
+
+def check_parts(folder: Path, output: Path, scheme: str, *names: str) -> None:
+    """Export parts and compare their graphs with the modules as diffusers loads them."""
+    source = open_pipeline(str(folder))
+    for part in source.parts:
+        if not part.is_module or (names and part.name not in names):
+            continue
+        module = empty_part(part)
+        kind = find_kind(part.kind)
+        assert kind is not None
+        options = PartOptions(CPU.dtype, CPU.image_schemes[scheme], None)
+        calls = kind.graphs(module, Asked(part.name, source.pipeline))
+        reference = loaded_part(part, torch.float32, allow_pickle=False)
+        for graph in build_part(part, module, calls, output, options, lambda *_: None):
+            onnx.checker.check_model(graph.written.graph)
+            found = compare(reference, graph.call, graph.written.graph)
+            allowed = DIFFERENCES["float32", scheme]
+            assert found.largest < allowed.largest, (part.name, found)
+            assert (found.mean > 1e-5) == (scheme != "none"), (part.name, found)
+
+
+@pytest.mark.parametrize("name", [*PIPELINES, PIXEL])
+def test_every_part_is_known(folders: Callable[[str], Path], name: str) -> None:
+    source = open_pipeline(str(folders(name)))
+    modules = {part.name: empty_part(part) for part in source.parts if part.is_module}
+    for part in source.parts:
+        if part.is_module:
+            kind = find_kind(part.kind)
+            assert kind is not None
+            calls = kind.graphs(modules[part.name], Asked(part.name, source.pipeline))
+            assert all(call.inputs for call in calls.values())
+            assert all(value.is_meta for value in modules[part.name].parameters())
+    facts = image_facts(source, modules)
+    assert facts.steps > 0
+    assert facts.height == facts.width > 0
+
+
+FACTS = {
+    "sd": (32, 50, 7.5),
+    "sdxl": (32, 50, 5.0),
+    "lcm": (32, 4, 8.5),
+    "sd3": (32, 28, 7.0),
+    "flux": (256, 28, 3.5),
+    "flux_schnell": (256, 4, 0.0),
+    "unclip": (32, 25, 8.0),
+    "if": (32, 100, 7.0),
+    "kandinsky": (32, 100, 4.0),
+    PIXEL: (32, 10, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_defaults_are_those_of_the_pipeline(folders: Callable[[str], Path], name: str) -> None:
+    source = open_pipeline(str(folders(name)))
+    facts = image_facts(source, {part.name: empty_part(part) for part in source.parts if part.is_module})
+    assert (facts.height, facts.steps, facts.guidance) == FACTS[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["sd", "sdxl", "lcm", "unclip", "kandinsky", "if", "if_super_resolution", "pixart_alpha"]
+)
+def test_tables_of_schedulers_are_diffusers_own(folders: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    seen = 0
+    for part in open_pipeline(str(folders(name))).parts:
+        if part.name.endswith("scheduler"):
+            write_part_files(part, tmp_path)
+            table = np.load(tmp_path / part.name / "alphas_cumprod.npy")
+            wanted = part.kind.from_pretrained(part.folder).alphas_cumprod.numpy()
+            assert table.dtype == np.float32
+            assert np.array_equal(table, wanted)
+            seen += 1
+    assert seen
+
+
+def test_a_scheduler_without_betas_has_no_table(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    part = next(part for part in open_pipeline(str(folders("sd3"))).parts if part.name == "scheduler")
+    write_part_files(part, tmp_path)
+    assert [path.name for path in (tmp_path / "scheduler").iterdir()] == ["scheduler_config.json"]
+
+
+def test_a_slow_tokenizer_becomes_a_fast_one(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copied("sd2")
+    slow = folder / "tokenizer"
+    with quiet_libraries():
+        whole = transformers.CLIPTokenizer.from_pretrained(slow)
+    # As the folders of Stable Diffusion have it: vocabulary and merges, and the pad token in a file of its own.
+    whole.backend_tokenizer.model.save(str(slow))
+    (slow / "tokenizer.json").unlink()
+    (slow / "special_tokens_map.json").write_text('{"pad_token": "!"}')
+    (slow / "tokenizer_config.json").write_text(
+        json.dumps({"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"})
+    )
+    part = next(part for part in open_pipeline(str(folder)).parts if part.name == "tokenizer")
+    output = tmp_path / "out"
+    output.mkdir()
+    write_part_files(part, output)
+    plain = tokenizers.Tokenizer.from_file(str(output / "tokenizer" / "tokenizer.json"))
+    assert plain.encode("a small red circle").ids == whole("a small red circle")["input_ids"]
+    assert plain.padding is None
+    config = json.loads((output / "tokenizer" / "tokenizer_config.json").read_text())
+    assert (config["pad_token"], config["model_max_length"]) == ("!", 77)
+
+
+def test_other_forms_of_weights_are_found(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    reference = tiny_pipeline("sd").unet.state_dict()
+    with quiet_libraries():
+        half = tiny_pipeline("sd").to(torch.float16)
+        half.save_pretrained(tmp_path / "half", variant="fp16")
+        half.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
+        half.save_pretrained(tmp_path / "both", variant="fp16", max_shard_size="300KB")
+    from fmedge_converters.checkpoint import Checkpoint, Files
+
+    for name in ("half", "sharded", "both"):
+        part = next(part for part in open_pipeline(str(tmp_path / name)).parts if part.name == "unet")
+        assert len(list(part.folder.glob("*.safetensors"))) > (name != "half")
+        module = empty_part(part)
+        with Checkpoint(Files(part.folder), np.dtype(np.float32)) as checkpoint:
+            weights = checkpoint.weights(module)
+            for key, value in reference.items():
+                assert np.array_equal(weights[key].array(), value.half().float().numpy())
+
+
+def _broken(folder: Path, how: str) -> None:
+    unet, index = folder / "unet", folder / "model_index.json"
+    weights = unet / "diffusion_pytorch_model.safetensors"
+    if how == "missing":
+        shutil.rmtree(unet)
+    elif how == "class":
+        index.write_text(index.read_text().replace("UNet2DConditionModel", "UNet9000"))
+    elif how == "code":
+        text = json.loads(index.read_text())
+        text["unet"] = ["my_unet", "MyUNet"]
+        index.write_text(json.dumps(text))
+        (folder / "my_unet.py").write_text("raise RuntimeError")
+    elif how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "none":
+        weights.unlink()
+    elif how == "pickle":
+        state = diffusers.UNet2DConditionModel.from_pretrained(unet).state_dict()
+        weights.unlink()
+        torch.save(state, unet / "diffusion_pytorch_model.bin")
+    elif how == "other":
+        config = json.loads((unet / "config.json").read_text())
+        (unet / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 48}))
+    elif how == "json":
+        (unet / "config.json").write_text("{")
+    elif how == "index":
+        index.write_text("[]")
+    elif how == "unknown":
+        text = json.loads(index.read_text())
+        text["unet"] = ["diffusers", "UNet3DConditionModel"]
+        index.write_text(json.dumps(text))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("missing", "no folder unet"),
+        ("class", "UNet9000"),
+        ("code", "never run"),
+        ("truncated", "damaged"),
+        ("none", "holds no weights"),
+        ("pickle", "--allow-pickle"),
+        ("other", "config.json asks for"),
+        ("json", "is not JSON"),
+        ("index", "no table of settings"),
+        ("unknown", "UNet3DConditionModel"),
+    ],
+)
+def test_what_is_damaged_is_refused(
+    copied: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, words: str
+) -> None:
+    folder = copied("sd")
+    _broken(folder, how)
+    # The parts that come before, and the trace, which must not be reached.
+    for name in ("text_encoder",):
+        text = json.loads((folder / "model_index.json").read_text())
+        if isinstance(text, dict):
+            text.pop(name)
+            (folder / "model_index.json").write_text(json.dumps(text))
+    monkeypatch.setattr(part_build, "trace_module", lambda *_: pytest.fail("it was traced"))
+    with pytest.raises(SourceError, match=words):
+        export(ExportOptions(str(folder), tmp_path / "out", verify="none"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context": 64},
+        {"text": Path("x")},
+        {"layout": "genai"},
+        {"verify": "graph"},
+        {"quantize": "int3"},
+        {"block_size": 32},
+    ],
+)
+def test_options_of_decoders_are_refused(
+    folders: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(ExportError):
+        export(ExportOptions(str(folders(PIXEL)), tmp_path / "out", **changes))
+
+
+def lora(folder: Path, kind: str) -> Path:
+    """A LoRA for the tiny UNet and text encoder, as diffusers or kohya's trainer writes it."""
+    random = torch.Generator().manual_seed(5)
+    pipeline = tiny_pipeline("sd")
+    state = {}
+    for part, module in (("unet", pipeline.unet), ("text_encoder", pipeline.text_encoder)):
+        for name, layer in module.named_modules():
+            if not name.endswith(("to_q", "to_out.0", "conv1", "q_proj", "out_proj")):
+                continue
+            shape = layer.weight.shape
+            a = torch.randn((4, *shape[1:]), generator=random) * 0.1
+            b = torch.randn((shape[0], 4, *([1] * (len(shape) - 2))), generator=random) * 0.1
+            if kind == "diffusers":
+                state |= {f"{part}.{name}.lora_A.weight": a, f"{part}.{name}.lora_B.weight": b}
+                continue
+            stem = "lora_unet_" if part == "unet" else "lora_te_text_model_"
+            key = stem + name.removeprefix("text_model.").replace(".", "_")
+            state |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": torch.tensor(2.0)}
+    folder.mkdir()
+    from safetensors.torch import save_file
+
+    save_file(state, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "kohya"])
+def test_a_lora_is_merged_as_diffusers_does(folders: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    adapter = lora(tmp_path / kind, kind)
+    with quiet_libraries():
+        fused = tiny_pipeline("sd")
+        fused.load_lora_weights(adapter)
+        fused.fuse_lora(lora_scale=0.7)
+        fused.unload_lora_weights()
+    source = open_pipeline(str(folders("sd")))
+    unet = next(part for part in source.parts if part.name == "unet")
+    updates = ImageAdapter(adapter, source.pipeline, 0.7, ["unet", "text_encoder", "vae"], empty_part(unet))
+    changed = 0
+    for part in source.parts:
+        if part.name not in ("unet", "text_encoder"):
+            continue
+        from fmedge_converters.checkpoint import Checkpoint, Files
+
+        wanted = getattr(fused, part.name).state_dict()
+        base = getattr(tiny_pipeline("sd"), part.name).state_dict()
+        with Checkpoint(Files(part.folder), np.dtype(np.float32)) as checkpoint:
+            for name, weight in updates.applied(part.name, checkpoint.weights(empty_part(part))).items():
+                assert np.allclose(weight.array(), wanted[name].numpy(), atol=1e-6), name
+                changed += not torch.equal(base[name], wanted[name])
+    assert changed > 20
+
+
+def test_a_lora_of_another_model_is_refused(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    adapter = lora(tmp_path / "lora", "diffusers")
+    with pytest.raises(SourceError, match="no such part"):
+        ImageAdapter(adapter, "StableDiffusionPipeline", 1.0, ["transformer"], None)
+    updates = ImageAdapter(adapter, "StableDiffusionPipeline", 1.0, ["unet", "text_encoder"], None)
+    with pytest.raises(SourceError, match="another model"):
+        updates.applied("unet", {})
+
+
+# What follows traces.
+
+
+def test_a_text_encoder_of_any_length(folders: Callable[[str], Path], tmp_path: Path, traced_once: None) -> None:
+    check_parts(folders(PIXEL), tmp_path, "none", "text_encoder")
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("scheme", ["none", "fp16", "bf16", "int8", "int4"])
+def test_precisions_of_a_transformer(
+    folders: Callable[[str], Path], tmp_path: Path, traced_once: None, scheme: str
+) -> None:
+    check_parts(folders(PIXEL), tmp_path, scheme, "transformer")
+
+
+@pytest.mark.medium
+def test_a_second_export_gives_the_same_bytes(
+    folders: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundles = [export(ExportOptions(str(folders(PIXEL)), tmp_path / name)) for name in ("first", "second")]
+    assert all(isinstance(bundle, ImageBundle) for bundle in bundles)
+    contents = [
+        {path.relative_to(bundle.folder): path.read_bytes() for path in bundle.folder.rglob("*") if path.is_file()}
+        for bundle in bundles
+    ]
+    assert contents[0] == contents[1]
+    assert capsys.readouterr() == ("", "")
+    manifest = open_image_bundle(tmp_path / "first").manifest
+    assert [item.name for item in manifest.evidence] == ["parts"]
+    assert manifest.evidence[0].passed
+    assert not manifest.forced
+    assert set(manifest.graphs) == {"text_encoder", "transformer"}
+    assert manifest.graphs["transformer"].file == "transformer/model.onnx"
+    inputs = {item.name: (item.dtype, item.shape) for item in manifest.graphs["transformer"].inputs}
+    assert inputs["hidden_states"] == ("float32", ("batch", 3, "height", "width"))
+    assert manifest.image.pipeline == "PixelDiffusionPipeline"
+    assert not (tmp_path / "first" / "pipeline.py").exists()
+
+
+@pytest.mark.medium
+def test_a_graph_that_differs_is_not_written(
+    folders: Callable[[str], Path], tmp_path: Path, traced_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = part_build.Checkpoint.weights
+
+    def wrong(self: Any, model: Any) -> Any:
+        weights = check(self, model)
+        name = (
+            next(name for name in weights if name.endswith("final_layer.linear.bias"))
+            if hasattr(model, "blocks")
+            else ""
+        )
+        if name:
+            read = weights[name].read
+            weights[name] = replace(weights[name], read=lambda start, stop: read(start, stop) + np.float32(0.01))
+        return weights
+
+    monkeypatch.setattr(part_build.Checkpoint, "weights", wrong)
+    options = ExportOptions(str(folders(PIXEL)), tmp_path / "out")
+    with pytest.raises(ParityError, match="transformer_largest"):
+        export(options)
+    assert not list(tmp_path.iterdir())
+    assert export(replace(options, force=True)).manifest.forced
+
+
+@pytest.mark.medium
+def test_a_unet_of_any_size(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    check_parts(folders("sdxl"), tmp_path, "none", "unet", "text_encoder_2", "vae")
+    model = onnx.load(tmp_path / "unet" / "model.onnx", load_external_data=False)
+    counts = {
+        name: sum(node.op_type == name for node in model.graph.node) for name in ("MultiHeadAttention", "Softmax")
+    }
+    assert counts["MultiHeadAttention"] > 0
+    assert counts["Softmax"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in ("sdxl", "flux_schnell")])
+def test_every_pipeline(folders: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    bundle = export(ExportOptions(str(folders(name)), tmp_path / "out"))
+    assert bundle.manifest.evidence[0].passed
+    assert open_image_bundle(tmp_path / "out").manifest == bundle.manifest
+    assert isinstance(bundle, ImageBundle)
+
+
+def test_errors_are_ours() -> None:
+    assert issubclass(ParityError, FmedgeError)
