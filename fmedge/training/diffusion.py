@@ -24,7 +24,7 @@ from fmedge.training.device import agreed, device_name, diverged, reproducible
 from fmedge.training.image_presets import ImagePreset
 from fmedge.training.objectives import OBJECTIVES
 from fmedge.training.picture_batches import Batch, BatchOrder, read_pictures, train_batch, validation_batches
-from fmedge.training.pixel_pipeline import PixelDiffusionPipeline
+from fmedge_converters.pixel_pipeline import PixelDiffusionPipeline
 from fmedge.training.precision import Precision, best_precision
 from fmedge.training.progress import Progress, Report
 from fmedge.training.quiet import quiet, quiet_diffusers

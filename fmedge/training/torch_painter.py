@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fmedge.caption_accuracy import Painter
 from fmedge.training.denoiser import INDEX, read_pipeline
-from fmedge.training.pixel_pipeline import PixelDiffusionPipeline
+from fmedge_converters.pixel_pipeline import PixelDiffusionPipeline
 from fmedge.training.quiet import quiet, quiet_diffusers
 
 
