@@ -22,12 +22,12 @@ from fmedge_runtimes.bundle import (
 )
 from fmedge_runtimes.errors import ExportError, SourceError
 
-from fmedge_converters.export_checks import check_block_size, check_disk, check_output, graph_facts, judge, made_by
+from fmedge_converters.export_checks import check_block_size, check_disk, graph_facts, judge, made_by
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.hub import fetch
 from fmedge_converters.image_adapter import ImageAdapter
 from fmedge_converters.image_facts import image_facts
-from fmedge_converters.output_folder import flush, sweep, written_aside
+from fmedge_converters.output_folder import flush, written_aside
 from fmedge_converters.part_build import BuiltGraph, PartOptions, build_part
 from fmedge_converters.part_evidence import Compared, compare, parts_evidence
 from fmedge_converters.parts import find_kind
@@ -50,8 +50,6 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     target = find_target(options.target)
     scheme = find_scheme(target, options.quantize, images=True)
     _check_options(options)
-    sweep(options.output)
-    check_output(options)
     check_block_size(scheme, options)
     source = open_pipeline(options.source, options.revision, allow_pickle=options.allow_pickle)
     modules = {part.name: empty_part(part) for part in source.parts if part.is_module}
