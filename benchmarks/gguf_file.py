@@ -1,7 +1,8 @@
 """Write a llama or qwen2 folder of transformers as a GGUF file and let llama.cpp quantize it: what its own tools do.
 
 Runs in llama.cpp's environment: python gguf_file.py MODEL_FOLDER OUTPUT Q4_0. The file has no tokenizer; the
-measurements use token ids.
+measurements use token ids. Form `served` is for llama.cpp's server, which wants a tokenizer and whose package has no
+quantizer: Q4_0, and Q8_0 for the embedding and the head that is tied to it, by the gguf package.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import sys
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
 from safetensors import safe_open
 
@@ -44,8 +44,8 @@ def interleaved(tensor: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(tensor.shape))
 
 
-def write_gguf(folder: Path, output: Path) -> None:
-    """The unquantized file: matrices in bf16, the rest in fp32."""
+def write_gguf(folder: Path, output: Path, matrices: str = "BF16", embedding: str = "BF16") -> None:
+    """The file with matrices and embedding of these types, the rest in fp32."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer = gguf.GGUFWriter(output, config["model_type"])
@@ -58,8 +58,11 @@ def write_gguf(folder: Path, output: Path) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{matrices}"])
+    if matrices == "BF16":
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        write_tokenizer(folder, writer, config["vocab_size"])
     with safe_open(folder / "model.safetensors", framework="pt") as reader:
         for name in sorted(reader.keys()):
             tensor = reader.get_tensor(name).float().numpy()
@@ -68,7 +71,7 @@ def write_gguf(folder: Path, output: Path) -> None:
             if tensor.ndim == 1:
                 writer.add_tensor(gguf_name(name), tensor)
             else:
-                kind = gguf.GGMLQuantizationType.BF16
+                kind = gguf.GGMLQuantizationType[embedding if "embed_tokens" in name else matrices]
                 writer.add_tensor(gguf_name(name), gguf.quants.quantize(tensor, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -76,8 +79,25 @@ def write_gguf(folder: Path, output: Path) -> None:
     writer.close()
 
 
+def write_tokenizer(folder: Path, writer: gguf.GGUFWriter, vocabulary: int) -> None:
+    """The byte-level tokens of random_models.py, and a name for every other id."""
+    known = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    tokens = [f"<{number}>" for number in range(vocabulary)]
+    for token, number in known.items():
+        tokens[number] = token
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * vocabulary)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
 def quantize_gguf(source: Path, output: Path, form: str) -> None:
     """llama.cpp's own quantization, as its llama-quantize does it (a tied embedding becomes Q6_K or Q8_0)."""
+    import llama_cpp
+
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{form}")
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), params)
@@ -87,6 +107,9 @@ def quantize_gguf(source: Path, output: Path, form: str) -> None:
 
 def main(folder: Path, output: Path, form: str) -> None:
     """Convert, quantize, forget what lies between."""
+    if form == "served":
+        write_gguf(folder, output, "Q4_0", "Q8_0")
+        return
     plain = output.with_suffix(".plain")
     write_gguf(folder, plain)
     quantize_gguf(plain, output, form)

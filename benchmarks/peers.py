@@ -25,6 +25,7 @@ ENVIRONMENTS = MappingProxyType(
     {
         "genai": ("onnxruntime-genai==0.18.*",),
         "llamacpp": ("llama-cpp-python==0.3.*", "gguf>=0.19"),
+        "llamaserver": ("xllamacpp==2026.10.*", "gguf>=0.19"),
         "openvino": ("openvino-genai==2026.4.*", "optimum-intel[openvino]==2.2.*", "torch==2.13.*"),
     }
 )
@@ -38,7 +39,10 @@ Build = Callable[[Path, Path, Path], Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One way to run a model: a peer, a precision, the command that makes it and the script that measures it."""
+    """One way to run a model: a peer, a precision, the command that makes it and the scripts that measure it.
+
+    `runner` measures batches; empty for a peer that only serves.
+    """
 
     peer: str
     precision: str
@@ -48,6 +52,8 @@ class Form:
     mode: str = ""
     output: str = ""
     """Name of the file or folder that `build` makes, where forms share one."""
+    server: str = ""
+    """The script that serves requests as they come; empty if there is none."""
 
     @property
     def name(self) -> str:
@@ -84,11 +90,13 @@ def all_forms(block_sizes: Sequence[int]) -> Iterator[Form]:
         options = ["--quantize", quantize, *([] if block_size is None else ["--block-size", str(block_size)])]
         build = _export_fmedge(options)
         for peer, mode in ((FMEDGE, "generate"), ("fmedge-decoder", "decoder")):
-            yield Form(peer, precision, "run_fmedge.py", build, FMEDGE, mode, output=f"fmedge-{precision}")
+            server = "serve_fmedge.py" if peer == FMEDGE else ""
+            yield Form(peer, precision, "run_fmedge.py", build, FMEDGE, mode, f"fmedge-{precision}", server)
     for precision, options in GENAI_OPTIONS.items():
-        yield Form("genai", precision, "run_genai.py", _build_genai(options), "genai")
+        yield Form("genai", precision, "run_genai.py", _build_genai(options), "genai", server="serve_genai.py")
     for precision in ("Q4_0", "Q8_0"):
         yield Form("llamacpp", precision, "run_llamacpp.py", _write_gguf(precision), "llamacpp")
+    yield Form("llamaserver", "Q4_0", "", _write_gguf("served"), "llamaserver", server="serve_llamacpp.py")
     for precision in ("int4", "int8"):
         yield Form("openvino", precision, "run_openvino.py", _export_openvino(precision), "openvino")
 

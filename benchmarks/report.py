@@ -142,7 +142,7 @@ def ratios_from_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def json_line(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     """Everything as one compact JSON document."""
     document = {**facts, "rows": [_plain(row) for row in rows], "ratios": ratios_from_rows(rows)}
-    return json.dumps(_rounded(document), separators=(",", ":"))
+    return json.dumps(rounded(document), separators=(",", ":"))
 
 
 def _plain(row: Row) -> dict[str, Any]:
@@ -151,12 +151,13 @@ def _plain(row: Row) -> dict[str, Any]:
     return {name: astuple(value) if isinstance(value, Range) else value for name, value in values.items()}
 
 
-def _rounded(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def rounded(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """The value with four digits of each number."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _short(value: float) -> str:

@@ -3,6 +3,7 @@
     python benchmarks/text.py --only fmedge
     python benchmarks/text.py --install-peers          # once; llama.cpp is compiled, which takes long
     python benchmarks/text.py --models smol135 --batches 1,8 --rounds 3
+    python benchmarks/text.py --models smol135 --rates 0.5,2 --only fmedge/int4-128,genai/int4-best,llamaserver
 
 Every measurement is a process of its own; peers take turns within a round. The last line is one JSON document.
 """
@@ -22,7 +23,9 @@ from background import Background
 from peers import ENVIRONMENTS, FMEDGE, HERE, Form, all_forms, install
 from random_models import SHAPES
 from report import Sample, json_line, print_tables, rows_from_samples
-from workload import Measurement, Workload, arguments_from_workload
+from serving import ServingSample, print_serving, serving_line
+from traffic import Served, Traffic
+from workload import Measurement, Workload, arguments_from_record
 
 LIMIT_S = 600
 """A process that takes longer has failed."""
@@ -34,6 +37,9 @@ class Options:
 
     models: tuple[str, ...]
     batches: tuple[int, ...]
+    rates: tuple[float, ...]
+    requests: int
+    slots: int
     block_sizes: tuple[int, ...]
     only: tuple[str, ...]
     rounds: int
@@ -54,7 +60,14 @@ class Job:
     model: str
     form: Form
     python: Path
-    workload: Workload
+    workload: Workload | Traffic
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        workload = self.workload
+        what = f"{workload.rate:g} requests/s" if isinstance(workload, Traffic) else f"batch {workload.batch}"
+        return f"{self.model} {self.form.name} {what}"
 
 
 def options_from_arguments() -> Options:
@@ -64,6 +77,10 @@ def options_from_arguments() -> Options:
     numbers = lambda text: tuple(int(part) for part in text.split(","))  # noqa: E731
     parser.add_argument("--models", type=names, default=tuple(SHAPES), help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--batches", type=numbers, default=(1, 8, 16))
+    rates = lambda text: tuple(float(part) for part in text.split(","))  # noqa: E731
+    parser.add_argument("--rates", type=rates, default=(), help="serve so many requests per second instead of batches")
+    parser.add_argument("--requests", type=int, default=40, help="requests of each rate")
+    parser.add_argument("--slots", type=int, default=8, help="requests that may be served together")
     parser.add_argument("--block-sizes", type=numbers, default=(32, 64, 128), help="of fmedge's int4")
     parser.add_argument("--only", type=names, default=("",), help="forms whose name begins so, as in fmedge/int4")
     parser.add_argument("--rounds", type=int, default=3)
@@ -81,26 +98,38 @@ def options_from_arguments() -> Options:
 def main(options: Options) -> None:
     """Make what is missing, measure, report."""
     forms = [form for form in all_forms(options.block_sizes) if form.name.startswith(options.only)]
+    if not options.install_peers:
+        forms = [form for form in forms if (form.server if options.rates else form.runner)]
     if options.install_peers:
         install(options.peers, [name for name in ENVIRONMENTS if any(form.environment == name for form in forms)])
         return
     left_out: list[str] = []
     jobs = list(jobs_from_forms(options, forms, left_out))
     samples: list[Sample] = []
+    served: list[ServingSample] = []
     for number in range(options.rounds):
         # Every other round runs backwards, so that no form is always the one after a hot or a quiet moment.
         for job in jobs if number % 2 == 0 else reversed(jobs):
             result = run(job, number)
             if isinstance(result, Sample):
                 samples.append(result)
+            elif isinstance(result, ServingSample):
+                served.append(result)
             else:
                 left_out.append(result)
             print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     rows = rows_from_samples(samples)
-    print_tables(rows)
+    if options.rates:
+        print_serving(served)
+    else:
+        print_tables(rows)
     for reason in left_out:
         print(f"left out: {reason}")
+    if options.rates:
+        traffic = {"threads": options.threads, "requests": options.requests, "slots": options.slots}
+        print(serving_line(served, {**traffic, "rounds": options.rounds, "left_out": left_out}))
+        return
     facts = {"threads": options.threads, "prompt": options.prompt, "new": options.new, "rounds": options.rounds}
     print(json_line(rows, {**facts, "repeats": options.repeats, "left_out": left_out}))
 
@@ -124,22 +153,26 @@ def jobs_from_forms(options: Options, forms: Sequence[Form], left_out: list[str]
                 left_out.append(f"{model} {form.name}: cannot be made ({_reason(error)})")
                 continue
             made.add(path)
-            for batch in options.batches:
-                yield Job(
-                    model,
-                    form,
-                    python,
-                    Workload(
-                        form=str(path),
-                        vocabulary=SHAPES[model].vocabulary,
-                        batch=batch,
-                        prompt=options.prompt,
-                        new=options.new,
-                        threads=options.threads,
-                        repeats=options.repeats,
-                        mode=form.mode,
-                    ),
-                )
+            for workload in workloads(options, model, form, path):
+                yield Job(model, form, python, workload)
+
+
+def workloads(options: Options, model: str, form: Form, path: Path) -> Iterator[Workload | Traffic]:
+    """What a form of a model is asked to do: batches of each size, or requests at each rate."""
+    vocabulary, threads = SHAPES[model].vocabulary, options.threads
+    for rate in options.rates:
+        yield Traffic(str(path), vocabulary, rate, options.requests, options.slots, threads)
+    for batch in () if options.rates else options.batches:
+        yield Workload(
+            form=str(path),
+            vocabulary=vocabulary,
+            batch=batch,
+            prompt=options.prompt,
+            new=options.new,
+            threads=threads,
+            repeats=options.repeats,
+            mode=form.mode,
+        )
 
 
 def model_folder(work: Path, model: str) -> Path:
@@ -149,18 +182,21 @@ def model_folder(work: Path, model: str) -> Path:
     return folder
 
 
-def run(job: Job, number: int) -> Sample | str:
+def run(job: Job, number: int) -> Sample | ServingSample | str:
     """One process; the reason when it fails."""
-    command = [str(job.python), str(HERE / job.form.runner), *arguments_from_workload(job.workload)]
-    name = f"{job.model} {job.form.name} batch {job.workload.batch}"
+    serving = isinstance(job.workload, Traffic)
+    script = job.form.server if serving else job.form.runner
+    command = [str(job.python), str(HERE / script), *arguments_from_record(job.workload)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(job.workload.threads)}
     try:
         with Background() as background:
             done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT_S, env=environment)
-        measurement = Measurement(**json.loads(done.stdout.strip().splitlines()[-1]))
-    except (subprocess.SubprocessError, ValueError, IndexError) as error:
-        return f"{name}: failed ({_reason(error)})"
-    return Sample(job.model, job.workload.batch, job.form.name, number, measurement, background.cores)
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        if isinstance(job.workload, Traffic):
+            return ServingSample(job.model, job.workload.rate, job.form.name, number, Served(**found), background.cores)
+        return Sample(job.model, job.workload.batch, job.form.name, number, Measurement(**found), background.cores)
+    except (subprocess.SubprocessError, ValueError, TypeError, IndexError) as error:
+        return f"{job.name}: failed ({_reason(error)})"
 
 
 def _reason(error: Exception) -> str:

@@ -17,6 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
+
+Record = TypeVar("Record")
 
 WARM_UP = -1
 """The number of the repeat that is not measured; it generates WARM_UP_TOKENS only."""
@@ -73,17 +76,23 @@ class Measurement:
     decode_tokens_per_s: list[float]
 
 
-def workload_from_arguments() -> Workload:
-    """The workload that text.py passed on the command line: --name value for every field."""
+def record_from_arguments(kind: type[Record]) -> Record:
+    """The record that text.py passed on the command line: --name value for every field."""
     parser = argparse.ArgumentParser(description="Run one peer; started by text.py.")
-    for field in fields(Workload):
-        parser.add_argument(f"--{field.name}", required=True, type=str if field.type == "str" else int)
-    return Workload(**vars(parser.parse_args()))
+    types = {"str": str, "int": int, "float": float}
+    for field in fields(kind):  # type: ignore[arg-type]
+        parser.add_argument(f"--{field.name}", required=True, type=types[str(field.type)])
+    return kind(**vars(parser.parse_args()))
 
 
-def arguments_from_workload(workload: Workload) -> list[str]:
-    """The inverse of workload_from_arguments."""
-    return [part for name, value in asdict(workload).items() for part in (f"--{name}", str(value))]
+def workload_from_arguments() -> Workload:
+    """The workload of the command line."""
+    return record_from_arguments(Workload)
+
+
+def arguments_from_record(record: Any) -> list[str]:  # noqa: ANN401 - any dataclass
+    """The inverse of record_from_arguments."""
+    return [part for name, value in asdict(record).items() for part in (f"--{name}", str(value))]
 
 
 def measure(workload: Workload, load_s: float, generate: Callable[[list[list[int]], int], Generation]) -> None:

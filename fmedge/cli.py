@@ -13,12 +13,14 @@ import typer
 from fmedge_runtimes.errors import FmedgeError
 from fmedge_runtimes.version import __version__
 
-from fmedge.commands import bench, chat, export, generate, inspect, plan, train, verify
+from fmedge.commands import bench, chat, evaluate, export, generate, inspect, plan, train, verify
 
 EXAMPLES = """
 [bold]Examples[/bold]
 
   fmedge train text out/model --minutes 3
+
+  fmedge train image out/painter --minutes 4
 
   fmedge export out/model out/bundle --quantize int4
 
@@ -31,6 +33,8 @@ EXAMPLES = """
   fmedge bench out/bundle
 
   fmedge inspect out/bundle
+
+  fmedge eval out/painter
 """
 
 app = typer.Typer(
@@ -50,6 +54,7 @@ app.command("inspect")(inspect.command)
 app.command("plan", epilog=plan.EPILOG)(plan.command)
 app.command("bench", epilog=bench.EPILOG)(bench.command)
 app.command("verify")(verify.command)
+app.command("eval", epilog=evaluate.EPILOG)(evaluate.command)
 
 
 def _show_version(value: bool) -> None:

@@ -2,7 +2,8 @@
 
 Each model type gets a tiny random model, saved as on the hub, exported in fp32 and run by the runtime in a ragged batch
 with prefill in chunks; every token must be the one that PyTorch chooses. Writes docs/architectures.md from what ran.
-Options: model types (all unless given, which also writes the page), --jobs N.
+Options: model types (all unless given, which also writes the page), --update (write the given types into the page, and
+leave the others as they are there), --jobs N.
 """
 
 from __future__ import annotations
@@ -183,16 +184,22 @@ def page(outcomes: list[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def documented() -> dict[str, str]:
-    """The kind that the page states for each model type."""
-    kinds: dict[str, str] = {}
+def recorded() -> dict[str, Outcome]:
+    """What the page says of each model type."""
+    outcomes: dict[str, Outcome] = {}
     kind = ""
     for line in PAGE.read_text("utf-8").splitlines():
         if line.startswith("## "):
             kind = line.removeprefix("## ").lower()
         elif line.startswith("| ") and not line.startswith("| model type"):
-            kinds[line.split("|")[1].strip()] = kind
-    return kinds
+            model_type, detail = line.removeprefix("| ").removesuffix(" |").split(" | ", 1)
+            outcomes[model_type] = Outcome(model_type, kind, detail)
+    return outcomes
+
+
+def documented() -> dict[str, str]:
+    """The kind that the page states for each model type."""
+    return {model_type: outcome.kind for model_type, outcome in recorded().items()}
 
 
 def main() -> None:
@@ -202,10 +209,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model_types", nargs="*")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--update", action="store_true", help="write the given model types into the page")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     outcomes = run_all(options.model_types or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), options.jobs)
-    if options.model_types:
+    if options.update:
+        known = recorded() | {outcome.model_type: outcome for outcome in outcomes}
+        outcomes = [known[model_type] for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if model_type in known]
+    if options.model_types and not options.update:
         print(page(outcomes))
     else:
         PAGE.write_text(page(outcomes), "utf-8")

@@ -19,6 +19,7 @@ REPRESENTATIVES: dict[str, dict[str, Any]] = {
     "gptj": {},  # attention in code of its own, one cache append
     "bloom": {},  # ALiBi
     "falcon": {},  # multi-query, attention in code of its own
+    "gpt_neo": {},  # a table of positions for its windows
     "opt": {},  # learned positions with an offset
     "gpt_neox": {},  # needs a cache
     "mixtral": {},  # experts, merged from single tensors
@@ -34,7 +35,7 @@ REPRESENTATIVES: dict[str, dict[str, Any]] = {
     "falcon_h1": {},  # attention and state space in one layer
     "zamba2": {},  # layers that share weights, with an adapter each
 }
-OTHERS = {"bert": "not a text decoder", "xlnet": "refused", "rwkv": "refused"}
+OTHERS = {"bert": "not a text decoder", "xlnet": "refused", "rwkv": "refused", "trocr": "refused"}
 
 
 @pytest.mark.medium
@@ -43,6 +44,12 @@ def test_representatives_give_the_tokens_of_pytorch(model_type: str, tmp_path: P
     outcome = evaluate(model_type, tmp_path, **REPRESENTATIVES[model_type])
     assert outcome.kind == "exact", outcome.detail
     assert documented()[model_type] == "exact"
+
+
+@pytest.mark.medium
+def test_a_bias_that_is_computed_in_bfloat16(tmp_path: Path) -> None:
+    outcome = evaluate("falcon", tmp_path, alibi=True)
+    assert outcome.kind == "exact", outcome.detail
 
 
 @pytest.mark.medium

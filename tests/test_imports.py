@@ -40,7 +40,17 @@ def test_generating_needs_no_torch(bundle: Path) -> None:
     assert not found & {*HEAVY, "llguidance"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["export", "--help"], ["train", "text", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["export", "--help"],
+        ["train", "text", "--help"],
+        ["train", "image", "--help"],
+        ["eval", "--help"],
+    ],
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         f"from fmedge.cli import app\ntry:\n    app({arguments!r})\nexcept SystemExit as end:\n    assert end.code == 0"

@@ -19,6 +19,7 @@ from fmedge_runtimes.sampling import Sampling
 from typer.testing import CliRunner
 
 from fmedge.cli import app
+from fmedge.commands.job import opened
 
 TOKENS = ["--max-new-tokens", "2", "--ignore-eos"]
 
@@ -171,6 +172,56 @@ def test_a_graph_that_fails_stops_the_job_which_then_goes_on(fake, tmp_path, mon
     monkeypatch.setattr(fmedge_runtimes.load, "open_session", lambda *_: FakeSession())
     assert fmedge(fake, "-i", source, "-o", output, *TOKENS, "--resume").exit_code == 0
     assert sorted(record["id"] for record in results(output)) == list(range(1, 61))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not locked there")
+def test_an_output_has_one_writer(fake, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "abc"}\n')
+    for before in ("", '{"id": 1, "line": 1, "of": 1}\n'):
+        output.write_text(before)
+        with opened(source, output, resume=True, force=False):
+            for options in ([], ["--resume"], ["--force"]):
+                done = fmedge(fake, "-i", source, "-o", output, *TOKENS, *options)
+                assert isinstance(done.exception, FmedgeError)
+                assert "another process writes" in str(done.exception)
+        assert output.read_text() == before
+
+
+def test_a_job_that_never_begins_leaves_nothing(fake, tmp_path, monkeypatch):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "abc"}\n')
+
+    def broken(*_):
+        raise BackendError("the device is gone.")
+
+    monkeypatch.setattr(fmedge_runtimes.load, "open_session", broken)
+    assert "the device is gone" in str(fmedge(fake, "-i", source, "-o", output, *TOKENS).exception)
+    assert not output.exists()
+    output.write_text("precious\n")
+    fmedge(fake, "-i", source, "-o", output, *TOKENS, "--force")
+    assert output.read_text() == "precious\n"
+
+
+@pytest.mark.medium
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not locked there")
+def test_a_second_process_is_refused_and_the_first_goes_on(bundle, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"Once {n}"}) + "\n" for n in range(1500)))
+    call = [str(part) for part in (sys.executable, "-m", "fmedge", "generate", bundle, "-i", source, "-o", output)]
+    with subprocess.Popen([*call, *TOKENS], stderr=subprocess.PIPE) as first:
+        while first.poll() is None and not (output.exists() and output.stat().st_size):
+            time.sleep(0.01)
+        # Held still, so that it cannot end before the second one looks.
+        first.send_signal(signal.SIGSTOP)
+        try:
+            second = subprocess.run([*call, *TOKENS, "--resume"], capture_output=True, text=True, check=False)
+        finally:
+            first.send_signal(signal.SIGCONT)
+        assert first.wait(120) == 0
+    assert second.returncode == 1
+    assert second.stderr.startswith(f"fmedge: error: another process writes {output}; wait")
+    assert sorted(record["id"] for record in results(output)) == list(range(1, 1501))
 
 
 @pytest.mark.medium

@@ -10,17 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import documented
 from fmedge_converters import reference as reference_module
 from fmedge_converters import streamed_model
 from fmedge_converters import weight as weight_module
 from fmedge_converters.checkpoint import Checkpoint, Files
 from fmedge_converters.decoder import empty_model, quiet_libraries
-from fmedge_converters.reference import open_reference
+from fmedge_converters.pieces import NotLoadedError
+from fmedge_converters.reduced import write_random_model
+from fmedge_converters.reference import ResidentReference, open_reference
 from fmedge_converters.source import open_source
 from fmedge_converters.streamed_model import StreamedModel
 from fmedge_converters.weight import Weight, weight_from_array
 from fmedge_runtimes.errors import SourceError
 from models import make_model
+from tiny import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ROWS = [[5, 3, 7], list(range(1, 40)), [9], [4] * 17]
@@ -58,6 +62,21 @@ def test_logits_are_those_of_the_model_in_memory(
     assert sorted(found) == [0, 1, 2, 3]
     for number, logits in enumerate(wanted):
         np.testing.assert_allclose(found[number], logits, atol=1e-6, rtol=1e-6)
+
+
+EXACT = [model_type for model_type, kind in documented().items() if kind == "exact"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", EXACT)
+def test_every_architecture(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed_model, "PIECES_BYTES", 0)
+    whole = write_random_model(tiny_config(model_type), tmp_path, seed=0)
+    wanted: dict[int, np.ndarray] = {}
+    ResidentReference(whole, 64).each_logits(ROWS, wanted.__setitem__)
+    found = streamed(tmp_path, monkeypatch)
+    for number, logits in wanted.items():
+        np.testing.assert_allclose(found[number], logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +138,32 @@ def test_weights_that_are_used_without_their_module(
     assert not any(logits.is_meta for logits in found.values())
 
 
+@pytest.mark.parametrize("pieces", [0, 1 << 30])
+def test_inputs_that_follow_the_weights_to_their_device(
+    pieces: int, llama_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed_model, "PIECES_BYTES", pieces)
+
+    class Following(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            assert self.inner.weight.dtype == torch.float32
+            return self.inner(ids.to(self.inner.weight.device))
+
+    model, weights = opened(llama_model)
+    wanted: dict[int, torch.Tensor] = {}
+    StreamedModel(model, weights).run(ROWS, wanted.__setitem__)
+    model.model.embed_tokens = Following(model.model.embed_tokens)
+    weights["model.embed_tokens.inner.weight"] = weights.pop("model.embed_tokens.weight")
+    found: dict[int, torch.Tensor] = {}
+    StreamedModel(model, weights).run(ROWS, found.__setitem__)
+    assert all(torch.equal(found[number], logits) for number, logits in wanted.items())
+    assert sorted(found) == sorted(wanted)
+
+
 def test_what_goes_wrong_rises_and_no_thread_stays(llama_model: Path) -> None:
     model, weights = opened(llama_model)
     before = threading.active_count()
@@ -131,4 +176,8 @@ def test_what_goes_wrong_rises_and_no_thread_stays(llama_model: Path) -> None:
         StreamedModel(model, {**weights, name: replace(weights[name], read=damaged)}).run(ROWS, lambda *_: None)
     with pytest.raises(ZeroDivisionError):
         StreamedModel(model, weights).run(ROWS, lambda *_: 1 / 0)
+    layers = model.model.layers
+    layers[0].register_forward_hook(lambda *_: layers[2].mlp.up_proj.weight.mean())
+    with pytest.raises(NotLoadedError, match="mean"):
+        StreamedModel(model, weights).run(ROWS, lambda *_: None)
     assert threading.active_count() == before

@@ -99,3 +99,59 @@ def test_importing_the_command_imports_nothing_heavy():
     path = {"PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def small_image(monkeypatch):
+    """A preset and drawings that a test can afford."""
+    from fmedge.training import image_preparation, image_presets
+
+    preset = image_presets.ImagePreset(32, 1, 2, 2.5, 8, 16, 1, 2, batch=4, learning_rate=4e-3)
+    monkeypatch.setattr(image_presets, "IMAGE_PRESETS", {"tiny": preset})
+    monkeypatch.setattr(image_preparation, "VARIANTS", 1)
+
+
+def run_image(*arguments):
+    return CliRunner().invoke(app, ["image", *map(str, arguments)])
+
+
+def test_an_image_model_is_trained_and_json_is_one_line(tmp_path, small_image, monkeypatch):
+    shown = []
+    bar = contextlib.nullcontext(lambda *stage: shown.append(stage))
+    monkeypatch.setattr(train, "progress_bar", lambda: bar)
+    result = run_image(tmp_path / "model", "--steps", 11, "--size", 24, "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    line = json.loads(result.stdout)
+    assert (line["output"], line["steps"], line["pictures_seen"]) == (str(tmp_path / "model"), 11, 44)
+    stage, done, total = [stage for stage in shown if stage[0].startswith("training")][-1]
+    assert re.fullmatch(r"training, step 11, \d+ pictures/s, loss \d\.\d{3}", stage)
+    assert done == total
+    again = run_image(tmp_path / "model", "--steps", 1, "--size", 24, "--objective", "ddpm-v", "--force")
+    assert again.stdout.startswith(f"{tmp_path / 'model'}: ")
+    assert "loss" in again.stdout
+    scheduler = json.loads((tmp_path / "model" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ([], TrainingError, "either --minutes or --steps"),
+        (["--steps", 1, "--preset", "huge"], TrainingError, 'no preset "huge"'),
+        (["--steps", 1, "--data", "nowhere"], DataError, "nowhere: there is no such folder"),
+        (["--steps", 1, "--size", 30], TrainingError, "--size must be a multiple of 8"),
+        (["--steps", 1, "--resume"], TrainingError, "no interrupted run to resume"),
+    ],
+)
+def test_unusable_image_input_exits_1(tmp_path, arguments, error, message):
+    result = run_image(tmp_path / "model", *arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, error)
+    assert message in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "many"], ["--objective", "gan"], ["--precision", "int4"]])
+def test_wrong_image_usage_exits_2(tmp_path, arguments):
+    assert run_image(tmp_path / "model", *arguments).exit_code == 2

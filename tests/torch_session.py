@@ -83,6 +83,8 @@ def text_session(module: torch.nn.Module, *, mask: bool = False) -> TorchSession
     def forward(**feeds: torch.Tensor) -> dict[str, torch.Tensor]:
         output = module(**feeds, output_hidden_states=True)
         named = {f"hidden_states.{number}": state for number, state in enumerate(output.hidden_states)}
+        if hasattr(module, "final_layer_norm"):
+            named |= {f"normed_{name}": module.final_layer_norm(state) for name, state in named.items()}
         known = {name: output.get(name) for name in ("last_hidden_state", "pooler_output", "text_embeds")}
         return {**named, **{name: value for name, value in known.items() if value is not None}}
 

@@ -38,6 +38,7 @@ from fmedge_converters.experts import IMPLEMENTATION as EXPERTS
 from fmedge_converters.kernels import recurrent_kernels
 from fmedge_converters.large_tensors import LargeOnMeta
 from fmedge_converters.own_past import OwnPast, Plain, find_own_past, plain_tensors, require_states
+from fmedge_converters.position_tables import PositionTables, require_own_positions
 from fmedge_converters.recording import LayerCache, LayerState, Recording, recording
 from fmedge_converters.rope import freeze_rope
 from fmedge_converters.step_layout import Layout
@@ -187,6 +188,7 @@ def _run(
                 replaced_attention(),
                 recurrent_kernels(model, cache),
                 ComplexAsPairs(),
+                PositionTables(current),
             ):
                 stack.enter_context(context)
             output: ModelOutput = model(**arguments, return_dict=True)
@@ -264,6 +266,7 @@ def trace_decoder(
     """
     with _on_fakes(config, dtype, context, stored_buffers) as model:
         layout, program = _trace(model, dialect, dtype, context)
+        require_own_positions(program.model)
     graph = program.model
     parameters = {name: name.removeprefix("model.") for name in graph.graph.initializers if _is_fake(graph, name)}
     return TracedDecoder(graph, model, layout.caches, layout.states, parameters)

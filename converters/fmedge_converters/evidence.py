@@ -7,7 +7,6 @@ What PyTorch means here is in reference.py.
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from fmedge_runtimes.bundle import CacheFacts, Evidence, Golden, SamplingFacts, StateFacts, TextFacts
 from fmedge_runtimes.decoder import Decoder
@@ -27,12 +25,14 @@ from transformers import PretrainedConfig
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder, numpy_dtype
 from fmedge_converters.checkpoint import Files
+from fmedge_converters.divergence import Divergence, pieces_of
 from fmedge_converters.recording import LayerState
 from fmedge_converters.reduced import reduced_config, write_random_model
 from fmedge_converters.reference import Logits, Reference, ResidentReference, load_model
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.targets import TARGETS
+from fmedge_converters.tolerances import TOLERANCES, is_exact, tolerance_of
 
 GRAPH_CONTEXT = 192
 GRAPH_PROMPTS = (1, 50, 7, 23)
@@ -44,8 +44,6 @@ GOLDENS = 2
 TEXT_TOKENS = 1024
 TEXT_WINDOW = 256
 """Tokens of the evaluation text, and of the pieces that it is scored in."""
-POSITIONS = 32
-"""Distributions that are compared at once: each takes megabytes for a large vocabulary."""
 PROMPTS = (
     "The",
     "def fibonacci(n):\n",
@@ -56,29 +54,6 @@ PROMPTS = (
     '{"name": "sensor-7", "unit": "celsius", "values": [',
     "In mathematics, a prime number is a natural number greater than 1 that",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """What a precision may differ by before the export stops."""
-
-    near_tie: float
-    """Two logits closer than this are level: fp32 kernels add in different orders."""
-    mean_kl: float
-    """Mean KL divergence to PyTorch's distribution, in nats per token."""
-    perplexity_ratio: float
-    """Perplexity of the bundle over perplexity of the source."""
-
-
-TOLERANCES = {
-    ("float32", "none"): Tolerance(near_tie=1e-3, mean_kl=1e-5, perplexity_ratio=1.0005),
-    ("float16", "none"): Tolerance(near_tie=5e-2, mean_kl=1e-3, perplexity_ratio=1.01),
-    ("float32", "int8"): Tolerance(near_tie=0.25, mean_kl=0.05, perplexity_ratio=1.05),
-    ("float16", "int8"): Tolerance(near_tie=0.25, mean_kl=0.05, perplexity_ratio=1.05),
-    ("float32", "int4"): Tolerance(near_tie=0.25, mean_kl=0.35, perplexity_ratio=1.35),
-    ("float16", "int4"): Tolerance(near_tie=0.25, mean_kl=0.35, perplexity_ratio=1.35),
-}
-"""By (compute type, quantization)."""
 
 
 def text_facts(built: BuiltDecoder, context: int) -> TextFacts:
@@ -238,7 +213,7 @@ def full_evidence(
     reference: Reference,
     prompts: Sequence[Sequence[int]],
     text: Sequence[int],
-    precision: tuple[str, str],
+    quantize: str,
     progress: Progress,
 ) -> FullEvidence:
     """Compare the bundle's decoder with the source on the real weights.
@@ -246,17 +221,16 @@ def full_evidence(
     `precision` is (compute type, quantization). In fp32 every greedy token must be PyTorch's own; otherwise the KL
     divergence and the perplexity must stay within TOLERANCES.
     """
-    tolerance = TOLERANCES[precision]
+    tolerance = tolerance_of(decoder.facts, quantize)
     steps = min(FULL_STEPS, decoder.facts.context - max(len(prompt) for prompt in prompts))
     progress("generating", 0, 0)
     found = continue_greedily(decoder, prompts, [steps] * len(prompts))
     tokens = [[step.token for step in row] for row in found]
     progress("comparing with PyTorch", 0, 0)
-    exact = precision == ("float32", "none")
+    exact = is_exact(decoder.facts, quantize)
     greedy = _Greedy(prompts, tokens, tolerance.near_tie)
     window = min(TEXT_WINDOW, decoder.facts.context)
-    pieces = [list(text[start : start + window]) for start in range(0, len(text), window)]
-    divergence = _Divergence(decoder, prompts, [piece for piece in pieces if len(piece) > 1])
+    divergence = Divergence(decoder, prompts, pieces_of(text, window))
     texts = [*(greedy.rows if exact else prompts), *divergence.pieces]
 
     def compare(number: int, logits: Logits) -> None:
@@ -308,77 +282,3 @@ def layout_evidence(name: str, session: Session, facts: TextFacts, goldens: Sequ
             "near_ties": sum(result.near_ties for result in results),
         },
     )
-
-
-class _Divergence:
-    """How far the bundle's distributions are from PyTorch's, over pieces of text."""
-
-    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], pieces: Sequence[Sequence[int]]) -> None:
-        self.pieces = pieces
-        self.tokens = 0
-        self._decoder = decoder
-        self._cache = decoder.new_cache()
-        self._prompts = prompts
-        self._kl = self._nats = self._source_nats = 0.0
-        self._agree = self._predicted = 0
-        self._largest_difference = 0.0
-
-    def add_piece(self, number: int, logits: Logits) -> None:
-        """Compare a piece, given PyTorch's logits [S, V]."""
-        piece = self.pieces[number]
-        scored = self._decoder.score(self._cache, piece)  # [S, V]
-        for start in range(0, len(piece), POSITIONS):
-            part = slice(start, start + POSITIONS)
-            ours, theirs = _log_softmax(scored[part]), _log_softmax(logits[part])  # [P, V]
-            self._kl += float((np.exp(theirs) * (theirs - ours)).sum())
-            self._agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-            following = np.asarray(piece[start + 1 : start + POSITIONS + 1])
-            self._nats -= float(ours[np.arange(len(following)), following].sum())
-            self._source_nats -= float(theirs[np.arange(len(following)), following].sum())
-        self.tokens += len(piece)
-        self._predicted += len(piece) - 1
-
-    def add_prompt(self, number: int, logits: Logits) -> None:
-        """Compare the last logits of a prompt, given PyTorch's logits [S, V] of a row that begins with it."""
-        prompt = self._prompts[number]
-        mine = self._decoder.prefill(self._cache, 0, prompt)  # [V]
-        self._cache.clear()
-        difference = float(np.abs(mine - logits[len(prompt) - 1]).max())
-        self._largest_difference = max(self._largest_difference, difference)
-
-    @property
-    def mean_kl(self) -> float:
-        """Mean KL divergence of PyTorch's distribution from ours, in nats per token."""
-        return _finite(self._kl / self.tokens)
-
-    @property
-    def perplexity(self) -> float:
-        """Of the bundle."""
-        return _finite(math.exp(min(self._nats / self._predicted, 700.0)))
-
-    @property
-    def source_perplexity(self) -> float:
-        """Of PyTorch."""
-        return _finite(math.exp(min(self._source_nats / self._predicted, 700.0)))
-
-    def figures(self) -> dict[str, float | int | str | bool]:
-        """What was found, as evidence has it."""
-        return {
-            "text_tokens": self.tokens,
-            "mean_kl": self.mean_kl,
-            "top1_agreement": self._agree / self.tokens,
-            "perplexity": self.perplexity,
-            "source_perplexity": self.source_perplexity,
-            "prompt_logit_difference": _finite(self._largest_difference),
-        }
-
-
-def _finite(value: float) -> float:
-    """JSON has no infinity; a non-finite figure is far beyond every tolerance either way."""
-    return value if math.isfinite(value) else 1e30
-
-
-def _log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)  # [S, V]
-    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result

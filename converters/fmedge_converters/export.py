@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from fmedge_converters.decoder import quiet_libraries, text_config
 from fmedge_converters.evidence import (
     PROMPTS,
     TEXT_TOKENS,
+    FullEvidence,
     estimate_seconds,
     full_evidence,
     graph_evidence,
@@ -50,16 +52,27 @@ from fmedge_converters.evidence import (
     weights_evidence,
 )
 from fmedge_converters.export_options import LONGEST_DEFAULT, ExportOptions
+from fmedge_converters.int8_cache import CALIBRATION_TOKENS, quantize_cache
 from fmedge_converters.layouts import find_layout
 from fmedge_converters.layouts.layout import Finished, Layout
 from fmedge_converters.output_folder import flush, sweep, written_aside
 from fmedge_converters.reference import open_reference, require_memory
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.source import Source, open_source
-from fmedge_converters.targets import find_scheme, find_target
+from fmedge_converters.targets import check_cache, find_scheme, find_target
 from fmedge_converters.tokenizer_files import TokenizerFacts, write_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """What a bundle is compared on."""
+
+    prompts: list[list[int]]
+    text: list[int]
+    calibration: list[int]
+    """What follows the text, for scales; the text itself if it is short."""
 
 
 def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bundle:
@@ -70,6 +83,7 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
     """
     target = find_target(options.target)
     scheme = find_scheme(target, options.quantize)
+    check_cache(target, options.cache)
     layout = find_layout(target, options.layout)
     sweep(options.output)
     _check_output(options)
@@ -95,16 +109,14 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
         if built.source_format is not None:
             evidence.insert(0, weights_evidence(built, scheme))
         facts = _text_facts(source, built, tokenizer, generation, context)
+        tokens = _evaluation_tokens(evaluation_text, folder, facts)
+        if options.cache == "int8":
+            facts, proof = quantize_cache(built, facts, tokens.calibration, tokens.text, progress)
+            evidence.append(proof)
+            _judge(proof, options)
         goldens: tuple[Golden, ...] = ()
         if options.verify == "full":
-            seconds = estimate_seconds(parameters)
-            progress(f"comparing with PyTorch (about {seconds:.0f} s; --verify graph skips it)", 0, 0)
-            prompts, text = _evaluation_tokens(evaluation_text, folder, facts)
-            precision = (facts.cache_dtype, scheme.name)
-            with open_reference(source, parameters, context) as reference:
-                session = OnnxRuntimeSession(built.written.graph, "cpu", None)
-                full = full_evidence(Decoder(session, facts), reference, prompts, text, precision, progress)
-                session.close()
+            full = _compare(source, built, facts, parameters, tokens, scheme, progress)
             evidence.append(full.evidence)
             goldens = full.goldens
             _judge(full.evidence, options)
@@ -200,6 +212,26 @@ def _judge(evidence: Evidence, options: ExportOptions) -> None:
     )
 
 
+def _compare(
+    source: Source,
+    built: BuiltDecoder,
+    facts: TextFacts,
+    parameters: int,
+    tokens: _Tokens,
+    scheme: Scheme,
+    progress: Progress,
+) -> FullEvidence:
+    """Compare what was written with PyTorch on the real weights."""
+    seconds = estimate_seconds(parameters)
+    progress(f"comparing with PyTorch (about {seconds:.0f} s; --verify graph skips it)", 0, 0)
+    with open_reference(source, parameters, facts.context) as reference:
+        session = OnnxRuntimeSession(built.written.graph, "cpu", None)
+        decoder = Decoder(session, facts)
+        full = full_evidence(decoder, reference, tokens.prompts, tokens.text, scheme.name, progress)
+        session.close()
+    return full
+
+
 def _lay_out(
     layout: Layout, finished: Finished, goldens: Sequence[Golden], progress: Progress
 ) -> tuple[GraphFacts, list[Evidence]]:
@@ -269,19 +301,23 @@ def _sampling(generation: GenerationConfig) -> SamplingFacts:
     )
 
 
-def _evaluation_tokens(evaluation_text: str, folder: Path, facts: TextFacts) -> tuple[list[list[int]], list[int]]:
+def _evaluation_tokens(evaluation_text: str, folder: Path, facts: TextFacts) -> _Tokens:
     """Fixed prompts, and a text, as token ids; random ids for a model without a tokenizer."""
+    most = TEXT_TOKENS + CALIBRATION_TOKENS
     if facts.tokenizer is None:
         random = np.random.default_rng(0)
         draw = [random.integers(0, facts.vocabulary, length).tolist() for length in (1, 17, 5, 30)]
-        return draw, random.integers(0, facts.vocabulary, TEXT_TOKENS).tolist()
+        ids = random.integers(0, facts.vocabulary, most).tolist()
+        return _Tokens(draw, ids[:TEXT_TOKENS], ids[TEXT_TOKENS:])
     tokenizer = Tokenizer(folder / facts.tokenizer)
     longest = max(1, facts.context // 2)
     prompts = [tokenizer.encode(prompt)[:longest] for prompt in PROMPTS]
-    text = tokenizer.encode(evaluation_text)[:TEXT_TOKENS]
-    if len(text) < 2:
-        raise ExportError(f"the text of --text gives {len(text)} tokens; the comparison needs at least 2.")
-    return [prompt for prompt in prompts if prompt], text
+    ids = tokenizer.encode(evaluation_text)[:most]
+    if len(ids) < 2:
+        raise ExportError(f"the text of --text gives {len(ids)} tokens; the comparison needs at least 2.")
+    text = ids[:TEXT_TOKENS]
+    rest = ids[TEXT_TOKENS:]
+    return _Tokens([prompt for prompt in prompts if prompt], text, rest if len(rest) >= TEXT_TOKENS else text)
 
 
 def _evaluation_text(path: Path | None) -> str:

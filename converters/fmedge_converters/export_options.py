@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from fmedge_runtimes.errors import ExportError
 
 Verify = Literal["full", "graph", "none"]
+Cache = Literal["float", "int8"]
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 LONGEST_DEFAULT = 32768
 """Longer contexts are exported when asked for: the tables of the rotary embedding grow with them."""
@@ -30,9 +31,11 @@ class ExportOptions:
     """Weights that share a scale, for schemes with blocks; None takes the scheme's default."""
     context: int | None = None
     """Tokens that a row can hold; None takes the model's maximum, at most LONGEST_DEFAULT."""
+    cache: Cache = "float"
+    """How keys and values are kept: float is the target's floating type."""
     verify: Verify = "full"
     text: Path | None = None
-    """Text for the comparison of perplexities; None takes Python's own documentation."""
+    """Text for the comparison of perplexities and the scales of a cache; None takes Python's own documentation."""
     adapter: str | None = None
     """PEFT folder or hub id of a LoRA to merge into the weights."""
     allow_pickle: bool = False
@@ -45,9 +48,17 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.verify not in get_args(Verify):
             raise ExportError(f"--verify is {self.verify!r}; it must be one of {', '.join(get_args(Verify))}.")
+        if self.cache not in get_args(Cache):
+            raise ExportError(f"--cache is {self.cache!r}; it must be one of {', '.join(get_args(Cache))}.")
+        if self.cache != "float" and self.layout is not None:
+            raise ExportError(
+                f"--layout {self.layout} shares its graph's cache, which must be float; leave --cache out."
+            )
         if self.block_size is not None and self.block_size not in BLOCK_SIZES:
             raise ExportError(f"--block-size is {self.block_size}; it must be one of {BLOCK_SIZES}.")
         if self.context is not None and self.context < 2:
             raise ExportError(f"--context is {self.context}; it must be at least 2.")
-        if self.text is not None and self.verify != "full":
-            raise ExportError(f"--text is for the comparison of --verify full, not for --verify {self.verify}.")
+        if self.text is not None and self.verify != "full" and self.cache == "float":
+            raise ExportError(
+                f"--text is for the comparison of --verify full, and for --cache int8; not for --verify {self.verify}."
+            )

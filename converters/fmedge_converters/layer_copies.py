@@ -157,7 +157,7 @@ class _Copier:
         given = str(value.name)
         is_input = value.is_graph_input()
         stem = given if is_input else module_name(given)
-        source = named_source(stem, self._list)
+        source = self._sources[value]  # a constant that a layer's code makes belongs to no layer
         name = given if source.layer is None else given.removesuffix(stem) + source.name.format(number)
         known = self._inputs if is_input else self.initializers
         if name not in known:

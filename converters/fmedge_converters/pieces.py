@@ -7,14 +7,26 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fmedge_converters.weight import Weight
 
+DEVICE = torch.Tensor.device.__get__
+
+
+class NotLoadedError(RuntimeError):
+    """A parameter was used that has no values yet."""
+
 
 class Pieces(TorchFunctionMode):
-    """While it is active, `embedding` and `linear` with one of these parameters, known by their ids, read it."""
+    """While it is active, `embedding` and `linear` with one of these parameters read it.
 
-    def __init__(self, weights: Mapping[int, Weight]) -> None:
+    Every parameter says that it is on the CPU, where it will be when it is used; one that is used before raises
+    NotLoadedError. torch alone may go on with numbers from nowhere: its `embedding` does, on ids that a model has sent
+    to the device of a meta parameter.
+    """
+
+    def __init__(self, weights: Mapping[torch.Tensor, Weight]) -> None:
         super().__init__()
         self._weights = weights
 
@@ -26,11 +38,16 @@ class Pieces(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - the result of any torch function
         del types
+        if func == DEVICE:
+            return torch.device("cpu") if args[0].is_meta else args[0].device
         if func is torch.nn.functional.embedding:
             return self._embedding(*args, **(kwargs or {}))
         if func is torch.nn.functional.linear:
             return self._linear(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and any(map(_is_empty, tree_leaves((args, kwargs)))):
+            raise NotLoadedError(f"{getattr(func, '__name__', func)} of a parameter without values")
+        return result
 
     def _embedding(self, ids: torch.Tensor, table: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401 - torch's options
         """Rows of a table [V, E] at ids [...]; the options are of training."""
@@ -55,4 +72,14 @@ class Pieces(TorchFunctionMode):
         return product.add_(bias if added is None else torch.from_numpy(added.array()))
 
     def _weight(self, parameter: torch.Tensor) -> Weight | None:
-        return self._weights.get(id(parameter)) if parameter.is_meta else None
+        if not parameter.is_meta:
+            return None
+        if parameter not in self._weights:
+            raise NotLoadedError(
+                "a product with, or a lookup in, something that was made of a parameter without values"
+            )
+        return self._weights[parameter]
+
+
+def _is_empty(item: object) -> bool:
+    return isinstance(item, torch.Tensor) and item.is_meta

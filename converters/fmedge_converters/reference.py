@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fmedge_converters.checkpoint import Checkpoint
 from fmedge_converters.decoder import empty_model, quiet_libraries
+from fmedge_converters.pieces import NotLoadedError
 from fmedge_converters.rope import freeze_rope
 from fmedge_converters.source import Source
 from fmedge_converters.streamed_model import StreamedModel, largest_part
@@ -68,9 +69,15 @@ class StreamedReference:
         self._model = model
 
     def each_logits(self, rows: Sequence[Sequence[int]], consume: Callable[[int, Logits], None]) -> None:
-        """As Reference says."""
-        with quiet_libraries():
-            self._model.run(rows, lambda number, logits: consume(number, logits.float().numpy()))
+        """As Reference says. Raises SourceError when the model cannot run layer by layer."""
+        try:
+            with quiet_libraries():
+                self._model.run(rows, lambda number, logits: consume(number, logits.float().numpy()))
+        except NotLoadedError as error:
+            raise SourceError(
+                f"PyTorch cannot compute this model layer by layer: a layer uses the weights of another ({error}); use "
+                "--verify graph, which checks the architecture only."
+            ) from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fmedge_converters.layers import layer_list
-from fmedge_converters.pieces import Pieces
+from fmedge_converters.pieces import NotLoadedError, Pieces
 from fmedge_converters.weight import Weight
 
 PIECES_BYTES = 256 << 20
@@ -36,17 +36,18 @@ class StreamedModel:
         self._model = model
         self._weights = weights
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._pieces = {id(value): weights[name] for name, value in model.named_parameters(remove_duplicate=False)}
+        self._pieces = {value: weights[name] for name, value in model.named_parameters(remove_duplicate=False)}
         self._parts: list[torch.nn.Module] = []
         self._divide(parts(model), [*parts(model), *in_pieces(model)])
 
     def run(self, rows: Sequence[Sequence[int]], consume: Consume) -> None:
-        """Compute the logits of each row. Raises what the model or a reader of weights raises."""
+        """Compute the logits of each row. Raises what the model or a reader of weights raises, and NotLoadedError when
+        one layer uses the weights of another."""
         try:
             self._pass(rows, consume)
-        except (NotImplementedError, RuntimeError) as error:
+        except NotLoadedError:
             layers = _layers(self._model)
-            if "meta" not in str(error) or len(layers) == len(self._parts):
+            if len(layers) == len(self._parts):
                 raise
             # Something outside the layers uses the weights of a module without running it, or in ways of its own.
             self._divide(layers, layers)
@@ -167,8 +168,6 @@ class _Worker(threading.Thread):
         try:
             with torch.no_grad(), self._pieces:
                 output: Any = self._model(input_ids=torch.tensor([list(self._row)]), use_cache=False)
-            if output.logits.is_meta:
-                raise RuntimeError("logits on the meta device")
             self._logits = output.logits[0]
         except BaseException as error:
             self._error = error

@@ -32,6 +32,8 @@ class Target:
     schemes: Mapping[str, Scheme]
     read_first: frozenset[str]
     """Operators that may write a recurrent state over the one they read; tests/test_kernels.py has the proof."""
+    no_int8_cache: str | None = None
+    """Why keys and values cannot be kept in int8; None if they can."""
 
 
 def _by_name(*schemes: Scheme) -> Mapping[str, Scheme]:
@@ -81,6 +83,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 ),
             ),
             read_first=frozenset(),
+            no_int8_cache="ONNX Runtime's CUDA kernel has int8 caches, but none has run on a GPU here yet",
         ),
     }
 )
@@ -107,3 +110,9 @@ def find_scheme(target: Target, name: str) -> Scheme:
             f"target {target.name} has no quantization {name}; choose one of {', '.join(target.schemes)}."
         )
     return target.schemes[name]
+
+
+def check_cache(target: Target, cache: str) -> None:
+    """Raise ExportError when a target cannot keep its cache so."""
+    if cache == "int8" and target.no_int8_cache is not None:
+        raise ExportError(f"target {target.name} takes no --cache int8: {target.no_int8_cache}; leave it out.")

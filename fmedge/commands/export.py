@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from fmedge_converters.export_options import ExportOptions, Verify
+from fmedge_converters.export_options import Cache, ExportOptions, Verify
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -14,6 +14,8 @@ EPILOG = """
   fmedge export out/model out/bundle --quantize int4
 
   fmedge export owner/name out/bundle --revision main --context 4096
+
+  fmedge export out/model out/bundle --quantize int4 --cache int8
 
   fmedge export out/model out/bundle --adapter ./lora
 
@@ -39,13 +41,17 @@ def command(
     context: Annotated[
         int | None, typer.Option(help="Tokens that a row can hold; unless given the model's maximum, up to 32768.")
     ] = ExportOptions.context,
+    cache: Annotated[
+        Cache,
+        typer.Option(help="How keys and values are kept: float, or int8 in a quarter of the memory (target cpu)."),
+    ] = ExportOptions.cache,
     verify: Annotated[
         Verify,
         typer.Option(help="full: compare the real weights with PyTorch. graph: the architecture only. none: trust it."),
     ] = ExportOptions.verify,
     text: Annotated[
         Path | None,
-        typer.Option(help="Text to compare perplexities on; Python's own documentation unless given."),
+        typer.Option(help="Text for comparisons and the scales of --cache; Python's own documentation unless given."),
     ] = ExportOptions.text,
     adapter: Annotated[
         str | None, typer.Option(help="LoRA to merge into the weights: a PEFT folder or a hub id.")
@@ -79,6 +85,7 @@ def command(
         quantize=quantize,
         block_size=block_size,
         context=context,
+        cache=cache,
         verify=verify,
         text=text,
         adapter=adapter,

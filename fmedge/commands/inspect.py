@@ -62,13 +62,14 @@ def _image_rows(bundle: ImageBundle) -> list[tuple[str, str]]:
 def _rows(bundle: Bundle) -> list[tuple[str, str]]:
     manifest, text = bundle.manifest, bundle.manifest.text
     source = manifest.source
-    cache = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in text.caches)
-    cache *= 4 if text.cache_dtype == "float32" else 2
+    sizes = {None: 4 if text.cache_dtype == "float32" else 2, "int8": 1}
+    cache = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) * sizes[layer.quantization] for layer in text.caches)
+    codes = ", in int8" if any(layer.quantization for layer in text.caches) else ""
     block = f", blocks of {manifest.block_size}" if manifest.block_size else ""
     model = [
         ("model", f"{source.architecture}, {len(text.caches)} layers, vocabulary {text.vocabulary}"),
         ("target", f"{manifest.target}, quantization {manifest.precision}{block}"),
-        ("context", f"{text.context} tokens; the cache takes {cache / 1024:.0f} KiB for each"),
+        ("context", f"{text.context} tokens; the cache takes {cache / 1024:.0f} KiB for each{codes}"),
         ("chat", "has a chat template" if text.chat_template else "no chat template"),
     ]
     if bundle.exporter is not None:

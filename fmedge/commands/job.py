@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -59,11 +61,12 @@ def fingerprint(identity: LineId) -> int:
     return int.from_bytes(digest, "little") or 1
 
 
-def examine(source: Path, output: Path, *, resume: bool, force: bool) -> Done:
-    """What is in the output, which is not changed yet.
+@contextmanager
+def opened(source: Path, output: Path, *, resume: bool, force: bool) -> Iterator[tuple[BinaryIO, Done]]:
+    """The output of a job, which no other job can open meanwhile, and what it holds; nothing in it is changed yet.
 
-    Raises RequestError if the input is not there, if there is an output and neither `resume` nor `force` says what to
-    do with it, or if it is not the output of a job.
+    Raises RequestError if the input is not there, if another process writes the output, if there is something in it and
+    neither `resume` nor `force` says what to do with it, or if that is not the output of a job.
     """
     if not source.is_file():
         raise RequestError(f"cannot read {source}: {'it is no file' if source.exists() else 'there is no such file'}.")
@@ -71,15 +74,47 @@ def examine(source: Path, output: Path, *, resume: bool, force: bool) -> Done:
         raise RequestError(f"cannot write {output}: {output.parent} is not a folder.")
     if output.exists() and output.samefile(source):
         raise RequestError(f"{output} is the input; give another --output.")
-    if force or not output.exists():
-        return Done()
-    if not resume:
-        raise RequestError(f"{output} exists; continue it with --resume, or replace it with --force.")
+    with _locked(output) as results:
+        results.seek(0)
+        if force or results.read(1) == b"":
+            yield results, Done()
+        elif resume:
+            results.seek(0)
+            yield results, _scan(output, results)
+        else:
+            raise RequestError(f"{output} exists; continue it with --resume, or replace it with --force.")
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[BinaryIO]:
+    """A file to read and write, made if it is not there, and locked; one that stays empty is not left behind."""
+    made = not output.exists()
     try:
-        with output.open("rb") as file:
-            return _scan(output, file)
+        results = output.open("a+b")
     except OSError as error:
-        raise RequestError(f"cannot read {output}: {error.strerror}.") from error
+        raise RequestError(f"cannot write {output}: {error.strerror}.") from error
+    with results:
+        try:
+            _lock(results)
+        except BlockingIOError as error:
+            raise RequestError(
+                f"another process writes {output}; wait until it ends, or give another --output."
+            ) from error
+        except OSError:
+            pass  # a disk without locks
+        try:
+            yield results
+        finally:
+            if made and os.fstat(results.fileno()).st_size == 0:
+                output.unlink(missing_ok=True)
+
+
+def _lock(file: BinaryIO) -> None:
+    """Lock a file until it is closed, by whatever ends the process. Raises BlockingIOError when another one has it."""
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _scan(output: Path, file: BinaryIO) -> Done:
@@ -106,22 +141,21 @@ def _scan(output: Path, file: BinaryIO) -> Done:
 
 
 def run_job(
-    model: TextModel, source: Path, output: Path, done: Done, ask: Callable[[PromptLine], Asked], report: Report
+    model: TextModel, source: Path, results: BinaryIO, done: Done, ask: Callable[[PromptLine], Asked], report: Report
 ) -> Done:
-    """Complete the lines of `source` that are not done and append their results to `output`; what is done then.
+    """Complete the lines of `source` that are not done and append to what `opened` gave; what is done then.
 
     `ask` makes a prompt and its options of a line; what it raises is that line's error. `report` is told how far the
     job is, in bytes of the input. Raises RequestError when the files cannot be read or written, or do not belong
     together, and BackendError when the graph fails: then the job can be continued.
     """
     try:
-        with source.open("rb") as lines, output.open("r+b" if done.size else "wb") as results:
+        with source.open("rb") as lines:
             results.truncate(done.size)
-            results.seek(done.size)
             asyncio.run(_Job(model, source, results, done, ask, report).run(lines))
     except OSError as error:
         raise RequestError(
-            f"cannot go on with {source} into {output}: {error.strerror}; what is finished is there, "
+            f"cannot go on with {source} into {results.name}: {error.strerror}; what is finished is there, "
             "and --resume continues it."
         ) from error
     return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from fmedge_runtimes.load import load_text
 from fmedge.commands.call import Call
 from fmedge.commands.completions import write_completions
 from fmedge.commands.console import progress_bar
-from fmedge.commands.job import examine, run_job
+from fmedge.commands.job import opened, run_job
 from fmedge.commands.prompts import PromptLine, read_prompts
 
 if TYPE_CHECKING:
@@ -41,23 +42,28 @@ def generate_texts(call: Call, changes: Mapping[str, Any], *, resume: bool, chat
         )
     if resume and call.force:
         raise typer.BadParameter("--resume continues the output and --force replaces it; give one of them.")
-    done = examine(Path(str(source)), Path(str(output)), resume=resume, force=call.force) if job else None
     lines = [] if job else read_prompts(call.prompts, source)
-    with load_text(
-        call.bundle,
-        device=call.device,
-        max_batch=DEFAULTS.max_batch if call.max_batch is None else call.max_batch,
-        threads=call.threads,
-        memory=call.memory,
-    ) as model:
+    with (
+        opened(Path(str(source)), Path(str(output)), resume=resume, force=call.force)
+        if job
+        else nullcontext() as opening,
+        load_text(
+            call.bundle,
+            device=call.device,
+            max_batch=DEFAULTS.max_batch if call.max_batch is None else call.max_batch,
+            threads=call.threads,
+            memory=call.memory,
+        ) as model,
+    ):
         base = replace(model.default_sampling, **changes)
 
         def ask(line: PromptLine) -> tuple[Prompt, Sampling]:
             return _prompt(model, line, chat=chat, system=system), line.sampling(base)
 
-        if done is not None:
+        if opening is not None:
+            results, done = opening
             with progress_bar() as report:
-                run_job(model, Path(str(source)), Path(str(output)), done, ask, report)
+                run_job(model, Path(str(source)), results, done, ask, report)
             failed = done.failed
             if failed:
                 typer.echo(f'fmedge: {failed} of {done.count} prompts failed; see "error" in {output}.', err=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,12 @@ from fmedge.training.corpus import Corpus, documents_from_sources, split_documen
 from fmedge.training.presets import Preset, llama_config_from_preset, preset_named
 from fmedge.training.progress import Progress, Report
 from fmedge.training.python_text import python_documents
+from fmedge.training.run_options import deciding_options, refuse_other_options
 from fmedge.training.tokenizer import TextTokenizer, read_tokenizer, tokens_from_documents, train_tokenizer
 from fmedge.training.workfolder import WorkFolder
 
 if TYPE_CHECKING:
     from fmedge.training.text import TextTraining
-
-FREE_TO_CHANGE = ("output", "resume", "force", "checkpoint_minutes", "checkpoint_steps")
-"""The options that a resumed run may change, because they change nothing of its result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +44,12 @@ class Preparation:
     """Of the text and its split."""
 
 
-def _deciding_options(options: TextTraining) -> dict[str, Any]:
-    deciding = {
-        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(options).items()
-        if name not in FREE_TO_CHANGE
-    }
-    return {**deciding, "processes": int(os.environ.get("WORLD_SIZE", "1"))}
-
-
 def is_prepared(options: TextTraining, work: WorkFolder) -> bool:
     """Whether the interrupted run got as far as training; refuse to go on with other options."""
     record = work.read_record()
     if record is None:
         return False
-    before, now = Preparation(**record).options, _deciding_options(options)
-    changes = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
-    if changes:
-        raise TrainingError(
-            f"{work.path}: was begun with other options ({'; '.join(changes)}): resume it with the same, "
-            "or discard it with --force"
-        )
+    refuse_other_options(work.path, record["options"], deciding_options(options))
     return True
 
 
@@ -92,7 +74,7 @@ def prepare(options: TextTraining, work: WorkFolder, report: Report) -> None:
     train = tokens_from_documents(text_tokenizer, corpus.train)
     validation = tokens_from_documents(text_tokenizer, corpus.validation)
     preparation = Preparation(
-        options=_deciding_options(options),
+        options=deciding_options(options),
         config={
             "vocab_size": text_tokenizer.vocabulary,
             **config,
@@ -112,7 +94,9 @@ def prepare(options: TextTraining, work: WorkFolder, report: Report) -> None:
         validation_bytes=corpus.validation_bytes,
         sha256=corpus.sha256,
     )
-    work.write_preparation(dataclasses.asdict(preparation), text_tokenizer.files, train, validation)
+    work.write_preparation(
+        dataclasses.asdict(preparation), text_tokenizer.files, {"train": train, "validation": validation}
+    )
 
 
 def _tokenizer(options: TextTraining, preset: Preset, config: dict[str, Any], corpus: Corpus) -> TextTokenizer:

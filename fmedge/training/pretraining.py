@@ -7,11 +7,8 @@ torchrun every process runs all of this, Trainer shares the work out, and rank 0
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate import PartialState
 from fmedge_runtimes.errors import DataError, TrainingError
 from numpy.typing import NDArray
 from transformers import (
@@ -34,12 +30,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.utils import logging as transformers_logging
 
+from fmedge.training.device import agreed, device_name, diverged, processes, reproducible
 from fmedge.training.perplexity import mean_loss
 from fmedge.training.precision import Precision, best_precision
 from fmedge.training.progress import Progress, Report
-from fmedge.training.schedule import Budget, Stopwatch, learning_rate_factor
+from fmedge.training.quiet import quiet
+from fmedge.training.schedule import Budget, CheckpointInterval, Stopwatch, learning_rate_factor
 from fmedge.training.workfolder import Checkpoint, WorkFolder
 
 WEIGHT_DECAY = 0.1
@@ -67,14 +64,6 @@ class Pretraining:
     seed: int
     precision: Precision | None
     """None: the faster one of the device."""
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointInterval:
-    """When to write a checkpoint: whichever comes first."""
-
-    minutes: float
-    steps: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +97,10 @@ def checked_config(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def pretrain(pretraining: Pretraining, work: WorkFolder, interval: CheckpointInterval, report: Report) -> Pretrained:
     """Train from the last checkpoint or from the seed, and write the model into the work folder."""
-    with quiet(), _reproducible(pretraining.budget):
+    with quiet(), reproducible(pretraining.budget):
         arguments = _arguments(pretraining, work)
         checkpoint = _last_checkpoint(arguments, work)
-        train, validation = work.read_tokens()
+        train, validation = work.read_array("train"), np.array(work.read_array("validation"))
         dataset = TokenSequences(train, pretraining.sequence_length)
         rows = arguments.train_batch_size * arguments.world_size
         _check_enough(len(dataset), rows, pretraining.sequence_length)
@@ -141,7 +130,7 @@ def pretrain(pretraining: Pretraining, work: WorkFolder, interval: CheckpointInt
         written = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32).to(arguments.device)
         loss_after = mean_loss(written, validation, pretraining.sequence_length)
         if not math.isfinite(loss_after):
-            raise _diverged(steps)
+            raise diverged(steps)
         trainer.accelerator.wait_for_everyone()
     return Pretrained(
         parameters=written.num_parameters(),
@@ -151,7 +140,7 @@ def pretrain(pretraining: Pretraining, work: WorkFolder, interval: CheckpointInt
         loss_before=loss_before,
         loss_after=loss_after,
         precision="bfloat16" if arguments.bf16 else "float32",
-        device=_device_name(arguments.device),
+        device=device_name(arguments.device),
         devices=arguments.world_size * max(arguments.n_gpu, 1),
     )
 
@@ -201,7 +190,7 @@ class _Pilot(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self.stopwatch.start()
 
     def on_optimizer_step(self, args: TrainingArguments, *_: object, **__: object) -> None:
-        self.seconds = _agreed(self.stopwatch.seconds, args.device)
+        self.seconds = agreed(self.stopwatch.seconds, args.device)
 
     def on_step_end(self, _: TrainingArguments, state: TrainerState, control: TrainerControl, **__: object) -> None:
         fraction = self.budget.fraction(state.global_step, self.seconds)
@@ -211,13 +200,13 @@ class _Pilot(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
             control.should_training_stop = True
         elif due_by_time or due_by_steps:
             control.should_save = True
-        tokens_per_second = state.global_step * self.tokens_per_step / self.seconds
-        self.report(Progress("training", fraction, state.global_step, self.seconds, tokens_per_second, self.loss))
+        rate = state.global_step * self.tokens_per_step / self.seconds
+        self.report(Progress("training", fraction, state.global_step, self.seconds, rate, self.loss))
 
     def on_log(self, _: TrainingArguments, state: TrainerState, *__: object, **___: object) -> None:
         self.loss = state.log_history[-1].get("loss", self.loss)
         if self.loss is not None and not math.isfinite(self.loss):
-            raise _diverged(state.global_step)
+            raise diverged(state.global_step)
 
     def on_save(self, _: TrainingArguments, state: TrainerState, *__: object, **___: object) -> None:
         if torch.distributed.is_initialized():
@@ -229,42 +218,12 @@ class _Pilot(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
 def join_processes() -> None:
     """Wait until every process of torchrun is here; alone, do nothing."""
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
 
 
 def is_main_process() -> bool:
     """Whether this process is the one that writes."""
-    return bool(PartialState().is_main_process)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers: what a run tells goes through its report."""
-    verbosity = transformers_logging.get_verbosity()
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if had_bars:
-            transformers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _reproducible(budget: Budget) -> Iterator[None]:
-    """Ask CUDA for deterministic kernels where the run promises the same weights again."""
-    if budget.steps is None or not torch.cuda.is_available():
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use.
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+    return bool(processes().is_main_process)
 
 
 def _arguments(pretraining: Pretraining, work: WorkFolder) -> TrainingArguments:
@@ -353,26 +312,9 @@ def _write_model(model: PreTrainedModel, folder: Path, pad: int) -> None:
         shutil.copymode(folder / "config.json", file)
 
 
-def _agreed(seconds: float, device: torch.device) -> float:
-    """Rank 0's time, in every process."""
-    if not torch.distributed.is_initialized():
-        return seconds
-    time = torch.tensor([seconds], device=device)
-    torch.distributed.broadcast(time, src=0)
-    return float(time)
-
-
 def _check_enough(sequences: int, batch: int, sequence_length: int) -> None:
     if sequences < batch:
         raise DataError(
             f"too little text: it gives {sequences} training sequences of {sequence_length} tokens, and one "
             f"step takes {batch}: add text, or use a smaller --batch or --sequence-length"
         )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _diverged(step: int) -> TrainingError:
-    return TrainingError(f"the training diverged: the loss is no number at step {step}: use a smaller --learning-rate")

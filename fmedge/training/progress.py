@@ -18,8 +18,8 @@ class Progress:
     """Of the steps or of the minutes."""
     step: int = 0
     seconds: float = 0.0
-    tokens_per_second: float = 0.0
-    """Over the whole run until now."""
+    rate: float = 0.0
+    """Tokens or pictures per second, over the whole run until now."""
     loss: float | None = None
     """The mean over the last steps; None until there are some."""
 

@@ -40,6 +40,14 @@ class Budget:
         return min(seconds / (self.minutes * 60), 1.0)
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointInterval:
+    """When to write a checkpoint: whichever comes first."""
+
+    minutes: float
+    steps: int | None
+
+
 def learning_rate_factor(fraction: float) -> float:
     """The share of the full learning rate: linear up over WARMUP, linear down to 0 at the end."""
     if fraction < WARMUP:

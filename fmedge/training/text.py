@@ -28,7 +28,7 @@ from fmedge_runtimes.version import __version__
 
 from fmedge.training.presets import preset_named
 from fmedge.training.progress import Report, no_report
-from fmedge.training.schedule import Budget
+from fmedge.training.schedule import Budget, CheckpointInterval
 
 if TYPE_CHECKING:
     from fmedge.training.preparation import Preparation
@@ -142,7 +142,6 @@ def _train(options: TextTraining, work: WorkFolder, report: Report) -> TextTrain
     """Train what was prepared, and write all of the output but its name."""
     from fmedge.training.preparation import read_preparation
     from fmedge.training.pretraining import (
-        CheckpointInterval,
         Pretraining,
         is_main_process,
         join_processes,
@@ -164,6 +163,7 @@ def _train(options: TextTraining, work: WorkFolder, report: Report) -> TextTrain
     interval = CheckpointInterval(options.checkpoint_minutes, options.checkpoint_steps)
     result = _result(options, preparation, pretrain(pretraining, work, interval, report))
     if is_main_process():
+        work.copy_tokenizer(work.model)
         work.write_report(_report_from_run(preparation, result))
     return result
 

@@ -1,10 +1,10 @@
 """OUTPUT.training, the folder beside the output where a run keeps what it needs to go on.
 
     run.json          the options and facts of the run; written last, so that it means "prepared"
-    train.npy         the tokens to train on
-    validation.npy    the tokens to measure with
+    *.npy             what to train on and to measure with: tokens, or pictures and their captions' tokens
     tokenizer/        the tokenizer's files, as they will stand in the output
-    checkpoints/      of transformers.Trainer; one that is written to its end has a complete.json
+    checkpoints/      one that is written to its end has a complete.json
+    samples/          of text-to-image: a grid of pictures every so often
     model/            the output while it is written
 
 The output itself appears by one rename, so that a run killed at any moment leaves none that is
@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from numpy.typing import NDArray
 FORMAT = 1
 COMPLETE = "complete.json"
 REPORT = "training.json"
-"""In the output: the options, the text and the results of the run that made it."""
+"""In the output: the options, the data and the results of the run that made it."""
+MODEL_FILES = ("config.json", "model_index.json")
+"""One of them makes a folder a model's: of transformers, of diffusers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,13 @@ class WorkFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where transformers.Trainer puts its checkpoints."""
+        """Where a run's checkpoints are, each as checkpoint-STEP."""
         return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Where a text-to-image run leaves its grids."""
+        return self.path / "samples"
 
     @property
     def model(self) -> Path:
@@ -115,12 +122,11 @@ class WorkFolder:
         self,
         record: dict[str, object],
         tokenizer_files: dict[str, bytes],
-        train: NDArray[np.uint32],  # [N]
-        validation: NDArray[np.uint32],  # [M]
+        arrays: Mapping[str, NDArray[Any]],
     ) -> None:
-        """Keep what was read, so that a resumed run trains on the very same tokens."""
-        np.save(self.path / "train.npy", train)
-        np.save(self.path / "validation.npy", validation)
+        """Keep what was read, so that a resumed run trains on the very same data."""
+        for name, array in arrays.items():
+            np.save(self.path / f"{name}.npy", array)
         folder = self.path / "tokenizer"
         folder.mkdir(exist_ok=True)
         for name, data in tokenizer_files.items():
@@ -141,9 +147,10 @@ class WorkFolder:
             )
         return record
 
-    def read_tokens(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """The tokens to train on and those to measure with, mapped rather than read."""
-        return np.load(self.path / "train.npy", mmap_mode="r"), np.load(self.path / "validation.npy")
+    def read_array(self, name: str) -> NDArray[Any]:
+        """An array of the preparation, mapped rather than read."""
+        array: NDArray[Any] = np.load(self.path / f"{name}.npy", mmap_mode="r")
+        return array
 
     def complete_checkpoint(self, step: int, seconds: float) -> None:
         """Declare a checkpoint written to its end."""
@@ -162,12 +169,20 @@ class WorkFolder:
         complete = [file.parent for file in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
         if not complete:
             return None
-        path = max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))
+        path = max(complete, key=step_of)
         return Checkpoint(path, json.loads((path / COMPLETE).read_text(encoding="utf-8"))["seconds"])
 
+    def drop_old_checkpoints(self, kept: int) -> None:
+        """Delete all but the newest checkpoints."""
+        for folder in sorted(self.checkpoints.glob("checkpoint-*"), key=step_of)[:-kept]:
+            shutil.rmtree(folder)
+
+    def copy_tokenizer(self, folder: Path) -> None:
+        """Put the tokenizer's files into a folder of the model, or into the model's own."""
+        shutil.copytree(self.path / "tokenizer", folder, dirs_exist_ok=True)
+
     def write_report(self, report: dict[str, object]) -> None:
-        """Complete the model with its tokenizer and with how it was made."""
-        shutil.copytree(self.path / "tokenizer", self.model, dirs_exist_ok=True)
+        """Complete the model with how it was made."""
         _write_json(self.model / REPORT, {"format": FORMAT, **report})
 
     def publish(self) -> None:
@@ -181,8 +196,15 @@ class WorkFolder:
         self.discard()
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def _is_replaceable(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
+    if not folder.is_dir():
+        return False
+    return any((folder / name).is_file() for name in MODEL_FILES) or not any(folder.iterdir())
 
 
 def _write_json(file: Path, content: dict[str, object]) -> None:

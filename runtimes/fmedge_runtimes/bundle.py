@@ -81,6 +81,8 @@ class CacheFacts(_Record):
     """Positions that a query sees, itself included; None sees all."""
     rolling: bool
     """The buffer holds the window only: any capacity >= window, however long the text grows."""
+    quantization: Literal["int8"] | None = None
+    """int8: codes, whose scales (one for each head and channel) are in the graph; None: numbers of the cache's type."""
 
 
 class StateFacts(_Record):
@@ -114,6 +116,7 @@ class TextFacts(_Record):
     vocabulary: Positive
     """Size of the logits."""
     cache_dtype: Literal["float32", "float16"]
+    """Of keys and values that are not quantized, and of what the graph computes with."""
     caches: tuple[CacheFacts, ...]
     states: tuple[StateFacts, ...]
     eos_token_ids: tuple[Count, ...]
@@ -160,11 +163,12 @@ class ImageGolden(_Record):
 class Evidence(_Record):
     """One comparison of the bundle with its source.
 
-    Text: `weights` (which of a quantized source's codes it has), `graph`, `full`, `layout`. Images: `parts` (each graph
-    against its module), `image` (the pipeline's images against the source's).
+    Text: `weights` (which of a quantized source's codes it has), `graph`, `cache` (what a quantized cache does to the
+    output), `full`, `layout`. Images: `parts` (each graph against its module), `image` (the pipeline's images against
+    the source's).
     """
 
-    name: Literal["weights", "graph", "full", "layout", "parts", "image"]
+    name: Literal["weights", "graph", "cache", "full", "layout", "parts", "image"]
     what: str
     passed: bool
     figures: dict[str, float | int | str | bool]

@@ -34,6 +34,9 @@ _TINY = 1e-30
 _SLACK = 1e-4
 """So much beyond a bound a coarse look keeps tokens: well above the error of float32, and few tokens more."""
 
+_SURE = 1e-4
+"""Tokens at least this likely are looked at first; where they hold what top_p keeps, no others matter."""
+
 _LOWEST = np.finfo(np.float32).min
 
 _STRIDE = 256
@@ -123,12 +126,17 @@ def _coarse(scores: npt.NDArray[np.float32], sampling: Sampling) -> tuple[npt.ND
     if 0 < sampling.top_k < len(scores):
         return largest(scores, sampling.top_k), 0.0
     if sampling.top_p < 1.0:
-        weights = np.exp(_gaps(scores, sampling, np.float32))  # [V]
+        weights = _gaps(scores, sampling, np.float32)  # [V]
+        np.exp(weights, out=weights)
         total = float(weights.sum(dtype=np.float64))
-        # All weights below this together are less than what top_p leaves out.
-        floor = max((1.0 - sampling.top_p) * total / len(scores), sampling.min_p)
-        ids = np.flatnonzero(weights >= floor * (1.0 - _SLACK))  # [N]
-        return ids, max(total - float(weights[ids].sum(dtype=np.float64)), 0.0)
+        # Few tokens hold the mass if the model is sure; all weights below the second floor together are less than what
+        # top_p leaves out.
+        for floor in (total * _SURE, (1.0 - sampling.top_p) * total / len(scores)):
+            ids = np.flatnonzero(weights >= max(floor, sampling.min_p) * (1.0 - _SLACK))  # [N]
+            held = float(weights[ids].sum(dtype=np.float64))
+            if held >= sampling.top_p * total * (1.0 + _SLACK):
+                break
+        return ids, max(total - held, 0.0)
     if sampling.min_p > 0.0:
         reach = (math.log(sampling.min_p) - _SLACK) * _divisor(sampling)
         return np.flatnonzero(scores - scores.max() >= reach), 0.0

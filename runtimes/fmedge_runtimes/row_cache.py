@@ -87,9 +87,9 @@ def resident(tokens: int, length: int, window: int) -> int:
 
 def parts_of(facts: TextFacts, *, slack: bool) -> tuple[Part, ...]:
     """The buffers of a decoder; with `slack`, rolling ones are longer than their window, and are shifted less often."""
-    dtype: np.dtype[np.generic] = np.dtype(facts.cache_dtype)
     found = []
     for cache in facts.caches:
+        dtype: np.dtype[np.generic] = np.dtype(cache.quantization or facts.cache_dtype)
         window = cache.window if cache.rolling and cache.window is not None else 0
         length = window + (max(STEP, window // 8) if slack else 0) if window else None
         for name, size in (("key", cache.key_dim), ("value", cache.value_dim)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fmedge_converters.graph import DecoderGraph
+from fmedge_converters.passes.bfloat16 import compute_bfloat16_in_float32
 from fmedge_converters.passes.constant_folding import fold_constants
 from fmedge_converters.passes.linear import recognise_linears
 from fmedge_converters.passes.merged_projections import merge_projections
@@ -18,6 +19,7 @@ Pass = Callable[[DecoderGraph, int], int]
 
 ORT_PASSES: tuple[Pass, ...] = (
     fold_constants,
+    compute_bfloat16_in_float32,
     simplify_reshapes,
     fuse_rms_norms,
     fold_rotary_embeddings,

@@ -7,7 +7,7 @@ A word's weight moves its state away from (or toward) that of the empty prompt a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,6 @@ from fmedge_runtimes.pipelines.prompt_weights import pieces
 from fmedge_runtimes.tokenizer import Tokenizer
 
 Ids = npt.NDArray[np.int64]
-Finish = Callable[[Array], Array]
 ROWS = 16
 """Windows that go through the encoder together at most."""
 
@@ -57,7 +56,6 @@ class ClipText:
         positions = config.whole("max_position_embeddings", 77)
         self.length = min(settings.whole("model_max_length", positions), positions)
         self._masked = config.flag("use_attention_mask")
-        self._epsilon = config.number("layer_norm_eps", 1e-5)
         self._tokenizer = Tokenizer(parts.folder / tokenizer / "tokenizer.json")
         around = self._tokenizer.encode("")
         if len(around) != 2 or self.length <= 2:
@@ -102,12 +100,10 @@ class ClipText:
             )
         return found
 
-    def encode(
-        self, part: Part, prompts: Sequence[Windows], states: str, pooled: str | None, finish: Finish | None = None
-    ) -> list[Encoded]:
+    def encode(self, part: Part, prompts: Sequence[Windows], states: str, pooled: str | None) -> list[Encoded]:
         """Encode prompts, each different window once. `states` and `pooled` name the graph's outputs.
 
-        `finish` is put on all states [W, S, D] before weights are. Raises BackendError.
+        Raises BackendError.
         """
         every = np.concatenate([prompt.ids for prompt in prompts])  # [N, S]
         if any(prompt.weights is not None for prompt in prompts):
@@ -115,8 +111,6 @@ class ClipText:
         different, place = np.unique(every, axis=0, return_inverse=True)
         place = place.reshape(-1)
         found, pools = self._run(part, different, states, pooled)
-        if finish is not None:
-            found = finish(found)
         empty = found[place[-1]]  # [S, D]; only used if there are weights
         encoded, start = [], 0
         for prompt in prompts:
@@ -143,28 +137,6 @@ class ClipText:
         ends = (ids[:, 1:] == self._end).argmax(axis=1) + 1  # [N]
         mask: Ids = (np.arange(ids.shape[1]) <= ends[:, None]).astype(np.int64)
         return mask
-
-    def final_norm(self, part: Part, prompts: Sequence[Windows]) -> Finish:
-        """The layer norm behind the last layer, which inner states must go through in Stable Diffusion.
-
-        No output of the graph is an inner state behind it, but input and output of the norm are both there: scale and
-        shift of each channel are the line through what they are at every token.
-        """
-        outputs = part.run(self._feeds(part, np.concatenate([prompt.ids for prompt in prompts])[:ROWS]))
-        before = part.output(f"hidden_states.{self.layers}", outputs)
-        after = part.output("last_hidden_state", outputs)
-        normal, wanted = (values.reshape(-1, values.shape[-1]) for values in (self._normal(before), after))  # [N, D]
-        center, middle = normal.mean(axis=0), wanted.mean(axis=0, dtype=np.float64)
-        spread = normal - center
-        scale = (spread * (wanted - middle)).sum(axis=0) / np.square(spread).sum(axis=0)  # [D]
-        shift = middle - scale * center
-        return lambda states: (self._normal(states) * scale + shift).astype(np.float32)
-
-    def _normal(self, states: Array) -> npt.NDArray[np.float64]:
-        wide: npt.NDArray[np.float64] = states.astype(np.float64)
-        wide -= wide.mean(axis=-1, keepdims=True)
-        wide /= np.sqrt(np.square(wide).mean(axis=-1, keepdims=True) + self._epsilon)
-        return wide
 
     def _feeds(self, part: Part, ids: Ids) -> dict[str, Ids]:
         if "attention_mask" not in part.inputs:

@@ -36,10 +36,10 @@ class _Texts:
         positive = [pair.positive[0] for pair in pairs.values()]
         negative = [pair.negative[0] for pair in pairs.values() if pair.negative is not None]
         skip = order.options.clip_skip
-        states = f"hidden_states.{self._text.layers - skip}" if skip else "last_hidden_state"
+        # Inner states go through the norm that stands behind the last layer.
+        states = f"normed_hidden_states.{self._text.layers - skip}" if skip else "last_hidden_state"
         with self._parts.use(self._text.name) as part:
-            finish = self._text.final_norm(part, positive) if skip else None
-            toward = self._text.encode(part, positive, states, None, finish)
+            toward = self._text.encode(part, positive, states, None)
             # Layers are skipped for the prompt only, as in diffusers.
             away = self._text.encode(part, negative, "last_hidden_state", None) if negative else []
         halves: list[dict[str, Array]] = [{STATES: one.states} for one in toward]
