@@ -267,7 +267,9 @@ def test_pixart_with_another_scheduler(pixart: Opened, name: str) -> None:
     saved = diffusers.DPMSolverMultistepScheduler.from_pretrained(pixart.folder / "scheduler")
     parts["scheduler"] = getattr(diffusers, kind).from_config(saved.config)
     theirs = quiet(type(pixart.pipeline)(**parts))
-    check(pixart, Diffusion(steps=4, guidance=4.5, seed=3, scheduler=name, **SIZE), PROMPTS[:1], theirs, **PLAIN)
+    options = Diffusion(steps=4, guidance=4.5, seed=3, scheduler=name, **SIZE)
+    # At the first step the clean sample is noise times 160, before it is clipped: diffusers' batches differ by 1e-4.
+    check(pixart, options, PROMPTS[:1], theirs, bound=1e-3, **PLAIN)
 
 
 @pytest.mark.parametrize(
