@@ -1,7 +1,7 @@
 """Bundles of Stable Diffusion in optimum-onnx, which needs an older transformers: a Python of its own.
 
-    python -m venv E && E/bin/pip install optimum-onnx[onnxruntime]==0.1.0 diffusers==0.35.2
-    FMEDGE_OPTIMUM_PYTHON=E/bin/python python -m pytest tests/test_image_interop.py
+python -m venv E && E/bin/pip install optimum-onnx[onnxruntime]==0.1.0 diffusers==0.35.2
+FMEDGE_OPTIMUM_PYTHON=E/bin/python python -m pytest tests/test_image_interop.py
 """
 
 from __future__ import annotations
