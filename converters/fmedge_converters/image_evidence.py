@@ -103,7 +103,7 @@ def _obstacle(kind: type[Any] | None) -> str | None:
     needed = {"prompt", "num_inference_steps", "guidance_scale", "generator", "height", "width"}
     if not needed <= set(parameters):
         return f"is called in a way of its own ({', '.join(sorted(needed - set(parameters)))} are no arguments)"
-    if ("image" in parameters and "strength" in parameters) or "mask_image" in parameters:
+    if "image" in parameters:
         return "starts from images"
     if any(name.startswith("prior_") for name in parameters):
         return "has several stages with steps of their own"
