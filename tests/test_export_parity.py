@@ -78,6 +78,14 @@ def test_checkpoints_as_people_have_them(dtype: torch.dtype, changes: dict[str, 
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_heads_of_a_size_that_the_operator_lacks(interleaved: bool, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 48, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 12}
+    folder = make_model(tmp_path / "model", "cohere2" if interleaved else "llama", **sizes)
+    check(folder, tmp_path)
+
+
+@pytest.mark.medium
 def test_prompts_longer_than_a_prefill_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fmedge_runtimes.decoder.PREFILL_CHUNK", 16)
     check(make_model(tmp_path / "model", "mistral", sliding_window=8), tmp_path)

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import inspect
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -213,8 +214,8 @@ def _look(model: PreTrainedModel, dialect: Dialect, context: int, before: Plain 
     for layer in sorted(seen.attended.keys() | seen.appended.keys()):
         cache = seen.appended[layer] if layer in bypassing else seen.attended[layer]
         if layer not in bypassing | seen.masked:
-            size = max(cache.key_dim, cache.value_dim)
-            if dialect.one_head_size:
+            if (multiple := dialect.head_size_multiple) is not None:
+                size = math.ceil(max(cache.key_dim, cache.value_dim) / multiple) * multiple
                 cache = replace(cache, key_dim=size, value_dim=size)
             cache = replace(cache, rolling=cache.window is not None and cache.window < context)
         else:
