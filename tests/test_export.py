@@ -209,6 +209,31 @@ def test_refusals_of_folders(llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("hidden_size", "64", "expected int, got str"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+        ("num_hidden_layers", 1, r"holds model\.layers\.1, but config\.json asks for 1"),
+        ("num_hidden_layers", 9, "lacks 63 of the model's 84 tensors"),
+        ("num_key_value_heads", 3, r"k_proj\.weight has shape"),
+        ("rope_parameters", {"rope_type": "no-such", "rope_theta": 1e4}, "KeyError: 'no-such'"),
+        ("hidden_act", "no-such", "no-such"),
+    ],
+)
+def test_damaged_configurations(
+    field: str, value: object, words: str, llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(llama, tmp_path)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(SourceError, match=words) as raised:
+        export(options(folder, tmp_path))
+    assert "\n" not in str(raised.value)
+    assert capfd.readouterr().err == ""
+    assert leftovers(tmp_path) == []
+
+
 @pytest.mark.parametrize("model_type", ["axk2", "xlnet"])
 def test_a_past_that_fmedge_cannot_carry_is_refused(model_type: str, tmp_path: Path) -> None:
     from architectures import evaluate

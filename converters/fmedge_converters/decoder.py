@@ -37,6 +37,7 @@ from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.example_step import SIZES, example_step
 from fmedge_converters.experts import IMPLEMENTATION as EXPERTS
 from fmedge_converters.fakes import fake_parameters, is_fake, name_axes, reason
+from fmedge_converters.first_line import first_line
 from fmedge_converters.kernels import recurrent_kernels
 from fmedge_converters.large_tensors import LargeOnMeta
 from fmedge_converters.own_past import OwnPast, Plain, find_own_past, plain_tensors, require_states
@@ -93,7 +94,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             if model._can_set_experts_implementation():
                 model.set_experts_implementation(EXPERTS)
     except Exception as error:  # each architecture has its own ways to refuse
-        raise SourceError(f"transformers cannot build {config.model_type}: {error}") from error
+        raise SourceError(f"transformers cannot build {config.model_type}: {first_line(error)}") from error
     # init_empty_weights makes a new parameter of every assignment, which unties those that were tied.
     model.tie_weights()
     return model.eval()

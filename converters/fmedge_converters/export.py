@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from fmedge_runtimes.bundle import (
     FORMAT,
     Bundle,
@@ -36,7 +37,7 @@ from transformers import GenerationConfig
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder
 from fmedge_converters.checkpoint import Checkpoint
-from fmedge_converters.decoder import quiet_libraries, text_config
+from fmedge_converters.decoder import empty_model, quiet_libraries, text_config
 from fmedge_converters.evidence import (
     PROMPTS,
     TEXT_TOKENS,
@@ -51,6 +52,7 @@ from fmedge_converters.evidence import (
 from fmedge_converters.export_checks import check_block_size, check_disk, check_output, graph_facts, judge, made_by
 from fmedge_converters.export_options import LONGEST_DEFAULT, ExportOptions
 from fmedge_converters.int8_cache import CALIBRATION_TOKENS, quantize_cache
+from fmedge_converters.first_line import first_line
 from fmedge_converters.layouts import find_layout
 from fmedge_converters.layouts.layout import Finished, Layout
 from fmedge_converters.output_folder import flush, sweep, written_aside
@@ -102,7 +104,7 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     check_cache(target, options.cache)
     layout = find_layout(target, options.layout)
     source = open_source(options.source, options.revision, adapter=options.adapter, allow_pickle=options.allow_pickle)
-    parameters = _parameters(source)
+    parameters = _require_weights(source)
     context = _context(source, options)
     check_block_size(scheme, options)
     check_disk(options.output, parameters, scheme.bits)
@@ -170,13 +172,33 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
 
 
 def _parameters(source: Source) -> int:
+def _check_output(options: ExportOptions) -> None:
+    output = options.output
+    if not output.exists() and not output.is_symlink():
+        return
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if not options.force:
+        raise ExportError(f"{output} exists; choose another folder, or --force to replace a bundle.")
+    if not (output / MANIFEST).is_file():
+        raise ExportError(f"{output} exists and is not a bundle; --force replaces bundles only.")
+
+
+def _require_weights(source: Source) -> int:
+    """The number of parameters, if the checkpoint has them all; read from names and shapes, before anything is traced.
+
+    Raises SourceError.
+    """
     with Checkpoint(source.files, np.dtype(np.float32)) as checkpoint:
+        checkpoint.weights(empty_model(source.config, torch.float32))
         return checkpoint.parameters
 
 
 def _context(source: Source, options: ExportOptions) -> int:
     text = text_config(source.config)
     longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if longest is not None and longest < 1:
+        longest = None  # how some say that there is no limit
     if options.context is None:
         # A model that states no limit has none: its positions are relative, or it has a state instead.
         return LONGEST_DEFAULT if longest is None else min(int(longest), LONGEST_DEFAULT)
@@ -255,7 +277,8 @@ def _generation_config(source: Source, folder: Path) -> GenerationConfig:
         with quiet_libraries():
             generation = GenerationConfig.from_pretrained(source.folder)
     except Exception as error:
-        raise SourceError(f"{source.folder / GENERATION_CONFIG}: transformers cannot read it: {error}") from error
+        path = source.folder / GENERATION_CONFIG
+        raise SourceError(f"{path}: transformers cannot read it: {first_line(error)}") from error
     shutil.copyfile(source.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
     return generation
 

@@ -16,6 +16,7 @@ from fmedge_runtimes.errors import SourceError
 from transformers import AutoTokenizer
 
 from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.first_line import first_line
 from fmedge_converters.gguf_config import has_tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -63,8 +64,7 @@ def write_tokenizer(source: Path, output: Path, gguf: Path | None) -> TokenizerF
         with quiet_libraries():
             tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SourceError(f"{source}: transformers cannot load the tokenizer: {first}") from error
+        raise SourceError(f"{source}: transformers cannot load the tokenizer: {first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise SourceError(
             f"{source}: its tokenizer ({type(tokenizer).__name__}) exists in Python only; the runtime needs a "

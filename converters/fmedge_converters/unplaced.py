@@ -1,8 +1,8 @@
 """Tensors of a checkpoint that the model of its config.json has no place for.
 
 Most of them are harmless, and transformers leaves them out with a warning: buffers of older versions, heads of other
-tasks, layers that predict further tokens. Some are a part of what the checkpoint computes, and without them the model is
-another one: a bias, a scale or an adapter of a matrix that the model has, or layers beyond those of config.json.
+tasks, layers that predict further tokens. Some are a part of what the checkpoint computes, and the model is another one
+without them: a bias, a scale or an adapter of a matrix that the model has, or layers beyond those of config.json.
 """
 
 from __future__ import annotations
