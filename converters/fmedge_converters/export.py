@@ -30,8 +30,9 @@ from fmedge_runtimes.bundle import (
     write_manifest,
 )
 from fmedge_runtimes.decoder import Decoder
-from fmedge_runtimes.errors import ExportError, SourceError
+from fmedge_runtimes.errors import ExportError, RequestError, SourceError
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
+from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.tokenizer import Tokenizer
 from transformers import GenerationConfig
 
@@ -51,8 +52,8 @@ from fmedge_converters.evidence import (
 )
 from fmedge_converters.export_checks import check_block_size, check_disk, check_output, graph_facts, judge, made_by
 from fmedge_converters.export_options import LONGEST_DEFAULT, ExportOptions
-from fmedge_converters.int8_cache import CALIBRATION_TOKENS, quantize_cache
 from fmedge_converters.first_line import first_line
+from fmedge_converters.int8_cache import CALIBRATION_TOKENS, quantize_cache
 from fmedge_converters.layouts import find_layout
 from fmedge_converters.layouts.layout import Finished, Layout
 from fmedge_converters.output_folder import flush, sweep, written_aside
@@ -171,19 +172,6 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     return open_bundle(options.output, checksums=False)
 
 
-def _parameters(source: Source) -> int:
-def _check_output(options: ExportOptions) -> None:
-    output = options.output
-    if not output.exists() and not output.is_symlink():
-        return
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if not options.force:
-        raise ExportError(f"{output} exists; choose another folder, or --force to replace a bundle.")
-    if not (output / MANIFEST).is_file():
-        raise ExportError(f"{output} exists and is not a bundle; --force replaces bundles only.")
-
-
 def _require_weights(source: Source) -> int:
     """The number of parameters, if the checkpoint has them all; read from names and shapes, before anything is traced.
 
@@ -253,6 +241,8 @@ def _text_facts(
     if eos is None and tokenizer is not None:
         eos = tokenizer.eos_token_id
     ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    if not all(isinstance(token, int) for token in ids):
+        raise SourceError(f"{source.id}: eos_token_id is {eos!r}; it must be a token id, or a list of them.")
     # Added tokens may lie beyond the model (an image's place in a text model); a prompt with one is refused.
     if tokenizer is not None and tokenizer.base_size > built.vocabulary:
         raise SourceError(
@@ -265,7 +255,7 @@ def _text_facts(
             "special_tokens": tokenizer.special_tokens if tokenizer else {},
             "tokenizer": tokenizer.tokenizer if tokenizer else None,
             "chat_template": tokenizer.chat_template if tokenizer else None,
-            "sampling": _sampling(generation),
+            "sampling": _sampling(source, generation),
         }
     )
 
@@ -283,8 +273,18 @@ def _generation_config(source: Source, folder: Path) -> GenerationConfig:
     return generation
 
 
-def _sampling(generation: GenerationConfig) -> SamplingFacts:
-    """The recommended sampling; what transformers leaves unsaid counts as its own default."""
+def _sampling(source: Source, generation: GenerationConfig) -> SamplingFacts:
+    """The recommended sampling. Raises SourceError when the runtime would refuse it in every request."""
+    try:
+        facts = _recommended(generation)
+        Sampling(**facts.model_dump())
+    except (RequestError, TypeError, ValueError) as error:
+        raise SourceError(f"{source.folder / GENERATION_CONFIG}: {first_line(error)}") from error
+    return facts
+
+
+def _recommended(generation: GenerationConfig) -> SamplingFacts:
+    """What transformers leaves unsaid counts as its own default."""
     penalty = float(generation.repetition_penalty or 1.0)
     if not generation.do_sample:
         return SamplingFacts(repetition_penalty=penalty)
