@@ -284,6 +284,18 @@ def test_values_that_fp16_cannot_hold(folder: Path, skeleton: PreTrainedModel) -
                 weight.array()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers(value: float, folder: Path, skeleton: PreTrainedModel) -> None:
+    tensors = load_file(folder / SINGLE)
+    tensors[NAME][3, 4] = value
+    save_file(tensors, folder / SINGLE)
+    with (
+        Checkpoint(Files(folder), np.dtype(np.float32)) as checkpoint,
+        pytest.raises(SourceError, match=rf"{NAME} has values that are not finite.*damaged"),
+    ):
+        checkpoint.weights(skeleton)[NAME].array()
+
+
 @pytest.mark.parametrize("allow_pickle", [False, True])
 def test_pickles_of_a_hub_are_fetched_only_when_allowed(
     allow_pickle: bool, folder: Path, monkeypatch: pytest.MonkeyPatch

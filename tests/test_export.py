@@ -209,6 +209,67 @@ def test_refusals_of_folders(llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("hidden_size", "64", "expected int, got str"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+        ("num_hidden_layers", 1, r"holds model\.layers\.1, but config\.json asks for 1"),
+        ("num_hidden_layers", 9, "lacks 63 of the model's 84 tensors"),
+        ("num_key_value_heads", 3, r"k_proj\.weight has shape"),
+        ("rope_parameters", {"rope_type": "no-such", "rope_theta": 1e4}, "KeyError: 'no-such'"),
+        ("hidden_act", "no-such", "no-such"),
+    ],
+)
+def test_damaged_configurations(
+    field: str, value: object, words: str, llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(llama, tmp_path)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(SourceError, match=words) as raised:
+        export(options(folder, tmp_path))
+    assert "\n" not in str(raised.value)
+    assert capfd.readouterr().err == ""
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.usefixtures("traced_once")
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("generation_config.json", '{"do_sample": true, "temperature": "hot"}', "could not convert string to float"),
+        ("generation_config.json", '{"do_sample": true, "temperature": -1}', "temperature is -1"),
+        ("generation_config.json", '{"repetition_penalty": -3}', "repetition_penalty is -3"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x'"),
+        ("generation_config.json", '{"eos_token_id": 1.5}', r"eos_token_id is 1\.5"),
+        ("chat_template.jinja", "{% for %}", "the chat template has a syntax error in line 1"),
+        ("tokenizer.json", "{}", "cannot load the tokenizer: KeyError: 'added_tokens'"),
+    ],
+)
+def test_damaged_files_beside_the_weights(name: str, content: str, words: str, llama: Path, tmp_path: Path) -> None:
+    folder = copied(llama, tmp_path)
+    (folder / name).write_text(content)
+    with pytest.raises(SourceError, match=words) as raised:
+        export(options(folder, tmp_path))
+    assert "\n" not in str(raised.value)
+    assert leftovers(tmp_path) == []
+
+
+def test_outputs_that_cannot_be(llama: Path, bundle: Path, tmp_path: Path) -> None:
+    kept = Path(shutil.copytree(bundle, tmp_path / "kept"))
+    folder = Path(shutil.copytree(llama, kept / "source"))
+    for output, source, words in (
+        (tmp_path / ("x" * 300), llama, "File name too long"),
+        (tmp_path / "new" / "..", llama, "give its own name"),
+        (kept, folder, "lies in .*which --force would replace"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            export(ExportOptions(str(source), output, verify="none", force=output == kept))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (folder / "config.json").is_file()
+
+
 @pytest.mark.parametrize("model_type", ["axk2", "xlnet"])
 def test_a_past_that_fmedge_cannot_carry_is_refused(model_type: str, tmp_path: Path) -> None:
     from architectures import evaluate

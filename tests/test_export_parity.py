@@ -78,6 +78,12 @@ def test_checkpoints_as_people_have_them(dtype: torch.dtype, changes: dict[str, 
 
 
 @pytest.mark.medium
+def test_heads_of_a_size_that_the_operator_lacks(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "mistral", head_dim=12, num_key_value_heads=1, sliding_window=16)
+    check(folder, tmp_path)
+
+
+@pytest.mark.medium
 def test_prompts_longer_than_a_prefill_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fmedge_runtimes.decoder.PREFILL_CHUNK", 16)
     check(make_model(tmp_path / "model", "mistral", sliding_window=8), tmp_path)

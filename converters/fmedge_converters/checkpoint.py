@@ -27,6 +27,7 @@ from fmedge_converters.formats import find_format
 from fmedge_converters.formats.gguf import METHOD
 from fmedge_converters.formats.plain import FLOATS, INTEGERS, PLAIN
 from fmedge_converters.stored import Storage
+from fmedge_converters.unplaced import require_no_part
 from fmedge_converters.weight import Array, Weight, equal
 from fmedge_converters.wrapper import Wrapper
 
@@ -101,7 +102,7 @@ class Checkpoint:
         """The weight of every parameter of `model` (whose own tensors may be fake or on the meta device).
 
         Raises SourceError: a parameter is missing, a shape differs, a storage type is not supported. Reading a weight
-        raises it when fp16 cannot hold its values.
+        raises it when it has values that are not finite, or that fp16 cannot hold.
         """
         wanted = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -109,7 +110,11 @@ class Checkpoint:
         if self._adapter is not None:
             changes = self._in_decoder(self._adapter.changes(model, self.dtype))
             tensors = self._adapter.applied({name: changes[name] for name in set(changes) - set(wanted)}, tensors)
-        found = self._converted(tensors, model)
+        unplaced: dict[str, Weight] = {}
+        found = self._converted(tensors, model, unplaced=unplaced)
+        whole = model if self._wrapper is None else self._wrapper.model
+        placed = found if self._wrapper is None else [self._wrapper.names[name] for name in found]
+        require_no_part(unplaced, placed, whole, self.folder, explained=self._format is not PLAIN)
         self._check_tied(found, tied)
         # An adapter that changes one of two tied weights has untied them; its base holds them once.
         _share(found, tied if self._adapter is None else {**(getattr(model, "_tied_weights_keys", None) or {}), **tied})
@@ -131,7 +136,9 @@ class Checkpoint:
                     f"{self.folder}: {name} is stored as {found[name].dtype}, which is no floating type, and "
                     "config.json names no quantization that would explain it; export the model's original checkpoint."
                 )
-        return {name: self._finite(name, found[name]) for name in wanted}
+        # One weight for both names of a tied one, so that it is written once without a comparison.
+        checked = {id(found[name]): self._finite(name, found[name]) for name in wanted}
+        return {name: checked[id(found[name])] for name in wanted}
 
     def _named(self, tensors: Mapping[str, Weight], model: PreTrainedModel) -> Mapping[str, Weight]:
         """The tensors by the names that they have in transformers' checkpoints."""
@@ -152,14 +159,18 @@ class Checkpoint:
         return {name: torch.from_numpy(weight.array()).to(buffers[name].dtype) for name, weight in found.items()}
 
     def _converted(
-        self, tensors: Mapping[str, Weight], model: PreTrainedModel, names: Collection[str] | None = None
+        self,
+        tensors: Mapping[str, Weight],
+        model: PreTrainedModel,
+        names: Collection[str] | None = None,
+        unplaced: dict[str, Weight] | None = None,
     ) -> dict[str, Weight]:
         if not isinstance(model, PreTrainedModel):
             return _of_diffusers(tensors, model, names)
         if self._wrapper is None:
-            return converted(tensors, model, names)
+            return converted(tensors, model, names, unplaced=unplaced)
         asked = {other: name for name, other in self._wrapper.names.items() if names is None or name in names}
-        whole = converted(tensors, self._wrapper.model, asked)
+        whole = converted(tensors, self._wrapper.model, asked, unplaced=unplaced)
         return {asked[other]: weight for other, weight in whole.items()}
 
     def _in_decoder(self, changes: dict[str, list[Change]]) -> dict[str, list[Change]]:
@@ -187,17 +198,19 @@ class Checkpoint:
             )
 
     def _finite(self, name: str, weight: Weight) -> Weight:
-        """The weight, which refuses to be read if fp16 does not hold it."""
-        if self.dtype != np.float16:
-            return weight
+        """The weight, which refuses to be read if it holds what is no number."""
+        if self.dtype == np.float16:
+            reason = (
+                "or beyond fp16's range (65504); this model cannot run in fp16: export it for a target that computes "
+                "in fp32 (cpu)."
+            )
+        else:
+            reason = "so no output of the model means anything; the checkpoint is damaged: download or copy it again."
 
         def read(start: int, stop: int) -> Array:
             array = weight.read(start, stop)
             if not np.isfinite(array).all():
-                raise SourceError(
-                    f"{self.folder}: {name} has values that are not finite, or beyond fp16's range (65504); this model "
-                    "cannot run in fp16: export it for a target that computes in fp32 (cpu)."
-                )
+                raise SourceError(f"{self.folder}: {name} has values that are not finite, {reason}")
             return array
 
         return replace(weight, read=read)

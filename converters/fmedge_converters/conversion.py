@@ -32,11 +32,12 @@ def converted(
     model: PreTrainedModel,
     names: Collection[str] | None = None,
     transforms: Sequence[WeightTransform] | None = None,
+    unplaced: dict[str, Weight] | None = None,
 ) -> dict[str, Weight]:
     """The weights of a model's parameters and persistent buffers, as far as the checkpoint's tensors make them up.
 
     `names` asks for some of them only; `transforms` take the place of the model's own rules. Tensors that the model
-    does not know are left out, as by transformers.
+    does not know are left out, as by transformers; `unplaced` gets them, by the names that they would have in it.
     Raises SourceError: tensors that cannot be merged, two different tensors for the same parameter.
     """
     transforms = get_model_conversion_mapping(model) if transforms is None else transforms
@@ -51,7 +52,11 @@ def converted(
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if target not in known and name in known:
             target, pattern = rename_source_key(name, [], [], model.base_model_prefix, known)
-        if target not in known or (names is not None and target not in names):
+        if target not in known:
+            if unplaced is not None:
+                unplaced[target] = tensors[name]
+            continue
+        if names is not None and target not in names:
             continue
         if tensors[name].dtype == UNREADABLE:
             tensors[name].read(0, 0)  # says what is wrong

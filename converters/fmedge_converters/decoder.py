@@ -15,6 +15,7 @@ import contextlib
 import copy
 import inspect
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.example_step import SIZES, example_step
 from fmedge_converters.experts import IMPLEMENTATION as EXPERTS
 from fmedge_converters.fakes import fake_parameters, is_fake, name_axes, reason
+from fmedge_converters.first_line import first_line
 from fmedge_converters.kernels import recurrent_kernels
 from fmedge_converters.large_tensors import LargeOnMeta
 from fmedge_converters.own_past import OwnPast, Plain, find_own_past, plain_tensors, require_states
@@ -92,7 +94,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             if model._can_set_experts_implementation():
                 model.set_experts_implementation(EXPERTS)
     except Exception as error:  # each architecture has its own ways to refuse
-        raise SourceError(f"transformers cannot build {config.model_type}: {error}") from error
+        raise SourceError(f"transformers cannot build {config.model_type}: {first_line(error)}") from error
     # init_empty_weights makes a new parameter of every assignment, which unties those that were tied.
     model.tie_weights()
     return model.eval()
@@ -213,8 +215,8 @@ def _look(model: PreTrainedModel, dialect: Dialect, context: int, before: Plain 
     for layer in sorted(seen.attended.keys() | seen.appended.keys()):
         cache = seen.appended[layer] if layer in bypassing else seen.attended[layer]
         if layer not in bypassing | seen.masked:
-            size = max(cache.key_dim, cache.value_dim)
-            if dialect.one_head_size:
+            if (multiple := dialect.head_size_multiple) is not None:
+                size = math.ceil(max(cache.key_dim, cache.value_dim) / multiple) * multiple
                 cache = replace(cache, key_dim=size, value_dim=size)
             cache = replace(cache, rolling=cache.window is not None and cache.window < context)
         else:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from fmedge_runtimes.bundle import (
     FORMAT,
     Bundle,
@@ -29,14 +30,15 @@ from fmedge_runtimes.bundle import (
     write_manifest,
 )
 from fmedge_runtimes.decoder import Decoder
-from fmedge_runtimes.errors import ExportError, SourceError
+from fmedge_runtimes.errors import ExportError, RequestError, SourceError
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
+from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.tokenizer import Tokenizer
 from transformers import GenerationConfig
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder
 from fmedge_converters.checkpoint import Checkpoint
-from fmedge_converters.decoder import quiet_libraries, text_config
+from fmedge_converters.decoder import empty_model, quiet_libraries, text_config
 from fmedge_converters.evidence import (
     PROMPTS,
     TEXT_TOKENS,
@@ -50,6 +52,7 @@ from fmedge_converters.evidence import (
 )
 from fmedge_converters.export_checks import check_block_size, check_disk, check_output, graph_facts, judge, made_by
 from fmedge_converters.export_options import LONGEST_DEFAULT, ExportOptions
+from fmedge_converters.first_line import first_line
 from fmedge_converters.int8_cache import CALIBRATION_TOKENS, quantize_cache
 from fmedge_converters.layouts import find_layout
 from fmedge_converters.layouts.layout import Finished, Layout
@@ -102,7 +105,7 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     check_cache(target, options.cache)
     layout = find_layout(target, options.layout)
     source = open_source(options.source, options.revision, adapter=options.adapter, allow_pickle=options.allow_pickle)
-    parameters = _parameters(source)
+    parameters = _require_weights(source)
     context = _context(source, options)
     check_block_size(scheme, options)
     check_disk(options.output, parameters, scheme.bits)
@@ -169,14 +172,21 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     return open_bundle(options.output, checksums=False)
 
 
-def _parameters(source: Source) -> int:
+def _require_weights(source: Source) -> int:
+    """The number of parameters, if the checkpoint has them all; read from names and shapes, before anything is traced.
+
+    Raises SourceError.
+    """
     with Checkpoint(source.files, np.dtype(np.float32)) as checkpoint:
+        checkpoint.weights(empty_model(source.config, torch.float32))
         return checkpoint.parameters
 
 
 def _context(source: Source, options: ExportOptions) -> int:
     text = text_config(source.config)
     longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if longest is not None and longest < 1:
+        longest = None  # how some say that there is no limit
     if options.context is None:
         # A model that states no limit has none: its positions are relative, or it has a state instead.
         return LONGEST_DEFAULT if longest is None else min(int(longest), LONGEST_DEFAULT)
@@ -231,6 +241,8 @@ def _text_facts(
     if eos is None and tokenizer is not None:
         eos = tokenizer.eos_token_id
     ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    if not all(isinstance(token, int) for token in ids):
+        raise SourceError(f"{source.id}: eos_token_id is {eos!r}; it must be a token id, or a list of them.")
     # Added tokens may lie beyond the model (an image's place in a text model); a prompt with one is refused.
     if tokenizer is not None and tokenizer.base_size > built.vocabulary:
         raise SourceError(
@@ -243,7 +255,7 @@ def _text_facts(
             "special_tokens": tokenizer.special_tokens if tokenizer else {},
             "tokenizer": tokenizer.tokenizer if tokenizer else None,
             "chat_template": tokenizer.chat_template if tokenizer else None,
-            "sampling": _sampling(generation),
+            "sampling": _sampling(source, generation),
         }
     )
 
@@ -255,13 +267,24 @@ def _generation_config(source: Source, folder: Path) -> GenerationConfig:
         with quiet_libraries():
             generation = GenerationConfig.from_pretrained(source.folder)
     except Exception as error:
-        raise SourceError(f"{source.folder / GENERATION_CONFIG}: transformers cannot read it: {error}") from error
+        path = source.folder / GENERATION_CONFIG
+        raise SourceError(f"{path}: transformers cannot read it: {first_line(error)}") from error
     shutil.copyfile(source.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
     return generation
 
 
-def _sampling(generation: GenerationConfig) -> SamplingFacts:
-    """The recommended sampling; what transformers leaves unsaid counts as its own default."""
+def _sampling(source: Source, generation: GenerationConfig) -> SamplingFacts:
+    """The recommended sampling. Raises SourceError when the runtime would refuse it in every request."""
+    try:
+        facts = _recommended(generation)
+        Sampling(**facts.model_dump())
+    except (RequestError, TypeError, ValueError) as error:
+        raise SourceError(f"{source.folder / GENERATION_CONFIG}: {first_line(error)}") from error
+    return facts
+
+
+def _recommended(generation: GenerationConfig) -> SamplingFacts:
+    """What transformers leaves unsaid counts as its own default."""
     penalty = float(generation.repetition_penalty or 1.0)
     if not generation.do_sample:
         return SamplingFacts(repetition_penalty=penalty)

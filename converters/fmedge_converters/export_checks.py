@@ -18,9 +18,15 @@ from fmedge_converters.schemes.scheme import Scheme
 
 
 def check_output(options: ExportOptions) -> None:
-    """Raise ExportError when the output exists and may not be replaced."""
+    """Raise ExportError when the output cannot be made, or exists and may not be replaced."""
     output = options.output
-    if not output.exists() and not output.is_symlink():
+    if output.name == "..":
+        raise ExportError(f"{output} names its folder by another one; give its own name.")
+    try:
+        present = output.exists() or output.is_symlink()
+    except OSError as error:
+        raise ExportError(f"cannot write to {output}: {error.strerror}.") from error
+    if not present:
         return
     if output.is_dir() and not any(output.iterdir()):
         return
@@ -28,6 +34,9 @@ def check_output(options: ExportOptions) -> None:
         raise ExportError(f"{output} exists; choose another folder, or --force to replace a bundle.")
     if not (output / MANIFEST).is_file():
         raise ExportError(f"{output} exists and is not a bundle; --force replaces bundles only.")
+    for given in (options.source, options.adapter, options.text):
+        if given is not None and Path(given).expanduser().resolve().is_relative_to(output.resolve()):
+            raise ExportError(f"{given} lies in {output}, which --force would replace; choose another folder.")
 
 
 def check_block_size(scheme: Scheme, options: ExportOptions) -> None:

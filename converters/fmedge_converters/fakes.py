@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 import torch
 
+from fmedge_converters.first_line import first_line
+
 
 def fake_parameters(module: torch.nn.Module, dtype_of: Callable[[str, torch.nn.Parameter], torch.dtype]) -> None:
     """Replace parameters on the meta device by fake ones on the CPU, keeping those that are tied the same object.
@@ -32,10 +34,8 @@ def reason(error: BaseException) -> str:
     """The first line of what went wrong at the bottom; the exporter wraps it in advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    # A line that ends with a colon announces the next one.
-    count = 2 if lines and lines[0].endswith(":") else 1
-    return f"{type(error).__name__}: {' '.join(lines[:count])}"
+    name, message = type(error).__name__, first_line(error)
+    return message if message.startswith(name) else f"{name}: {message}"
 
 
 def name_axes(program: torch.onnx.ONNXProgram, inputs: Sequence[Sequence[str | int]]) -> None:

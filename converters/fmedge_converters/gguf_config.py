@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fmedge_converters.containers.gguf import ARCHITECTURE, SUFFIX, Header, read_header
 from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.first_line import first_line
 
 LICENCE = "general.license"
 TOKENIZER = "tokenizer.ggml.model"
@@ -45,10 +46,9 @@ def gguf_config(file: Path) -> PretrainedConfig:
         with quiet_libraries():
             config: PretrainedConfig = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # whatever transformers' loaders raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SourceError(
-            f"{file}: transformers cannot read the GGUF architecture {architecture} ({first}); export the model from "
-            "its safetensors checkpoint."
+            f"{file}: transformers cannot read the GGUF architecture {architecture} ({first_line(error)}); "
+            "export the model from its safetensors checkpoint."
         ) from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise SourceError(f"{file} ({config.model_type}) is not a causal language model; fmedge exports text decoders.")

@@ -17,6 +17,7 @@ from fmedge_runtimes.errors import SourceError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fmedge_converters.decoder import empty_model, quiet_libraries, text_config
+from fmedge_converters.first_line import first_line
 
 VOCABULARY = 512
 MLP = 512
@@ -128,7 +129,7 @@ def write_random_model(config: PretrainedConfig, folder: Path, seed: int) -> Pre
                 copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager"
             ).eval()
     except Exception as error:
-        raise SourceError(f"transformers cannot build a small {config.model_type}: {error}") from error
+        raise SourceError(f"transformers cannot build a small {config.model_type}: {first_line(error)}") from error
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fmedge_converters.checkpoint import Checkpoint
 from fmedge_converters.decoder import empty_model, quiet_libraries
+from fmedge_converters.first_line import first_line
 from fmedge_converters.pieces import NotLoadedError
 from fmedge_converters.rope import freeze_rope
 from fmedge_converters.source import Source
@@ -118,8 +119,7 @@ def load_model(folder: Path) -> PreTrainedModel:
                 folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             )
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SourceError(f"{folder}: transformers cannot load the model: {first}") from error
+        raise SourceError(f"{folder}: transformers cannot load the model: {first_line(error)}") from error
     return model.eval()
 
 

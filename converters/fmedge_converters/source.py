@@ -23,7 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fmedge_converters.adapter import CONFIG as ADAPTER_CONFIG
 from fmedge_converters.adapter import Adapter, read_adapter_config
 from fmedge_converters.checkpoint import Files
-from fmedge_converters.decoder import empty_model
+from fmedge_converters.decoder import empty_model, quiet_libraries
+from fmedge_converters.first_line import first_line
 from fmedge_converters.formats import find_format
 from fmedge_converters.gguf_config import gguf_config, gguf_file, gguf_licence
 from fmedge_converters.hub import SMALL_FILES, fetch
@@ -120,10 +121,13 @@ def open_source(
     facts = _gguf_facts(found.gguf) if found.gguf is not None else _folder_facts(folder)
     config = facts.config
     files = Files(folder, None if merged is None else merged.folder, allow_pickle, facts.wrapper, found.gguf)
-    if not isinstance(getattr(config.get_text_config(decoder=True), "num_hidden_layers", None), int):
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not isinstance(layers, int):
         raise SourceError(
             f"{source} ({config.model_type}) does not say how many layers it has; its parts are not one decoder."
         )
+    if layers < 1:
+        raise SourceError(f"{folder / 'config.json'}: num_hidden_layers is {layers}; a decoder has one layer or more.")
     if merged is not None:
         _untie(config, files)
     # The weights are read as plain numbers, whatever their form in the files.
@@ -247,10 +251,10 @@ def _decoder(folder: Path, raw: dict[str, Any]) -> tuple[PretrainedConfig, Wrapp
             "only architectures inside transformers can be exported."
         )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with quiet_libraries():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # configurations raise what they like, validation errors of their own included
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SourceError(f"{folder / 'config.json'}: transformers cannot read it: {first_line}") from error
+        raise SourceError(f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}") from error
     if config.get_text_config(decoder=True) is not config:
         return open_wrapper(config)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

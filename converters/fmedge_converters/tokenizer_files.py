@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from fmedge_runtimes.errors import SourceError
+from fmedge_runtimes.chat import ChatTemplate
+from fmedge_runtimes.errors import RequestError, SourceError
 from transformers import AutoTokenizer
 
 from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.first_line import first_line
 from fmedge_converters.gguf_config import has_tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -52,7 +54,8 @@ class TokenizerFacts:
 def write_tokenizer(source: Path, output: Path, gguf: Path | None) -> TokenizerFacts | None:
     """Write the tokenizer of a folder, or of a GGUF file in it, into a bundle; None if the source has no tokenizer.
 
-    Raises SourceError when the tokenizer has no fast form, or its fast form gives other ids.
+    Raises SourceError when the tokenizer has no fast form, or its fast form gives other ids, or its chat template is
+    no template.
     """
     if gguf is None and not any((source / name).is_file() for name in FILES):
         return None
@@ -63,8 +66,7 @@ def write_tokenizer(source: Path, output: Path, gguf: Path | None) -> TokenizerF
         with quiet_libraries():
             tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SourceError(f"{source}: transformers cannot load the tokenizer: {first}") from error
+        raise SourceError(f"{source}: transformers cannot load the tokenizer: {first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise SourceError(
             f"{source}: its tokenizer ({type(tokenizer).__name__}) exists in Python only; the runtime needs a "
@@ -81,10 +83,18 @@ def write_tokenizer(source: Path, output: Path, gguf: Path | None) -> TokenizerF
     if isinstance(template, dict):
         template = template.get("default")
     if template:
+        _check_template(source, template)
         (output / CHAT_TEMPLATE).write_text(template, "utf-8")
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     base = int(tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False))
     return TokenizerFacts(TOKENIZER, CHAT_TEMPLATE if template else None, special, base, tokenizer.eos_token_id)
+
+
+def _check_template(source: Path, template: str) -> None:
+    try:
+        _ = ChatTemplate(template).takes_tools
+    except RequestError as error:
+        raise SourceError(f"{source}: {error}") from error
 
 
 def compare_tokenizers(source: Path, reference: Any, plain: tokenizers.Tokenizer) -> None:  # noqa: ANN401 - transformers' own

@@ -16,6 +16,7 @@ import torch
 from fmedge_runtimes.errors import SourceError
 
 from fmedge_converters.containers.shards import add_tensors, indexed_files, refuse_pointer
+from fmedge_converters.first_line import first_line
 from fmedge_converters.stored import DTYPES, Container, StoredTensor
 
 SINGLE = "pytorch_model.bin"
@@ -72,9 +73,8 @@ def _load(file: Path) -> dict[object, object]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged pickle makes torch raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SourceError(
-            f"{file} is damaged or holds more than tensors, and code in it is never run ({first[:160]}); "
+            f"{file} is damaged or holds more than tensors, and code in it is never run ({first_line(error)[:160]}); "
             f"copy it again, or {CONVERT}."
         ) from error
     if not isinstance(content, dict):

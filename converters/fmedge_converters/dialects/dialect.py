@@ -64,5 +64,6 @@ class Dialect:
     step_inputs: tuple[StepInput, ...]
     attend: AttentionNode
     append: AppendNode
-    one_head_size: bool
-    """The attention operator wants one size for queries, keys and values; smaller heads are filled with zeros."""
+    head_size_multiple: int | None
+    """The attention operator wants one size for queries, keys and values, and a multiple of this; heads of other sizes
+    are filled up with zeros. None takes them as they are."""

@@ -65,8 +65,8 @@ def group_query_attention(
 
 
 def _flat(states: torch.Tensor, size: int) -> torch.Tensor:
-    """Heads [B, N, S, D] side by side [B, S, N * size]; zeros fill up heads that are smaller than the operator's one
-    size for queries, keys and values."""
+    """Heads [B, N, S, D] side by side [B, S, N * size]; zeros fill up heads that are smaller than the
+    operator's size for queries, keys and values."""
     batch, heads, length, given = states.shape
     if given != size:
         states = torch.nn.functional.pad(states, (0, size - given))
@@ -91,5 +91,5 @@ ORT = Dialect(
     ),
     attend=attend,
     append=append,
-    one_head_size=True,
+    head_size_multiple=8,
 )
