@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from fmedge_converters.first_line import first_line
 
@@ -34,6 +35,8 @@ def reason(error: BaseException) -> str:
     """The first line of what went wrong at the bottom; the exporter wraps it in advice."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return f"its code decides by the values of a tensor what it does next ({error.func}), and a graph cannot"
     name, message = type(error).__name__, first_line(error)
     return message if message.startswith(name) else f"{name}: {message}"
 
