@@ -89,6 +89,7 @@ def test_prompts_longer_than_a_prefill_chunk(tmp_path: Path, monkeypatch: pytest
     check(make_model(tmp_path / "model", "mistral", sliding_window=8), tmp_path)
 
 
+@pytest.mark.medium
 def test_rotary_embeddings_that_change_with_the_length_take_the_form_of_the_context(tmp_path: Path) -> None:
     dim = 8
     rope = {

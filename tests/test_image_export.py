@@ -268,6 +268,7 @@ def test_what_is_damaged_is_refused(
         {"context": 64},
         {"text": Path("x")},
         {"layout": "genai"},
+        {"cache": "int8"},
         {"verify": "graph"},
         {"quantize": "int3"},
         {"block_size": 32},

@@ -144,6 +144,7 @@ def exported(folder: Path, tmp_path: Path, **changes: object) -> Bundle:
     return export(ExportOptions(str(folder), tmp_path / "int8", **{"verify": "none", "cache": "int8", **changes}))
 
 
+@pytest.mark.medium
 def test_a_cache_takes_a_quarter_and_the_manifest_says_what_it_costs(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     floats = export(ExportOptions(str(folder), tmp_path / "floats", verify="none"))

@@ -157,6 +157,7 @@ def short_only(layers: int) -> Any:
     return trace
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("model_type", FAST)
 def test_copied_layers_are_traced_layers(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(model_type, FAST[model_type], monkeypatch)

@@ -82,7 +82,7 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
     Raises SourceError (the model), ExportError (options, output, disk), ParityError (the result differs from the
     source). Whatever it raises, the output is as it was before.
     """
-    find_target(options.target)
+    check_cache(find_target(options.target), options.cache)
     sweep(options.output)
     check_output(options)
     if is_pipeline(options.source, options.revision):
@@ -102,7 +102,6 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     """
     target = find_target(options.target)
     scheme = find_scheme(target, options.quantize)
-    check_cache(target, options.cache)
     layout = find_layout(target, options.layout)
     source = open_source(options.source, options.revision, adapter=options.adapter, allow_pickle=options.allow_pickle)
     parameters = _require_weights(source)

@@ -129,6 +129,7 @@ def _check_options(options: ExportOptions) -> None:
     meaningless = {
         "--context": options.context is not None,
         "--text": options.text is not None,
+        "--cache int8": options.cache != "float",
         "--layout": options.layout is not None,
         "--verify graph": options.verify == "graph",
     }
