@@ -78,7 +78,7 @@ def open_pipeline(
     source: str, revision: str | None = None, *, prior: str | None = None, allow_pickle: bool = False
 ) -> PipelineSource:
     """Find a pipeline and the classes of its parts; weights of a repository of the hub are fetched, those of the
-    parts that are exported. `prior` is the folder or hub id of the pipeline's first stage, where that is one of its own.
+    parts that are exported. `prior` is the folder or hub id of the first stage, where that is a pipeline of its own.
 
     Raises SourceError.
     """
