@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class FusedOperators(TorchFunctionMode):
-    """Records scaled_dot_product_attention as one operator, and leaves out squeezes that do nothing."""
+    """Records attention and group norms as operators, and leaves out squeezes that do nothing."""
 
     def __torch_function__(
         self,
@@ -27,6 +27,8 @@ class FusedOperators(TorchFunctionMode):
         """Call a function of torch, or record what stands for it."""
         if func is torch.nn.functional.scaled_dot_product_attention:
             return attention(*args, **(kwargs or {}))
+        if func in (torch.nn.functional.group_norm, torch.group_norm):
+            return group_norm(*args, **(kwargs or {}))
         if func in SQUEEZES and len(args) == 2 and _is_dynamic(*args):
             return args[0]
         return func(*args, **(kwargs or {}))
@@ -69,6 +71,32 @@ def attention(
         version=1,
     )
     return output.reshape(batch, length, heads, value.shape[3]).transpose(1, 2)
+
+
+def group_norm(
+    states: torch.Tensor,  # [B, C, ...]
+    num_groups: int,
+    weight: torch.Tensor | None = None,  # [C]
+    bias: torch.Tensor | None = None,  # [C]
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> torch.Tensor:  # [B, C, ...]
+    """Each group as one instance of InstanceNormalization. Torch's own form takes long to trace, and that of opset 21
+    long to run: ONNX Runtime has no kernel for it."""
+    del cudnn_enabled
+    groups = states.reshape(states.shape[0], num_groups, -1)  # [B, G, N]
+    ones = torch.ones(num_groups, dtype=states.dtype)  # [G]
+    normed = torch.onnx.ops.symbolic(
+        "InstanceNormalization",
+        (groups, ones, torch.zeros_like(ones)),
+        attrs={"epsilon": eps},
+        dtype=states.dtype,
+        shape=groups.shape,
+    ).reshape(states.shape)
+    channels = (1, -1, *([1] * (states.dim() - 2)))
+    if weight is not None:
+        normed = normed * weight.reshape(channels)
+    return normed if bias is None else normed + bias.reshape(channels)
 
 
 def _flat(states: torch.Tensor) -> torch.Tensor:

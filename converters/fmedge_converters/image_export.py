@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,14 +53,14 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     scheme = find_scheme(target, options.quantize, images=True)
     _check_options(options)
     check_block_size(scheme, options)
-    source = open_pipeline(options.source, options.revision, allow_pickle=options.allow_pickle)
+    source = open_pipeline(options.source, options.revision, prior=options.prior, allow_pickle=options.allow_pickle)
     modules = {part.name: empty_part(part) for part in source.parts if part.is_module}
     calls = {part.name: _calls(part, modules[part.name], source) for part in source.parts if part.is_module}
     parameters = sum(value.numel() for module in modules.values() for value in module.parameters())
     check_disk(options.output, parameters, scheme.bits)
     adapter = _adapter(source, modules, options)
     with written_aside(options.output) as folder:
-        shutil.copyfile(source.folder / MODEL_INDEX, folder / MODEL_INDEX)
+        (folder / MODEL_INDEX).write_text(json.dumps(source.index, indent=2, sort_keys=True) + "\n", "utf-8")
         built: list[BuiltGraph] = []
         compared: dict[str, Compared] = {}
         precisions: dict[str, tuple[str, str]] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,44 @@ class PipelineSource:
     licence: str | None
 
 
+COMBINED = {"KandinskyV22Pipeline": "KandinskyV22PriorPipeline"}
+"""Pipelines that are the second stage of two, and the first; diffusers has a combined class for both."""
 LEFT_OUT = ("safety_checker", "watermarker")
 """Parts that are not exported: they judge or mark images that others have made."""
 
 
-def open_pipeline(source: str, revision: str | None = None, *, allow_pickle: bool = False) -> PipelineSource:
+def open_pipeline(
+    source: str, revision: str | None = None, *, prior: str | None = None, allow_pickle: bool = False
+) -> PipelineSource:
     """Find a pipeline and the classes of its parts; weights of a repository of the hub are fetched, those of the
-    parts that are exported. Raises SourceError."""
+    parts that are exported. `prior` is the folder or hub id of the first stage, where that is a pipeline of its own.
+
+    Raises SourceError.
+    """
+    found = _open_one(source, revision, allow_pickle)
+    if found.pipeline in COMBINED.values():
+        raise SourceError(
+            f"{source} ({found.pipeline}) makes embeddings, not images; export its decoder with --prior {source}."
+        )
+    if found.pipeline not in COMBINED:
+        if prior is not None:
+            raise SourceError(f"--prior means nothing to a {found.pipeline}; leave it out.")
+        return found
+    if prior is None:
+        raise SourceError(
+            f"{source} ({found.pipeline}) makes images of embeddings, not of text; give its first stage with --prior."
+        )
+    first = _open_one(prior, None, allow_pickle)
+    wanted, combined = COMBINED[found.pipeline], found.pipeline.replace("Pipeline", "CombinedPipeline")
+    if first.pipeline != wanted:
+        raise SourceError(f"{prior} is a {first.pipeline}, and a {found.pipeline} needs a {wanted}.")
+    parts = [*found.parts, *(replace(part, name=f"prior_{part.name}") for part in first.parts)]
+    of_prior = {f"prior_{name}": value for name, value in first.index.items() if not name.startswith("_")}
+    index = {**found.index, **of_prior, "_class_name": combined}
+    return replace(found, pipeline=combined, index=index, parts=tuple(parts))
+
+
+def _open_one(source: str, revision: str | None, allow_pickle: bool) -> PipelineSource:
     local = Path(source).expanduser()
     if local.is_dir() and revision is not None:
         raise SourceError(f"--revision is for hub ids; {source} is a local folder.")

@@ -21,6 +21,10 @@ EPILOG = """
 
   fmedge export out/model out/bundle --quantize int4 --layout genai
 
+  fmedge export ./stable-diffusion out/images --quantize int8 --adapter ./style.safetensors
+
+  fmedge export ./kandinsky-decoder out/images --prior ./kandinsky-prior
+
   fmedge export ./model.Q4_0.gguf out/bundle --quantize int4
 
   fmedge export ./checkpoint out/gpu --target cuda --quantize int4 --verify graph
@@ -58,6 +62,9 @@ def command(
         Path | None,
         typer.Option(help="Text for comparisons and the scales of --cache; Python's own documentation unless given."),
     ] = ExportOptions.text,
+    prior: Annotated[
+        str | None, typer.Option(help="First stage of an image pipeline in two (Kandinsky 2.2): folder or hub id.")
+    ] = ExportOptions.prior,
     adapter: Annotated[
         str | None, typer.Option(help="LoRA to merge into the weights: a folder, a hub id, or for images a file.")
     ] = ExportOptions.adapter,
@@ -96,6 +103,7 @@ def command(
         cache=cache,
         verify=verify,
         text=text,
+        prior=prior,
         adapter=adapter,
         adapter_scale=adapter_scale,
         allow_pickle=allow_pickle,
