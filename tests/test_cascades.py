@@ -282,6 +282,7 @@ def test_larger_images_are_torchs(size: tuple[int, int]) -> None:
     assert np.abs(bicubic(small.numpy(), *size) - cubic.numpy()).max() < 1e-5
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["kandinsky", "deepfloyd", "unclip"])
 def test_parts_in_turn_and_images_alone_are_the_same(name: str, request: pytest.FixtureRequest) -> None:
     """One part is loaded at a time, each once; and each image is denoised alone."""

@@ -13,6 +13,7 @@ import pytest
 from fake_session import FakeSession, make_bundle
 from fmedge_runtimes.bundle import ImageGolden, write_manifest
 from fmedge_runtimes.errors import FmedgeError, RequestError
+from fmedge_runtimes.pipelines.latent_unet import LatentUnet
 from image_models import SIDE, Opened, complete, stable_diffusion, write_folder
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -147,6 +148,15 @@ def test_prompts_from_lines(images: Opened, tmp_path: Path) -> None:
     assert 'prompts.jsonl:1 needs "prompt"' in error_of(generate(images, "-i", lines, "-o", tmp_path / "x"))
     lines.write_text('{"prompt": [1, 2]}')
     assert "images are made of texts" in error_of(generate(images, "-i", lines, "-o", tmp_path / "x"))
+
+
+def test_pipelines_without_negative_prompts_are_not_given_any(
+    images: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LatentUnet, "takes", LatentUnet.takes - {"negative"})
+    assert generate(images, "a", "b", "-o", tmp_path / "made").exit_code == 0
+    words = "Diffusion.negative is nothing that a StableDiffusionPipeline knows"
+    assert words in error_of(generate(images, "a", "-o", tmp_path / "x", "--negative", "bad"))
 
 
 def test_one_image_on_stdout(images: Opened) -> None:

@@ -292,7 +292,7 @@ def test_latents_of_one_value_are_the_denoisers_fault(opened: Opened) -> None:
 
 
 def test_memory_that_a_graph_sees_is_nobody_elses(opened: Opened) -> None:
-    """A graph that wrote where the latents lie would make wrong images; here it spoils all that it is given."""
+    """A graph that wrote where the latents lie would make wrong images without a word; here it spoils its inputs."""
     for guidance in (1.0, 4.0):
         options = Diffusion(steps=3, guidance=guidance, seed=1, scheduler="pndm")
         plain = opened.model().generate("a", options)[0]

@@ -73,6 +73,7 @@ def test_stable_diffusion_3_by_default(sd3: Opened) -> None:
     )
 
 
+@pytest.mark.medium
 def test_stable_diffusion_3_without_t5(tmp_path: Path) -> None:
     pipeline = tiny_pipeline("sd3")
     pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
@@ -87,6 +88,7 @@ def test_stable_diffusion_3_that_lost_t5(tmp_path: Path) -> None:
         opened.model()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["dpm++2m", "unipc"])
 def test_stable_diffusion_3_with_another_scheduler(sd3: Opened, name: str) -> None:
     kind = {"dpm++2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[name]
@@ -99,6 +101,7 @@ def test_stable_diffusion_3_with_another_scheduler(sd3: Opened, name: str) -> No
     check(sd3, options, PROMPTS[:1], theirs)
 
 
+@pytest.mark.medium
 def test_stable_diffusion_3_with_a_shift_by_size(tmp_path: Path) -> None:
     pipeline = tiny_pipeline("sd3")
     pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
@@ -109,6 +112,7 @@ def test_stable_diffusion_3_with_a_shift_by_size(tmp_path: Path) -> None:
         check(opened, Diffusion(steps=3, guidance=4.0, seed=3, height=side, width=32), PROMPTS[:1])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_stable_diffusion_3_from_an_image(sd3: Opened, picture: Image.Image, strength: float) -> None:
     theirs = quiet(diffusers.StableDiffusion3Img2ImgPipeline.from_pipe(sd3.pipeline))
@@ -116,6 +120,7 @@ def test_stable_diffusion_3_from_an_image(sd3: Opened, picture: Image.Image, str
     check(sd3, options, PROMPTS[:2], theirs, image=picture, strength=strength)
 
 
+@pytest.mark.medium
 def test_stable_diffusion_3_repaints(tmp_path: Path, picture: Image.Image, mask: Image.Image) -> None:
     pipeline = _wide_sd3()
     opened = open_pipeline(pipeline, tmp_path)
@@ -186,6 +191,7 @@ def test_flux(flux: Opened, guidance: float, count: int) -> None:
     check(flux, options, PROMPTS[:count], unpack=_unpacked(), **FLUX)
 
 
+@pytest.mark.medium
 def test_flux_by_default(flux: Opened) -> None:
     """T5 reads 512 tokens; and another size, which shifts the schedule."""
     options = Diffusion(steps=3, guidance=3.5, seed=1, height=48, width=20)
@@ -200,6 +206,7 @@ def test_flux_schnell(tmp_path: Path) -> None:
         opened.model().generate("a cat", Diffusion(steps=3, guidance=3.5, **SIZE))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["dpm++2m", "unipc"])
 def test_flux_with_another_scheduler(tmp_path: Path, name: str) -> None:
     kind = {"dpm++2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[name]
@@ -214,6 +221,7 @@ def test_flux_with_another_scheduler(tmp_path: Path, name: str) -> None:
     check(opened, options, PROMPTS[:1], theirs, unpack=_unpacked(), **FLUX)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_flux_from_an_image(flux: Opened, picture: Image.Image, mask: Image.Image, strength: float) -> None:
     given = {"image": picture, "strength": strength}
@@ -254,11 +262,13 @@ def test_pixart(pixart: Opened, guidance: float, count: int) -> None:
     check(pixart, options, [*PROMPTS[:3], " OIL painting "][:count], **PLAIN)
 
 
+@pytest.mark.medium
 def test_pixart_another_size_and_length(pixart: Opened) -> None:
     options = Diffusion(steps=2, guidance=4.5, seed=1, height=48, width=24, max_sequence_length=200)
     check(pixart, options, PROMPTS[:1], max_sequence_length=200, **PLAIN)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["ddim", "euler-a"])
 def test_pixart_with_another_scheduler(pixart: Opened, name: str) -> None:
     kind = {"ddim": "DDIMScheduler", "euler-a": "EulerAncestralDiscreteScheduler"}[name]
@@ -320,6 +330,7 @@ def test_sana(sana: Opened, guidance: float, count: int) -> None:
     check(sana, options, prompts, max_sequence_length=SHORT + 20, **SANA)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("instruction", [None, INSTRUCTION])
 def test_sana_by_default(tmp_path: Path, instruction: list[str] | None) -> None:
     options = Diffusion(steps=2, guidance=4.5, seed=1, height=64, width=32)
@@ -327,6 +338,7 @@ def test_sana_by_default(tmp_path: Path, instruction: list[str] | None) -> None:
     check(opened, options, PROMPTS[:1], use_resolution_binning=False, complex_human_instruction=instruction)
 
 
+@pytest.mark.medium
 def test_sana_with_another_scheduler(sana: Opened) -> None:
     parts = dict(sana.pipeline.components)
     parts["scheduler"] = diffusers.DPMSolverMultistepScheduler(

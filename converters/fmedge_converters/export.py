@@ -79,6 +79,9 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
     Raises SourceError (the model), ExportError (options, output, disk), ParityError (the result differs from the
     source). Whatever it raises, the output is as it was before.
     """
+    find_target(options.target)
+    sweep(options.output)
+    check_output(options)
     if is_pipeline(options.source, options.revision):
         from fmedge_converters.image_export import export_pipeline
 
@@ -98,8 +101,6 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     scheme = find_scheme(target, options.quantize)
     check_cache(target, options.cache)
     layout = find_layout(target, options.layout)
-    sweep(options.output)
-    check_output(options)
     source = open_source(options.source, options.revision, adapter=options.adapter, allow_pickle=options.allow_pickle)
     parameters = _parameters(source)
     context = _context(source, options)

@@ -34,10 +34,11 @@ def traced_once(program: ExportedProgram) -> ExportedProgram:
 
     def run_decompositions(table: dict[Any, Any] | None = None, *others: Any) -> ExportedProgram:  # noqa: ANN401
         if table is None or others or any(_is_left(node, table) for node in program.graph.nodes):
-            return decompose(table, *others)
+            decomposed: ExportedProgram = decompose(table, *others)
+            return decomposed
         return program
 
-    program.run_decompositions = run_decompositions  # type: ignore[method-assign,assignment]
+    vars(program)["run_decompositions"] = run_decompositions
     return program
 
 

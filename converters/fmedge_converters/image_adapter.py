@@ -96,7 +96,7 @@ class ImageAdapter:
         other = next((key for key in raw if any(kind in key for kind in OTHER_KINDS)), None)
         if other is not None:
             raise SourceError(f"{self.file}: {other} says that it is no plain LoRA; fmedge merges those only.")
-        kind = getattr(diffusers, pipeline, None)
+        kind: Any = getattr(diffusers, pipeline, None)
         if not hasattr(kind, "lora_state_dict"):
             raise SourceError(f"diffusers' {pipeline} takes no LoRA; leave --adapter out.")
         options = {} if unet is None else {"unet_config": unet.config}

@@ -22,17 +22,18 @@ from fmedge_runtimes.bundle import (
 )
 from fmedge_runtimes.errors import ExportError, SourceError
 
-from fmedge_converters.export_checks import check_block_size, check_disk, check_output, graph_facts, judge, made_by
+from fmedge_converters.export_checks import check_block_size, check_disk, graph_facts, judge, made_by
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.hub import fetch
 from fmedge_converters.image_adapter import ImageAdapter
+from fmedge_converters.image_evidence import compare_images
 from fmedge_converters.image_facts import image_facts
-from fmedge_converters.output_folder import flush, sweep, written_aside
+from fmedge_converters.output_folder import flush, written_aside
 from fmedge_converters.part_build import BuiltGraph, PartOptions, build_part
 from fmedge_converters.part_evidence import Compared, compare, parts_evidence
 from fmedge_converters.parts import find_kind
 from fmedge_converters.parts.part import Asked, Call
-from fmedge_converters.pipeline_files import write_part_files
+from fmedge_converters.pipeline_files import write_instruction, write_part_files
 from fmedge_converters.pipeline_source import PartSource, PipelineSource, empty_part, loaded_part, open_pipeline
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
@@ -50,8 +51,6 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     target = find_target(options.target)
     scheme = find_scheme(target, options.quantize, images=True)
     _check_options(options)
-    sweep(options.output)
-    check_output(options)
     check_block_size(scheme, options)
     source = open_pipeline(options.source, options.revision, allow_pickle=options.allow_pickle)
     modules = {part.name: empty_part(part) for part in source.parts if part.is_module}
@@ -83,6 +82,7 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
         if options.verify == "full":
             evidence = (parts_evidence(compared, precisions),)
             judge(evidence[0], options)
+        write_instruction(source.pipeline, folder)
         manifest = ImageManifest(
             format=FORMAT,
             kind="image",
@@ -100,13 +100,27 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
             image=image_facts(source, modules),
             evidence=evidence,
             golden=(),
-            forced=not all(item.passed for item in evidence),
-            files=list_files(folder, {graph.written.data: graph.written.data_sha256 for graph in built}),
+            forced=False,
+            files={},
             made_by=made_by("diffusers"),
         )
+        if options.verify == "full":
+            progress("comparing images with PyTorch's", 0, 0)
+            precision = (str(target.dtype).removeprefix("torch."), scheme.name)
+            pictured = compare_images(
+                ImageBundle(folder, manifest), source, lambda: _modules(source, adapter, options), precision
+            )
+            for item in pictured.evidence:
+                judge(item, options)
+            if pictured.why_not is not None:
+                progress(f"images were not compared with PyTorch's: {pictured.why_not}", 0, 0)
+            evidence += pictured.evidence
+            manifest = manifest.model_copy(update={"evidence": evidence, "golden": pictured.goldens})
         flush(folder)
+        forced = not all(item.passed for item in evidence)
+        files = list_files(folder, {graph.written.data: graph.written.data_sha256 for graph in built})
         # Last, so that a folder with a manifest is whole.
-        write_manifest(folder, manifest)
+        write_manifest(folder, manifest.model_copy(update={"forced": forced, "files": files}))
     return open_image_bundle(options.output, checksums=False)
 
 
@@ -165,10 +179,20 @@ def _compare(
     progress: Progress,
 ) -> dict[str, Compared]:
     progress(f"{part.name}: comparing with PyTorch", 0, 0)
-    reference = loaded_part(part, torch.float32, allow_pickle=options.allow_pickle)
-    if adapter is not None:
-        adapter.merge(part.name, reference)
+    reference = _module(part, adapter, options)
     return {graph.name: compare(reference, graph.call, graph.written.graph) for graph in graphs}
+
+
+def _module(part: PartSource, adapter: ImageAdapter | None, options: ExportOptions) -> Any:  # noqa: ANN401 - any module
+    """The module of a part in fp32, with the adapter merged by PyTorch."""
+    module = loaded_part(part, torch.float32, allow_pickle=options.allow_pickle)
+    if adapter is not None:
+        adapter.merge(part.name, module)
+    return module
+
+
+def _modules(source: PipelineSource, adapter: ImageAdapter | None, options: ExportOptions) -> dict[str, Any]:
+    return {part.name: _module(part, adapter, options) for part in source.parts if part.is_module}
 
 
 def _graph_facts(graph: BuiltGraph) -> GraphFacts:

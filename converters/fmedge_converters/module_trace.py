@@ -175,7 +175,7 @@ def name_values(graph: ir.Graph, call: Call, names: Sequence[str]) -> None:
             node = ir.node("Identity", [value])
             graph.append(node)
             output = node.outputs[0]
-            output.dtype, output.shape = value.dtype, value.shape
+            output.type, output.shape = value.type, value.shape
             graph.outputs[index] = output
         output.name = name
         taken.add(output)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import tokenizers
 import transformers
@@ -18,6 +20,8 @@ from fmedge_converters.tokenizer_files import TOKENIZER, compare_tokenizers
 
 TABLE = "alphas_cumprod.npy"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+INSTRUCTION = "tokenizer/instruction.txt"
+"""What SANA's pipeline puts in front of every prompt, up to its last character."""
 KEPT_OF_TOKENIZER = ("vocab.json", "merges.txt", "special_tokens_map.json", "spiece.model", "tokenizer.model")
 """Slow forms, which the runtime does not read, but other programs do."""
 
@@ -33,6 +37,16 @@ def write_part_files(part: PartSource, output: Path) -> None:
     else:
         for path in sorted(part.folder.glob("*.json")):
             shutil.copyfile(path, folder / path.name)
+
+
+def write_instruction(pipeline: str, output: Path) -> None:
+    """Write what a pipeline's class puts in front of every prompt, if it does."""
+    with quiet_libraries():
+        kind = getattr(diffusers, pipeline, None)
+    parameters = {} if kind is None else inspect.signature(kind.__call__).parameters
+    if "complex_human_instruction" in parameters:
+        lines = parameters["complex_human_instruction"].default or []
+        (output / INSTRUCTION).write_text("\n".join(lines), "utf-8")
 
 
 def _write_scheduler(part: PartSource, folder: Path) -> None:

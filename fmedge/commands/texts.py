@@ -43,9 +43,10 @@ def generate_texts(call: Call, changes: Mapping[str, Any], *, resume: bool, chat
     if resume and call.force:
         raise typer.BadParameter("--resume continues the output and --force replaces it; give one of them.")
     lines = [] if job else read_prompts(call.prompts, source)
-    files = opened(Path(str(source)), Path(str(output)), resume=resume, force=call.force) if job else nullcontext()
     with (
-        files as opening,
+        opened(Path(str(source)), Path(str(output)), resume=resume, force=call.force)
+        if job
+        else nullcontext() as opening,
         load_text(
             call.bundle,
             device=call.device,

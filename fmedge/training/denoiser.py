@@ -9,13 +9,13 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import PRXTransformer2DModel
+from fmedge_converters import pixel_pipeline
+from fmedge_converters.pixel_pipeline import PixelDiffusionPipeline
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fmedge.training import pixel_pipeline
 from fmedge.training.image_presets import ImagePreset
 from fmedge.training.objectives import Objective
-from fmedge.training.pixel_pipeline import PixelDiffusionPipeline
 
 CHANNELS = 3
 ROTARY_BASE = 10

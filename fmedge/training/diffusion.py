@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
+from fmedge_converters.pixel_pipeline import PixelDiffusionPipeline
 from fmedge_runtimes.errors import DataError
 from transformers import CLIPTokenizer
 
@@ -24,7 +25,6 @@ from fmedge.training.device import agreed, device_name, diverged, reproducible
 from fmedge.training.image_presets import ImagePreset
 from fmedge.training.objectives import OBJECTIVES
 from fmedge.training.picture_batches import Batch, BatchOrder, read_pictures, train_batch, validation_batches
-from fmedge.training.pixel_pipeline import PixelDiffusionPipeline
 from fmedge.training.precision import Precision, best_precision
 from fmedge.training.progress import Progress, Report
 from fmedge.training.quiet import quiet, quiet_diffusers

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from fmedge_converters.pixel_pipeline import PixelDiffusionPipeline
 from fmedge_runtimes.errors import SourceError
 from numpy.typing import NDArray
 
 from fmedge.caption_accuracy import Painter
 from fmedge.training.denoiser import INDEX, read_pipeline
-from fmedge.training.pixel_pipeline import PixelDiffusionPipeline
 from fmedge.training.quiet import quiet, quiet_diffusers
 
 

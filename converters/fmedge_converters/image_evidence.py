@@ -1,0 +1,208 @@
+"""The proof that a bundle makes its source's images: the same prompts and seeds through diffusers and here."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import numpy.typing as npt
+import torch
+from fmedge_runtimes.bundle import Evidence, ImageBundle, ImageFacts, ImageGolden
+from fmedge_runtimes.diffusion import Diffusion
+from fmedge_runtimes.errors import SourceError
+from fmedge_runtimes.generated_image import GeneratedImage
+from fmedge_runtimes.image import ImageModel
+from fmedge_runtimes.memory import available_bytes
+from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
+from fmedge_runtimes.parts import Parts
+from fmedge_runtimes.session import Session
+
+from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.pipeline_files import INSTRUCTION
+from fmedge_converters.pipeline_source import PipelineSource
+from fmedge_converters.pixel_pipeline import PixelDiffusionPipeline
+
+PROMPTS = ("a red circle", "a small blue square")
+SEEDS = (0, 1)
+STEPS = 4
+"""At most; differences of graphs show in few, and grow in many."""
+SIDE = 256
+"""Pixels at most, where the pipeline makes other sizes than its own."""
+LARGEST_FAN = 2.0
+"""Memory that a pipeline takes while it runs, as a multiple of its weights."""
+GOLDEN = "golden/0.png"
+GOLDEN_TOLERANCE = 4.0
+"""Levels; what other processors round differently is far below."""
+PLAIN: Mapping[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
+"""Arguments of some pipelines, which would make another size or another prompt of what was asked for."""
+
+LEVELS: Mapping[tuple[str, str], float] = {
+    ("float32", "none"): 0.5,
+    ("float16", "none"): 4.0,
+    ("float32", "fp16"): 4.0,
+    ("float32", "bf16"): 8.0,
+    ("float32", "int8"): 16.0,
+    ("float16", "int8"): 16.0,
+    ("float32", "int4"): 40.0,
+    ("float16", "int4"): 40.0,
+}
+"""What the mean absolute difference of a channel may be, in levels of 0 to 255, by (compute type, quantization)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pictured:
+    """What came of the comparison; nothing where it could not be made."""
+
+    evidence: tuple[Evidence, ...] = ()
+    goldens: tuple[ImageGolden, ...] = ()
+    why_not: str | None = None
+
+
+def compare_images(
+    bundle: ImageBundle, source: PipelineSource, load: Callable[[], dict[str, Any]], precision: tuple[str, str]
+) -> Pictured:
+    """Make images with the bundle and with its source, whose modules `load` gives; the first is kept as golden.
+
+    It is written into the bundle's folder, which may lack a manifest yet. Raises BackendError when a graph fails.
+    """
+    ours = source.pipeline == PixelDiffusionPipeline.__name__
+    kind = PixelDiffusionPipeline if ours else getattr(diffusers, source.pipeline, None)
+    why_not = _obstacle(kind)
+    if kind is None or why_not is not None:
+        return Pictured(why_not=f"{source.pipeline} {why_not}")
+    with ImageModel(bundle, _parts(bundle)) as model:
+        options = _options(bundle.manifest.image, model)
+        found = [model.generate(prompt, one)[0] for prompt, one in zip(PROMPTS, options, strict=True)]
+    golden = _keep(bundle.folder, found[0])
+    why_not = _lacks_memory(source)
+    if why_not is not None:
+        return Pictured((), (golden,), why_not)
+    pipeline = _pipeline(kind, source, load())
+    wanted = [_painted(pipeline, bundle.folder, *each) for each in zip(PROMPTS, SEEDS, options, strict=True)]
+    return Pictured((_evidence(found, wanted, precision),), (golden,))
+
+
+def _parts(bundle: ImageBundle) -> Parts:
+    def open_part(name: str) -> Session:
+        return OnnxRuntimeSession(bundle.file(bundle.manifest.graphs[name].file), "cpu", None)
+
+    return Parts(bundle.folder, frozenset(bundle.manifest.graphs), open_part, "sequential")
+
+
+def _obstacle(kind: type[Any] | None) -> str | None:
+    """What keeps a class from being called with a prompt, a seed and nothing else; None if nothing does."""
+    if kind is None:
+        return "is no class of diffusers"
+    parameters = inspect.signature(kind.__call__).parameters
+    needed = {"prompt", "num_inference_steps", "guidance_scale", "generator", "height", "width"}
+    if not needed <= set(parameters):
+        return f"is called in a way of its own ({', '.join(sorted(needed - set(parameters)))} are no arguments)"
+    if ("image" in parameters and "strength" in parameters) or "mask_image" in parameters:
+        return "starts from images"
+    if any(name.startswith("prior_") for name in parameters):
+        return "has several stages with steps of their own"
+    return None
+
+
+def _options(facts: ImageFacts, model: ImageModel) -> list[Diffusion]:
+    """For each prompt."""
+    sizes = model.pipeline.sizes
+    height, width = (
+        side if sizes.fixed or side <= SIDE else max(SIDE // sizes.multiple, 1) * sizes.multiple
+        for side in (facts.height, facts.width)
+    )
+    steps = min(facts.steps, STEPS)
+    return [Diffusion(steps=steps, guidance=facts.guidance, seed=seed, height=height, width=width) for seed in SEEDS]
+
+
+def _lacks_memory(source: PipelineSource) -> str | None:
+    weights = sum(path.stat().st_size for part in source.parts for path in part.folder.glob("*.safetensors"))
+    need, free = int(weights * LARGEST_FAN * 2), available_bytes()  # 16-bit weights take twice their size in fp32
+    if free is None or need <= free:
+        return None
+    return f"the source takes about {need / 1e9:.1f} GB in PyTorch, {free / 1e9:.1f} GB are free"
+
+
+def _pipeline(kind: type[Any], source: PipelineSource, modules: Mapping[str, Any]) -> Any:  # noqa: ANN401 - diffusers is untyped
+    """The source in PyTorch, with these modules. Raises SourceError."""
+    parameters = inspect.signature(kind.__init__).parameters
+    parts: dict[str, Any] = {name: None for name in parameters if isinstance(source.index.get(name), list)}
+    try:
+        with quiet_libraries():
+            parts |= {part.name: part.kind.from_pretrained(part.folder) for part in source.parts if not part.is_module}
+            parts |= modules
+            plain = {
+                name: value
+                for name, value in source.index.items()
+                if not name.startswith("_") and name in parameters and not isinstance(value, list)
+            }
+            if "requires_safety_checker" in parameters:
+                plain["requires_safety_checker"] = False
+            pipeline = kind(**parts, **plain)
+    except Exception as error:  # each class has its own ways to refuse
+        raise SourceError(f"{source.folder}: diffusers cannot put {kind.__name__} together: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _painted(pipeline: Any, folder: Path, prompt: str, seed: int, options: Diffusion) -> npt.NDArray[np.uint8]:  # noqa: ANN401
+    """The source's image of a prompt [H, W, 3]."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    others: dict[str, Any] = {name: value for name, value in PLAIN.items() if name in parameters}
+    if "complex_human_instruction" in parameters:
+        file = folder / INSTRUCTION
+        others["complex_human_instruction"] = file.read_text("utf-8").split("\n")
+    with quiet_libraries(), torch.no_grad():
+        image = pipeline(
+            prompt=[prompt],
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            generator=[torch.Generator().manual_seed(seed)],
+            height=options.height,
+            width=options.width,
+            output_type="pil",
+            **others,
+        ).images[0]
+    return np.asarray(image.convert("RGB"))
+
+
+def _keep(folder: Path, image: GeneratedImage) -> ImageGolden:
+    path = folder / GOLDEN
+    path.parent.mkdir()
+    path.write_bytes(image.png())
+    settings = image.settings
+    return ImageGolden(
+        prompt=settings.prompt,
+        seed=settings.seed,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        height=settings.height,
+        width=settings.width,
+        file=GOLDEN,
+        tolerance=GOLDEN_TOLERANCE,
+    )
+
+
+def _evidence(found: list[GeneratedImage], wanted: list[npt.NDArray[np.uint8]], precision: tuple[str, str]) -> Evidence:
+    differences = [
+        np.abs(np.asarray(one.image, np.int16) - other.astype(np.int16))
+        for one, other in zip(found, wanted, strict=True)
+    ]
+    mean = float(np.mean([item.mean() for item in differences]))
+    worst = max(int(item.max()) for item in differences)
+    error = float(np.mean([np.square(item, dtype=np.float64).mean() for item in differences]))
+    figures: dict[str, float | int | str | bool] = {"mean_levels": mean, "largest_levels": worst}
+    if error > 0:
+        figures["psnr_db"] = 10 * math.log10(255**2 / error)
+    settings = found[0].settings
+    what = (
+        f"{len(found)} images of {settings.width}x{settings.height} in {settings.steps} steps with guidance "
+        f"{settings.guidance:g}, against diffusers in fp32 with the same seeds"
+    )
+    return Evidence(name="image", what=what, passed=mean <= LEVELS[precision], figures=figures)
