@@ -1,6 +1,6 @@
 """Measure one graph of a pipeline in OpenVINO, as OpenVINO GenAI runs it; image.py starts it.
 
-The graphs are optimum-intel's, which OpenVINO GenAI reads. Modes: "f32" computes in fp32; "" is OpenVINO's default,
+The graphs come from openvino_file.py. Modes: "f32" computes in fp32; "" is OpenVINO's default,
 which is bf16 where the processor has it. As OpenVINO recommends and fmedge does not need, shapes are made static first.
 """
 

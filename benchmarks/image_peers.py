@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from image_workload import DECODE, IMAGES, STEP
-from peers import FMEDGE, Build, Form
+from peers import FMEDGE, HERE, Build, Form
 
 EVERY = (STEP, DECODE, IMAGES)
 QUANTIZATIONS = ("none", "int8", "int4", "bf16")
@@ -34,9 +34,9 @@ def image_forms(quantizations: Sequence[str] = QUANTIZATIONS) -> Iterator[ImageF
         units = EVERY if quantize in ("none", "bf16") else (STEP, IMAGES)  # autoencoders are never quantized
         yield ImageForm(Form(FMEDGE, quantize, "image_fmedge.py", _export_fmedge(quantize), FMEDGE), units)
     for precision, mode in (("f32", "f32"), ("default", "")):
-        # optimum-intel has no exporter for the transformer of `fmedge train image`.
+        # OpenVINO GenAI has no pipeline for what `fmedge train image` makes.
         form = Form(
-            "openvino", precision, "image_openvino.py", _export_openvino, "openvino", mode, "openvino"
+            "openvino", precision, "image_openvino.py", _export_openvino, "openvino-runtime", mode, "openvino"
         )
         yield ImageForm(form, (STEP, DECODE))
 
@@ -55,8 +55,7 @@ def _export_fmedge(quantize: str) -> Build:
 
 
 def _export_openvino(python: Path, model: Path, output: Path) -> Sequence[str]:
-    arguments = ["export", "openvino", "--model", str(model), "--task", "text-to-image", "--weight-format", "fp32"]
-    return [str(python.with_name("optimum-cli")), *arguments, str(output)]
+    return [str(python), str(HERE / "openvino_file.py"), str(model), str(output)]
 
 
 def python_of(form: Form, peers: Path) -> Path | None:

@@ -130,14 +130,37 @@ def _write_index(folder: Path, pipeline: str, **parts: Any) -> None:  # noqa: AN
 
 
 def _write_pixel_pipeline(shape: Shape, folder: Path) -> None:
-    """What `fmedge train image` makes with its first preset, before it is trained."""
-    raise NotImplementedError
+    """What `fmedge train image` makes by default, before it is trained."""
+    import torch
+
+    from fmedge.shapes import COMBINATIONS
+    from fmedge.training.caption_tokenizer import train_caption_tokenizer
+    from fmedge.training.denoiser import Denoiser, pipeline_from_denoiser, write_pipeline
+    from fmedge.training.image_presets import image_preset_named
+    from fmedge.training.objectives import OBJECTIVES
+    from transformers import CLIPTokenizer
+
+    made = train_caption_tokenizer([combination.caption for combination in COMBINATIONS])
+    preset = image_preset_named("tiny")
+    denoiser = Denoiser(preset, vocabulary=made.vocabulary, start=made.start, end=made.end, length=made.length)
+    for parameter in denoiser.transformer.final_layer.parameters():  # zero before training, and so would images be
+        torch.nn.init.normal_(parameter, std=0.05)
+    (folder / "tokenizer").mkdir(parents=True)
+    for name, content in made.files.items():
+        (folder / "tokenizer" / name).write_bytes(content)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    write_pipeline(pipeline_from_denoiser(denoiser.eval(), OBJECTIVES["flow-x"], tokenizer, shape.side), folder)
 
 
 SHAPES = {
     "sd15": Shape(_write_stable_diffusion, "Stable Diffusion 1.5", side=512),
-    "sd15-small": Shape(_write_stable_diffusion, "Stable Diffusion 1.5 with half the channels", side=512, width=160, context=384),
-    "sd15-tiny": Shape(_write_stable_diffusion, "Stable Diffusion 1.5 with a tenth of the channels, for tests", side=64, width=32, context=64),
+    "sd15-small": Shape(
+        _write_stable_diffusion, "Stable Diffusion 1.5 with half the channels", side=512, width=160, context=384
+    ),
+    "sd15-tiny": Shape(
+        _write_stable_diffusion, "Stable Diffusion 1.5 with a tenth of the channels", side=64, width=32, context=64
+    ),
+    PIXELS: Shape(_write_pixel_pipeline, "what fmedge train image makes", side=32, units=(IMAGES,)),
 }
 
 if __name__ == "__main__":
