@@ -22,6 +22,7 @@ from fmedge_converters.kept_precise import is_kept
 from fmedge_converters.module_trace import name_values, trace_module
 from fmedge_converters.parts.part import Call
 from fmedge_converters.passes import PART_PASSES
+from fmedge_converters.passes.convolution import convolutions
 from fmedge_converters.passes.linear import linears
 from fmedge_converters.pipeline_source import PartSource
 from fmedge_converters.schemes.floating import FLOATING
@@ -109,6 +110,11 @@ def _quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None) -> in
         spell = FLOATING.linear if floating else scheme.linear
         spell(graph, linear, is_head=False, block_size=block_size or scheme.block_size)
         count += not floating and scheme.storage is None
+    if scheme.convolution is not None:
+        for convolution in convolutions(graph):
+            if not is_kept(convolution.name.removeprefix("module.")):
+                scheme.convolution(graph, convolution)
+                count += 1
     graph.remove_unused()
     if scheme.storage is not None:
         count += store_weights(graph, scheme.storage)

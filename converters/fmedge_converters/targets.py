@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -14,6 +14,7 @@ from fmedge_converters.dialects.ort import ORT
 from fmedge_converters.passes import ORT_PASSES, Pass
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
+from fmedge_converters.schemes.int8_convolution import spell_convolution
 from fmedge_converters.schemes.qmoe import qmoe
 from fmedge_converters.schemes.scheme import Scheme, SpellMixture
 from fmedge_converters.schemes.stored_floats import BF16, FP16
@@ -47,6 +48,7 @@ def _int4(accuracy_level: int, experts: SpellMixture, keeps: tuple[int, ...]) ->
 
 
 CPU_INT4 = _int4(4, qmoe(4, 4, zero_points=True), (2, 4, 8))
+CPU_INT8_IMAGES = replace(DYNAMIC_INT8, convolution=spell_convolution)
 CUDA_INT4 = _int4(0, qmoe(4), (4, 8))
 CUDA_INT8 = weight_only("int8", "8-bit weights", 8, head_bits=8, accuracy_level=0, mixture=qmoe(8), keeps=(8,))
 
@@ -64,7 +66,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             passes=ORT_PASSES,
             dtype=torch.float32,
             schemes=_by_name(FLOATING, DYNAMIC_INT8, CPU_INT4),
-            image_schemes=_by_name(FLOATING, FP16, BF16, DYNAMIC_INT8, CPU_INT4),
+            image_schemes=_by_name(FLOATING, FP16, BF16, CPU_INT8_IMAGES, CPU_INT4),
             read_first=frozenset(("LinearAttention", "CausalConvWithState")),
         ),
         "cuda": Target(

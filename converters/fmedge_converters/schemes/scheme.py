@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from fmedge_converters.graph import DecoderGraph
+from fmedge_converters.passes.convolution import Convolution
 from fmedge_converters.passes.linear import Linear
 from fmedge_converters.passes.mixture import Mixture
 
@@ -41,6 +42,12 @@ class SpellMixture(Protocol):
     def __call__(self, graph: DecoderGraph, mixture: Mixture, *, block_size: int) -> None: ...
 
 
+class SpellConvolution(Protocol):
+    """Replaces a Conv node by operators that the target runs."""
+
+    def __call__(self, graph: DecoderGraph, convolution: Convolution) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """A row of a target's table of quantizations."""
@@ -55,6 +62,8 @@ class Scheme:
     """Weights that share a scale unless --block-size says otherwise; 0 for a scheme without blocks."""
     mixture: SpellMixture | None = None
     """None leaves every mixture in its plain form, in which each expert's matrices are Linears of their own."""
+    convolution: SpellConvolution | None = None
+    """None leaves convolutions as they are."""
     storage: np.dtype[np.generic] | None = None
     """The type that weights have in the file, if it is not the one that is computed with."""
     keeps: tuple[int, ...] = ()

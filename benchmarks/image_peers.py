@@ -1,0 +1,63 @@
+"""Who is measured with images: each peer's forms and how they are made. Environments are those of peers.py.
+
+A new peer is a row in `peers.ENVIRONMENTS`, its forms in `image_forms`, and a runner beside this file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from image_workload import DECODE, IMAGES, STEP
+from peers import FMEDGE, HERE, Build, Form
+
+EVERY = (STEP, DECODE, IMAGES)
+QUANTIZATIONS = ("none", "int8", "int4", "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageForm:
+    """One way to run a pipeline, and the units of work that it can do."""
+
+    form: Form
+    units: tuple[str, ...]
+
+
+def image_forms(quantizations: Sequence[str] = QUANTIZATIONS) -> Iterator[ImageForm]:
+    """Every form of every peer; diffusers, with which outputs are compared, first."""
+    for mode in ("eager", "compiled"):
+        form = Form("diffusers", mode, "image_diffusers.py", _nothing, FMEDGE, mode, "diffusers")
+        yield ImageForm(form, EVERY)
+    for quantize in quantizations:
+        units = EVERY if quantize in ("none", "bf16") else (STEP, IMAGES)  # autoencoders are never quantized
+        yield ImageForm(Form(FMEDGE, quantize, "image_fmedge.py", _export_fmedge(quantize), FMEDGE), units)
+    for precision, mode in (("f32", "f32"), ("default", "")):
+        # OpenVINO GenAI has no pipeline for what `fmedge train image` makes.
+        form = Form(
+            "openvino", precision, "image_openvino.py", _export_openvino, "openvino-runtime", mode, "openvino"
+        )
+        yield ImageForm(form, (STEP, DECODE))
+
+
+def _nothing(python: Path, model: Path, output: Path) -> Sequence[str]:
+    """The folder itself is what runs."""
+    return [str(python), "-c", ""]
+
+
+def _export_fmedge(quantize: str) -> Build:
+    def command(python: Path, model: Path, output: Path) -> Sequence[str]:
+        arguments = ["-m", "fmedge", "export", str(model), str(output), "--verify", "none", "--quantize", quantize]
+        return [str(python), *arguments]
+
+    return command
+
+
+def _export_openvino(python: Path, model: Path, output: Path) -> Sequence[str]:
+    return [str(python), str(HERE / "openvino_file.py"), str(model), str(output)]
+
+
+def python_of(form: Form, peers: Path) -> Path | None:
+    """The interpreter that runs a form; None when its environment is not installed."""
+    return Path(sys.executable) if form.environment == FMEDGE else form.python(peers)
