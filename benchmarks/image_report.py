@@ -59,9 +59,7 @@ def image_rows(samples: Sequence[ImageSample]) -> list[ImageRow]:
     return [_row(key, groups) for key in sorted(groups, key=lambda key: order[key[:3]])]
 
 
-def _row(
-    key: tuple[str, str, int, str], groups: dict[tuple[str, str, int, str], list[ImageSample]]
-) -> ImageRow:
+def _row(key: tuple[str, str, int, str], groups: dict[tuple[str, str, int, str], list[ImageSample]]) -> ImageRow:
     group = [sample for sample in groups[key] if sample.background_cores < QUIET_CORES] or groups[key]
     measured = [sample.measurement for sample in group]
     reference = groups.get((*key[:3], REFERENCE))
@@ -85,7 +83,9 @@ def _row(
 
 def print_image_tables(rows: Sequence[ImageRow]) -> None:
     """What was measured, then fmedge's ratios to each peer (above 1: fmedge is faster)."""
-    print("| case | work | batch | form | load s | seconds | CPU s | images/s | outside | differs | peak MiB | others | n |")
+    print(
+        "| case | work | batch | form | load s | seconds | CPU s | images/s | outside | differs | peak MiB | others | n |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         rate = f"{row.images_per_s:.3g}" if row.unit == IMAGES else ""

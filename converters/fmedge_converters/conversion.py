@@ -22,9 +22,8 @@ from transformers.core_model_loading import (
 )
 
 from fmedge_converters.decoder import quiet_libraries
-from fmedge_converters.formats.plain import UNREADABLE
 from fmedge_converters.lazy_tensor import LazyTensor, NotLazyError
-from fmedge_converters.weight import Weight, equal
+from fmedge_converters.weight import UNREADABLE, Weight, equal
 
 
 def converted(

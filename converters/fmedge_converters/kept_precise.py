@@ -39,7 +39,9 @@ KEPT: tuple[Kept, ...] = (
         "the last product makes the output",
     ),
     Kept(
-        re.compile(r"^(conv_in|x_embedder|img_in|proj_in|context_embedder|txt_in|caption_projection|pos_embed|patch_embed)\b"),
+        re.compile(
+            r"^(conv_in|x_embedder|img_in|proj_in|context_embedder|txt_in|caption_projection|pos_embed|patch_embed)\b"
+        ),
         "the first product reads the noise, or the text",
     ),
 )

@@ -27,6 +27,8 @@ ACROSS_BYTES = 256 << 20
 WORKERS = min(8, os.cpu_count() or 1)
 """Threads that make blocks side by side."""
 
+UNREADABLE = np.dtype("V1")
+"""The dtype of a weight whose storage has no meaning by itself; asking for its numbers is an error."""
 RUNS = 16
 """As many runs of neighbouring rows are read one by one."""
 

@@ -7,7 +7,7 @@ from fmedge_runtimes.errors import SourceError
 
 from fmedge_converters.lazy_tensor import torch_dtype
 from fmedge_converters.stored import Format, Storage, StoredTensor
-from fmedge_converters.weight import Array, Weight
+from fmedge_converters.weight import UNREADABLE, Array, Weight
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 INTEGERS: dict[str, np.dtype[np.generic]] = {
@@ -20,8 +20,6 @@ INTEGERS: dict[str, np.dtype[np.generic]] = {
 }
 CODES = (".qweight", ".weight_packed", "_proj_blocks")
 """Ends of the names that quantizers give to codes."""
-UNREADABLE = np.dtype("V1")
-"""The dtype of a weight whose storage has no meaning by itself; asking for its numbers is an error."""
 
 
 def plain_weight(tensor: StoredTensor, dtype: np.dtype[np.generic]) -> Weight:

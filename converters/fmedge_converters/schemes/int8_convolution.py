@@ -99,6 +99,4 @@ def _is_silu(value: ir.Value) -> bool:
         return False
     first, second = product.inputs
     gates = (produced_by(first, "Sigmoid"), produced_by(second, "Sigmoid"))
-    return any(
-        gate is not None and gate.inputs[0] is other for gate, other in zip(gates, (second, first), strict=True)
-    )
+    return any(gate is not None and gate.inputs[0] is other for gate, other in zip(gates, (second, first), strict=True))
