@@ -132,13 +132,13 @@ def _write_index(folder: Path, pipeline: str, **parts: Any) -> None:  # noqa: AN
 def _write_pixel_pipeline(shape: Shape, folder: Path) -> None:
     """What `fmedge train image` makes by default, before it is trained."""
     import torch
+    from transformers import CLIPTokenizer
 
     from fmedge.shapes import COMBINATIONS
     from fmedge.training.caption_tokenizer import train_caption_tokenizer
     from fmedge.training.denoiser import Denoiser, pipeline_from_denoiser, write_pipeline
     from fmedge.training.image_presets import image_preset_named
     from fmedge.training.objectives import OBJECTIVES
-    from transformers import CLIPTokenizer
 
     made = train_caption_tokenizer([combination.caption for combination in COMBINATIONS])
     preset = image_preset_named("tiny")

@@ -41,7 +41,7 @@ from fmedge_runtimes.version import __version__
 if TYPE_CHECKING:
     from fmedge_converters.export import export
     from fmedge_converters.export_options import ExportOptions
-    from fmedge_runtimes.generated_image import GeneratedImage, ImageStats, ImageUpdate
+    from fmedge_runtimes.generated_image import GeneratedImage, ImageStats, ImageUpdate, sheet_of
     from fmedge_runtimes.image import ImageModel
     from fmedge_runtimes.image_plan import ImagePlan, plan_image
     from fmedge_runtimes.load import load, load_image, load_text
@@ -58,6 +58,7 @@ _LAZY = {
     "ImagePlan": "fmedge_runtimes.image_plan",
     "ImageStats": "fmedge_runtimes.generated_image",
     "ImageUpdate": "fmedge_runtimes.generated_image",
+    "sheet_of": "fmedge_runtimes.generated_image",
     "plan_image": "fmedge_runtimes.image_plan",
     "Plan": "fmedge_runtimes.plan",
     "plan": "fmedge_runtimes.plan",
@@ -106,6 +107,7 @@ __all__ = [
     "load_text",
     "plan",
     "plan_image",
+    "sheet_of",
 ]
 
 

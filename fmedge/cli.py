@@ -26,6 +26,8 @@ EXAMPLES = """
 
   fmedge generate out/bundle "The list type"
 
+  fmedge generate out/images "a red circle" --output circle.png
+
   fmedge chat out/bundle
 
   fmedge plan out/bundle --slots 8 --memory 2GiB
@@ -39,7 +41,7 @@ EXAMPLES = """
 
 app = typer.Typer(
     name="fmedge",
-    help="Train, export and run language models on edge devices.",
+    help="Train, export and run language and image models on edge devices.",
     epilog=EXAMPLES,
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -71,7 +73,7 @@ def options(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Train, export and run language models on edge devices."""
+    """Train, export and run language and image models on edge devices."""
     del debug  # main() looks for it before typer runs, since it decides what becomes of errors
 
 

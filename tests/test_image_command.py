@@ -187,6 +187,9 @@ def test_files_are_kept(images: Opened, tmp_path: Path) -> None:
         (("a", "b", "-o", "-"), "--output - is for a single image"),
         (("a", "--json", "-o", "-"), "--output - is for a single image"),
         (("a", "--grid", "grid.jpg"), "--grid is grid.jpg; it must be a .png file"),
+        (("a", "-o", "x.jpg"), "--output is 'x.jpg'; images are written to a .png file or a folder"),
+        (("a", "-o", ""), "--output is ''; images are written"),
+        (("a", "-o", "x.png", "--grid", "./x.png"), "--output and --grid are both x.png"),
         (("a", "-o", "x", "--size", "512"), "--size is '512'; write WIDTHxHEIGHT"),
         (("a", "-o", "x", "--size", "0x8"), "--size is '0x8'"),
         (("a", "-o", "x", "--memory-mode", "fast"), "--memory-mode is 'fast'; it must be one of keep, sequential"),
@@ -221,6 +224,22 @@ def test_requests_that_cannot_be_are_one_error(images: Opened, tmp_path: Path) -
     assert "there is no prompt" in error_of(generate(images, "-o", folder))
     assert "memory allows" in error_of(generate(images, "a", "-o", folder, "--memory", "1K"))
     assert not folder.exists()
+
+
+def test_places_that_cannot_be_are_found_out_before(images: Opened, tmp_path: Path) -> None:
+    images.sessions.clear()
+    (tmp_path / "00000.png").mkdir()
+    words = "is a folder; give another place"
+    assert words in error_of(generate(images, "a", "-o", tmp_path, "--force"))
+    assert words in error_of(generate(images, "a", "--grid", tmp_path / "00000.png", "--force"))
+    assert "File name too long" in error_of(generate(images, "a", "-o", tmp_path / f"{'n' * 300}.png"))
+    assert "File name too long" in error_of(generate(images, "a", "-o", tmp_path / ("n" * 300)))
+    assert not images.sessions
+
+
+def test_commands_for_texts_say_that_it_makes_images(images: Opened) -> None:
+    assert "makes images; bench measures how fast text is written" in error_of(run("bench", images.folder))
+    assert "makes images, not text" in error_of(run("chat", images.folder, stdin="hi\n"))
 
 
 def test_load_gives_what_the_bundle_makes(images: Opened, texts: Path) -> None:

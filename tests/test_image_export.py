@@ -35,6 +35,7 @@ from fmedge_converters.pipeline_source import empty_part, loaded_part, open_pipe
 from fmedge_converters.targets import TARGETS
 from fmedge_runtimes.bundle import ImageBundle, open_image_bundle
 from fmedge_runtimes.errors import ExportError, ParityError, SourceError
+from fmedge_runtimes.schedulers import read_config
 from tiny_diffusers import PIPELINES, PIXEL, save_pipeline, tiny_pipeline
 
 CPU = TARGETS["cpu"]
@@ -160,6 +161,16 @@ def test_a_scheduler_without_betas_has_no_table(folders: Callable[[str], Path], 
     assert [path.name for path in (tmp_path / "scheduler").iterdir()] == ["scheduler_config.json"]
 
 
+def test_a_scheduler_is_of_the_class_that_the_index_names(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    """As diffusers opens it, whatever its own file says."""
+    folder = copied("sd")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
+    (part,) = (part for part in open_pipeline(str(folder)).parts if part.name == "scheduler")
+    write_part_files(part, tmp_path)
+    assert read_config(tmp_path / "scheduler").class_name == "DDIMScheduler"
+
+
 def test_a_slow_tokenizer_becomes_a_fast_one(copied: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copied("sd2")
     slow = folder / "tokenizer"
@@ -227,6 +238,24 @@ def _broken(folder: Path, how: str) -> None:
         (unet / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 48}))
     elif how == "json":
         (unet / "config.json").write_text("{")
+    elif how == "null":
+        text = json.loads(index.read_text())
+        index.write_text(json.dumps({**text, "unet": [None, None]}))
+    elif how == "text":
+        text = json.loads(index.read_text())
+        index.write_text(json.dumps({**text, "unet": "UNet2DConditionModel"}))
+    elif how == "controlnet":
+        text = json.loads(index.read_text())
+        index.write_text(json.dumps({**text, "_class_name": "StableDiffusionControlNetPipeline"}))
+    elif how == "scheduler":
+        text = json.loads(index.read_text())
+        index.write_text(json.dumps({**text, "scheduler": ["diffusers", "DEISMultistepScheduler"]}))
+    elif how == "schedule":
+        (folder / "scheduler" / "scheduler_config.json").unlink()
+    elif how == "vocabulary":
+        for path in (folder / "tokenizer").iterdir():
+            if path.name != "tokenizer_config.json":
+                path.unlink()
     elif how == "index":
         index.write_text("[]")
     elif how == "unknown":
@@ -248,6 +277,12 @@ def _broken(folder: Path, how: str) -> None:
         ("json", "is not JSON"),
         ("index", "no table of settings"),
         ("unknown", "UNet3DConditionModel"),
+        ("null", "names no unet, which a StableDiffusionPipeline needs"),
+        ("text", "names no unet"),
+        ("controlnet", "names no controlnet"),
+        ("scheduler", "DEISMultistepScheduler, which is not supported"),
+        ("schedule", "scheduler_config.json is missing"),
+        ("vocabulary", "has none of tokenizer.json, vocab.json"),
     ],
 )
 def test_what_is_damaged_is_refused(
@@ -255,11 +290,11 @@ def test_what_is_damaged_is_refused(
 ) -> None:
     folder = copied("sd")
     _broken(folder, how)
-    # The parts that come before, and the trace, which must not be reached.
+    # The part that comes before it, and the trace, which must not be reached.
     for name in ("text_encoder",):
         text = json.loads((folder / "model_index.json").read_text())
         if isinstance(text, dict):
-            text.pop(name)
+            text[name] = [None, None]
             (folder / "model_index.json").write_text(json.dumps(text))
     monkeypatch.setattr(part_build, "trace_module", lambda *_: pytest.fail("it was traced"))
     with pytest.raises(SourceError, match=words):
@@ -277,6 +312,7 @@ def test_what_is_damaged_is_refused(
         {"verify": "graph"},
         {"quantize": "int3"},
         {"block_size": 32},
+        {"adapter_scale": 0.5},
     ],
 )
 def test_options_of_decoders_are_refused(

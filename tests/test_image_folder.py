@@ -148,3 +148,10 @@ def test_without_a_size_all_pictures_must_have_one(tmp_path):
     save(tmp_path, "b.png", size=(48, 40), caption="b")
     with pytest.raises(DataError, match=r"b\.png: is 48x40 and not square"):
         read_image_folder(tmp_path, None)
+
+
+def test_a_caption_that_no_tokenizer_holds_is_named(tmp_path):
+    save(tmp_path, "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "half a pair: \\ud83d"}')
+    with pytest.raises(DataError, match=r'line 1: has a "text" for a\.png that is no valid Unicode'):
+        read_image_folder(tmp_path, 32)

@@ -381,10 +381,13 @@ def changed(path: Path, **values: Any) -> None:
     [
         (lambda folder: changed(folder / "model_index.json", _class_name="MagicPipeline"), "is a MagicPipeline, which"),
         (lambda folder: (folder / "model_index.json").write_text("[1]"), "model_index.json holds no JSON object"),
+        (lambda folder: (folder / "model_index.json").write_text("{}"), "model_index.json names no _class_name"),
         (lambda folder: (folder / "unet/config.json").write_text("{"), "unet/config.json is not JSON"),
         (lambda folder: (folder / "unet/config.json").unlink(), "cannot read .*unet/config.json"),
         (lambda folder: changed(folder / "unet/config.json", in_channels="four"), "in_channels is 'four' and must be"),
         (lambda folder: changed(folder / "vae_decoder/config.json", scaling_factor=[]), "scaling_factor is .. and"),
+        (lambda folder: changed(folder / "vae_decoder/config.json", scaling_factor=0), "scaling_factor is 0"),
+        (lambda folder: changed(folder / "vae_decoder/config.json", block_out_channels=[]), "block_out_channels is .. and"),
         (lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{}"), "cannot be read as a tokenizer"),
         (lambda folder: changed(folder / "scheduler/scheduler_config.json", _class_name="Fast"), "is for Fast, which"),
         (lambda folder: changed(folder / "scheduler/scheduler_config.json", beta_schedule="x"), "beta_schedule 'x' is"),
@@ -418,6 +421,10 @@ def test_a_graph_of_another_pipeline_is_named(opened: Opened, tmp_path: Path) ->
     model = xl.model()
     model._parts._open = lambda name: opened.open("unet") if name == "unet" else xl.open(name)
     with pytest.raises(BackendError, match="the graph of unet takes no text_embeds"):
+        model.generate("a", QUICK)
+    model._parts._open = lambda name: xl.open("vae_decoder" if name == "unet" else name)
+    model._parts._kept.clear()
+    with pytest.raises(BackendError, match="the graph of unet takes no sample, other than the pipeline does"):
         model.generate("a", QUICK)
     with pytest.raises(RequestError, match="there is no memory mode fast"):
         Parts(tmp_path, frozenset(), xl.open, "fast")  # type: ignore[arg-type]

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fmedge_runtimes import onnxruntime_session
-from fmedge_runtimes.errors import BackendError
+from fmedge_runtimes.backends import open_session
+from fmedge_runtimes.errors import BackendError, RequestError
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 
 
@@ -88,3 +89,9 @@ def test_exact_int8_sums_are_asked_for_where_they_would_saturate(
     monkeypatch.setattr(onnxruntime_session, "CPUINFO", info)
     monkeypatch.setattr("platform.machine", lambda: machine)
     assert onnxruntime_session._int8_saturates() is saturates
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_a_number_of_threads_that_cannot_be_is_refused(arithmetic: Path, threads: int) -> None:
+    with pytest.raises(RequestError, match=f"threads is {threads}; it must be at least 1"):
+        open_session(arithmetic, "cpu", threads)

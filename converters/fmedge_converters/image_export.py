@@ -34,7 +34,7 @@ from fmedge_converters.part_build import BuiltGraph, PartOptions, build_part
 from fmedge_converters.part_evidence import Compared, compare, parts_evidence
 from fmedge_converters.parts import find_kind
 from fmedge_converters.parts.part import Asked, Call
-from fmedge_converters.pipeline_files import write_instruction, write_part_files
+from fmedge_converters.pipeline_files import check_part_files, write_instruction, write_part_files
 from fmedge_converters.pipeline_source import PartSource, PipelineSource, empty_part, loaded_part, open_pipeline
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
@@ -54,6 +54,8 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     _check_options(options)
     check_block_size(scheme, options)
     source = open_pipeline(options.source, options.revision, prior=options.prior, allow_pickle=options.allow_pickle)
+    for part in source.parts:
+        check_part_files(part)
     modules = {part.name: empty_part(part) for part in source.parts if part.is_module}
     calls = {part.name: _calls(part, modules[part.name], source) for part in source.parts if part.is_module}
     parameters = sum(value.numel() for module in modules.values() for value in module.parameters())
@@ -134,6 +136,8 @@ def _check_options(options: ExportOptions) -> None:
         "--layout": options.layout is not None,
         "--verify graph": options.verify == "graph",
     }
+    if options.adapter is None and options.adapter_scale != ExportOptions.adapter_scale:
+        raise ExportError("--adapter-scale is for --adapter, and there is none; leave it out.")
     for name, given in meaningless.items():
         if given:
             raise ExportError(f"{name} is for decoders of text; {options.source} is a pipeline that makes images.")

@@ -12,7 +12,8 @@ import diffusers
 import numpy as np
 import tokenizers
 import transformers
-from fmedge_runtimes.errors import SourceError
+from fmedge_runtimes.errors import BundleError, SourceError
+from fmedge_runtimes.schedulers import parse_config
 
 from fmedge_converters.decoder import quiet_libraries
 from fmedge_converters.pipeline_source import PartSource
@@ -20,17 +21,34 @@ from fmedge_converters.tokenizer_files import TOKENIZER, compare_tokenizers
 
 TABLE = "alphas_cumprod.npy"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+VOCABULARIES = (TOKENIZER, "vocab.json", "spiece.model", "tokenizer.model")
 INSTRUCTION = "tokenizer/instruction.txt"
 """What SANA's pipeline puts in front of every prompt, up to its last character."""
 KEPT_OF_TOKENIZER = ("vocab.json", "merges.txt", "special_tokens_map.json", "spiece.model", "tokenizer.model")
 """Slow forms, which the runtime does not read, but other programs do."""
 
 
+def check_part_files(part: PartSource) -> None:
+    """Raise SourceError for a scheduler that the runtime has not, and for a tokenizer without a vocabulary."""
+    if (part.folder / SCHEDULER_CONFIG).is_file():
+        try:
+            parse_config(_settings(part), str(part.folder / SCHEDULER_CONFIG))
+        except BundleError as error:
+            raise SourceError(str(error)) from error
+    elif issubclass(part.kind, transformers.PreTrainedTokenizerBase):
+        # Without one, transformers makes an empty tokenizer, which encodes every prompt to the same ids.
+        if not any((part.folder / name).is_file() for name in VOCABULARIES):
+            raise SourceError(f"{part.folder} has none of {', '.join(VOCABULARIES)}; download or copy it again.")
+    elif not part.is_module and issubclass(part.kind, diffusers.SchedulerMixin):
+        raise SourceError(f"{part.folder / SCHEDULER_CONFIG} is missing; download or copy the folder again.")
+
+
 def write_part_files(part: PartSource, output: Path) -> None:
     """Write the folder of a part that is no module. Raises SourceError."""
     folder = output / part.name
     folder.mkdir()
-    if (part.folder / "scheduler_config.json").is_file():
+    if (part.folder / SCHEDULER_CONFIG).is_file():
         _write_scheduler(part, folder)
     elif issubclass(part.kind, transformers.PreTrainedTokenizerBase):
         _write_tokenizer(part, folder)
@@ -49,14 +67,23 @@ def write_instruction(pipeline: str, output: Path) -> None:
         (output / INSTRUCTION).write_text("\n".join(lines), "utf-8")
 
 
+def _settings(part: PartSource) -> dict[str, Any]:
+    """A scheduler's settings, with the class that the pipeline's index names: which is the one that diffusers opens."""
+    return {**part.settings, "_class_name": part.kind.__name__}
+
+
 def _write_scheduler(part: PartSource, folder: Path) -> None:
-    shutil.copyfile(part.folder / "scheduler_config.json", folder / "scheduler_config.json")
+    settings = _settings(part)
+    if settings == part.settings:
+        shutil.copyfile(part.folder / SCHEDULER_CONFIG, folder / SCHEDULER_CONFIG)
+    else:
+        (folder / SCHEDULER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
     try:
         with quiet_libraries():
             scheduler = part.kind.from_config(part.settings)
     except Exception as error:
         raise SourceError(
-            f"{part.folder / 'scheduler_config.json'}: {part.kind.__name__} cannot be built from it: {error}"
+            f"{part.folder / SCHEDULER_CONFIG}: {part.kind.__name__} cannot be built from it: {error}"
         ) from error
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is not None:

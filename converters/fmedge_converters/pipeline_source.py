@@ -7,8 +7,10 @@ diffusers or transformers, whatever the class of the pipeline.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,12 +125,32 @@ def _open_one(source: str, revision: str | None, allow_pickle: bool) -> Pipeline
     ]
     if not any(part.is_module for part in parts):
         raise SourceError(f"{folder / MODEL_INDEX} names no part with weights; it is not a pipeline of diffusers.")
+    missing = _missing(pipeline, index, {part.name for part in parts})
+    if missing is not None:
+        raise SourceError(
+            f"{folder / MODEL_INDEX} names no {missing}, which a {pipeline} needs; download or copy the folder again."
+        )
     if local.is_dir():
         found_id, commit = folder.resolve().name, None
     else:
         found_id, commit = source, folder.name
         _fetch_weights(source, commit, parts, allow_pickle)
     return PipelineSource(found_id, commit, folder, pipeline, index, tuple(parts), licence_of(folder, index))
+
+
+def _missing(pipeline: str, index: Mapping[str, Any], found: AbstractSet[str]) -> str | None:
+    """A part that the pipeline's class cannot do without and that was not found, if there is one."""
+    with quiet_libraries():
+        kind = getattr(diffusers, pipeline, None)
+    if kind is None:
+        return None
+    for name, parameter in inspect.signature(kind.__init__).parameters.items():
+        needed = parameter.default is inspect.Parameter.empty and name not in (*kind._optional_components, "self")
+        # Prompts can be given as embeddings, and zeros stand in for a T5: the index says null then.
+        nulled = name.startswith(("text_encoder", "tokenizer")) and isinstance(index.get(name), list)
+        if needed and not nulled and name not in found and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            return name
+    return None
 
 
 def _fetch_weights(source: str, commit: str, parts: Sequence[PartSource], allow_pickle: bool) -> None:

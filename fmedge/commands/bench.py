@@ -1,4 +1,4 @@
-"""`fmedge bench`: how fast bundles are on this machine, side by side."""
+"""`fmedge bench`: how fast bundles that write text are on this machine, side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from fmedge_runtimes.errors import BackendError
+from fmedge_runtimes.errors import BackendError, BundleError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,12 +45,17 @@ def command(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU; all cores unless given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON line.")] = False,
 ) -> None:
-    """Measure how fast bundles generate on this machine. Prompts are random tokens, the same for every bundle.
+    """Measure how fast bundles that write text generate on this machine. Prompts are random tokens, the same for every bundle.
 
     Each bundle has a process of its own, so that its peak of memory is its own, too.
     """
+    from fmedge_runtimes.load import kind_of
+
     from fmedge.commands.measurement import Workload, memory_bandwidth
 
+    for bundle in bundles:
+        if kind_of(bundle) == "image":
+            raise BundleError(f"{bundle} makes images; bench measures how fast text is written. See benchmarks/image.py.")
     workload = Workload(_batches(batch), prompt, new, repeats, device, threads)
     results: list[Measured] = []
     for bundle in bundles:

@@ -32,6 +32,9 @@ from fmedge.commands.prompts import LineFields, PromptLine, read_prompts
 FIELDS = LineFields(frozenset({"negative", "seed"}), checked, messages=False)
 """What a line of a .jsonl file may say for its prompt alone."""
 STDOUT = "-"
+PNG = ".png"
+OTHER_FILES = frozenset({".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".json", ".jsonl"})
+"""Endings by which a file is meant, of a kind that is not written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +55,32 @@ class Destination:
             raise typer.BadParameter("images need a place: --output FILE.png or FOLDER, or --grid FILE.png.")
         if self.output == STDOUT and (count > 1 or self.as_json):
             raise typer.BadParameter("--output - is for a single image, without --json.")
-        if self.grid is not None and self.grid.suffix.lower() != ".png":
+        if self.output is not None and (not self.output or Path(self.output).suffix.lower() in OTHER_FILES):
+            raise typer.BadParameter(f"--output is {self.output!r}; images are written to a .png file or a folder.")
+        if self.grid is not None and self.grid.suffix.lower() != PNG:
             raise typer.BadParameter(f"--grid is {self.grid}; it must be a .png file.")
         if self.output is not None and self._is_file(self.output) and count > 1:
             raise typer.BadParameter(f"--output {self.output} is one file for {count} images; give a folder.")
-        for path in filter(None, (*(self.file(number) for number in range(count)), self.grid)):
-            if path.exists() and not self.force:
-                raise RequestError(f"{path} exists; replace it with --force, or give another place.")
+        files = [path for number in range(count) if (path := self.file(number)) is not None]
+        if self.grid is not None and self.grid.absolute() in (path.absolute() for path in files):
+            raise typer.BadParameter(f"--output and --grid are both {self.grid}; give the grid a place of its own.")
+        for path in (*files, *filter(None, [self.grid])):
             # Found out now, not when the images are ready.
-            nearest = next(folder for folder in path.absolute().parents if folder.exists())
-            if not nearest.is_dir():
-                raise RequestError(f"cannot write {path}: {nearest} is not a folder.")
-            if not os.access(nearest, os.W_OK):
-                raise RequestError(f"cannot write {path}: {nearest} is not writable.")
+            try:
+                self._check_place(path)
+            except OSError as error:  # as for a name that is too long
+                raise RequestError(f"cannot write {path}: {error.strerror}.") from error
+
+    def _check_place(self, path: Path) -> None:
+        if path.is_dir():
+            raise RequestError(f"cannot write {path}: it is a folder; give another place.")
+        if path.exists() and not self.force:
+            raise RequestError(f"{path} exists; replace it with --force, or give another place.")
+        nearest = next(folder for folder in path.absolute().parents if folder.exists())
+        if not nearest.is_dir():
+            raise RequestError(f"cannot write {path}: {nearest} is not a folder.")
+        if not os.access(nearest, os.W_OK):
+            raise RequestError(f"cannot write {path}: {nearest} is not writable.")
 
     def file(self, number: int) -> Path | None:
         """The file of an image; None if it is not written to one of its own."""
@@ -75,7 +91,7 @@ class Destination:
 
     @staticmethod
     def _is_file(output: str) -> bool:
-        return Path(output).suffix.lower() == ".png" and not Path(output).is_dir()
+        return Path(output).suffix.lower() == PNG and not os.path.isdir(output)  # noqa: PTH112 - never raises
 
 
 def generate_images(call: Call, options: Diffusion, *, grid: Path | None, memory_mode: str | None) -> None:

@@ -112,6 +112,8 @@ def _entry(line: str) -> tuple[str, str]:
         raise _UnusableError('has no "file_name"')
     if not isinstance(caption, str) or not caption.strip():
         raise _UnusableError(f'has no "text" for {name}')
+    if not caption.isascii() and any("\ud800" <= letter <= "\udfff" for letter in caption):
+        raise _UnusableError(f'has a "text" for {name} that is no valid Unicode')
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise _UnusableError(f"names a file outside of the folder: {name}")
     return Path(name).as_posix(), " ".join(caption.split())

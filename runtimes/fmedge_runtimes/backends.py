@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from fmedge_runtimes.errors import BackendError
+from fmedge_runtimes.errors import BackendError, RequestError
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from fmedge_runtimes.session import Session
 
@@ -18,7 +18,9 @@ BACKENDS: Mapping[str, Open] = MappingProxyType({"cpu": OnnxRuntimeSession, "cud
 
 
 def open_session(graph: Path, device: str, threads: int | None) -> Session:
-    """Open a graph. Raises BackendError."""
+    """Open a graph. Raises BackendError, and RequestError for a number of threads that cannot be."""
+    if threads is not None and threads < 1:
+        raise RequestError(f"threads is {threads}; it must be at least 1.")
     if device not in BACKENDS:
         raise BackendError(f"there is no device {device}; choose one of {', '.join(BACKENDS)}.")
     return BACKENDS[device](graph, device, threads)

@@ -116,6 +116,14 @@ class Part:
         wanted = self.inputs[name].dtype
         return value.astype(wanted) if isinstance(value, np.ndarray) and value.dtype.name != wanted else value
 
+    def input(self, name: str) -> TensorSpec:
+        """What the graph wants as one of its inputs. Raises BackendError if it has no such input."""
+        if name not in self.inputs:
+            raise BackendError(
+                f"the graph of {self.name} takes no {name}, other than the pipeline does; export the bundle again."
+            )
+        return self.inputs[name]
+
     def output(self, name: str, outputs: Mapping[str, Array]) -> Array:
         """One of the outputs of a run, checked. Raises BackendError if the graph has no such output."""
         if name not in outputs:

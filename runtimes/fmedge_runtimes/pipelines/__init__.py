@@ -75,7 +75,9 @@ def family_of(parts: Parts) -> Family:
     if isinstance(name, list):
         # A class that comes with its folder: [module, class]. It is known by its name, and never run.
         name = name[-1] if name else None
-    if not isinstance(name, str) or name not in FAMILIES:
+    if not isinstance(name, str):
+        raise BundleError(f"{parts.index.path} names no _class_name; copy or export the bundle again.")
+    if name not in FAMILIES:
         raise BundleError(
             f"{parts.folder} is a {name}, which this version does not run; it runs {', '.join(sorted(FAMILIES))}."
         )

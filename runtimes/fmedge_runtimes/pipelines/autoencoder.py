@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fmedge_runtimes.errors import BackendError, RequestError
+from fmedge_runtimes.errors import BackendError, BundleDamagedError, RequestError
 from fmedge_runtimes.parts import Part, Parts
 from fmedge_runtimes.pipelines.pipeline import Array, Order, Pixels, Progress
 
@@ -55,12 +55,9 @@ class Autoencoder:
         self._parts, self._decoder, self.encoder = parts, decoder, encoder
         self._norm = _Norm.of(parts, decoder) if scaled else _Norm()
         config = parts.config(decoder)
-        blocks = next(
-            config.numbers(name)
-            for name in ("block_out_channels", "decoder_block_out_channels", "encoder_block_out_channels", "")
-            if name in config.values or not name
-        )
-        self.factor = 2 ** (len(blocks) - 1)
+        names = ("block_out_channels", "decoder_block_out_channels", "encoder_block_out_channels")
+        blocks = next((name for name in names if name in config.values), names[0])
+        self.factor = 2 ** (len(config.numbers(blocks)) - 1)
         """Pixels of a latent's side."""
         self.channels = config.whole("latent_channels")
         side = int(max(config.numbers("sample_size", (512,))))
@@ -169,6 +166,8 @@ class _Norm:
         tables = [config.numbers(name, ()) for name in ("latents_mean", "latents_std")]
         mean, deviation = (np.array(table, np.float32)[:, None, None] if table else None for table in tables)
         scale = config.number("scaling_factor", 1.0)
+        if not scale:
+            raise BundleDamagedError(f"{config.path}: scaling_factor is 0; export the bundle again.")
         shift = config.number("shift_factor", 0.0)
         return cls(scale, shift, mean, deviation) if mean is not None and deviation is not None else cls(scale, shift)
 

@@ -103,7 +103,7 @@ class Denoiser:
         channels = sample.shape[1]
         if self._sample is None:
             more = 0 if self._extra is None else self._extra.shape[1]
-            dtype = self._part.inputs[self._form.sample].dtype
+            dtype = self._part.input(self._form.sample).dtype
             self._sample = np.empty((rows, channels + more, *sample.shape[2:]), dtype)
         for start in range(0, rows, len(sample)):
             half = self._sample[start : start + len(sample)]
