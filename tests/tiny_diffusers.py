@@ -2,8 +2,7 @@
 
     folder = save_pipeline("sdxl", tmp_path / "sdxl")
 
-PIPELINES names them all: one of each pipeline that fmedge exports. Tokenizers are trained on a sentence, so a prompt
-in its words becomes several tokens.
+PIPELINES names them all: one of each pipeline that fmedge exports. The words of TEXT are tokens.
 """
 
 from __future__ import annotations
@@ -28,35 +27,38 @@ TOKENS = 77
 """Length that CLIP's tokenizers pad to."""
 
 
+def _words() -> list[str]:
+    return sorted({word for word in TEXT.replace(",", " ").split() if word})
+
+
 def clip_tokenizer(pad: str = "<|endoftext|>") -> Any:
-    """CLIP's tokenizer over its alphabet; special tokens at the end, as CLIP has them."""
-    base = transformers.CLIPTokenizer()
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.normalizer, trained.pre_tokenizer = base.backend_tokenizer.normalizer, base.backend_tokenizer.pre_tokenizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    trained.train_from_iterator([TEXT], trainer)
-    bpe = json.loads(trained.to_str())["model"]
-    # Every letter also as the end of a word.
-    pieces = [*bpe["vocab"], *(f"{letter}</w>" for letter in sorted(alphabet) if f"{letter}</w>" not in bpe["vocab"])]
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    """CLIP's tokenizer, to which every word of TEXT is one token; special tokens at the end, as CLIP has them.
+
+    Not trained: trainers break ties as they come.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = dict.fromkeys([*alphabet, *(f"{letter}</w>" for letter in alphabet)])
+    merges = {}
+    for word in _words():
+        letters = [*word[:-1], f"{word[-1]}</w>"]
+        left = letters[0]
+        for right in letters[1:]:
+            merges[left, right] = None
+            left += right
+            pieces[left] = None
     return transformers.CLIPTokenizer(
-        vocab={piece: number for number, piece in enumerate(pieces)},
-        merges=[tuple(pair) for pair in bpe["merges"]],
+        vocab={piece: number for number, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])},
+        merges=list(merges),
         pad_token=pad,
         model_max_length=TOKENS,
     )
 
 
 def t5_tokenizer(length: int = 512) -> Any:
-    """T5's tokenizer: pad 0, </s> 1, <unk> 2, then pieces."""
-    trained = Tokenizer(models.Unigram())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=150, show_progress=False, unk_token="<unk>")
-    trained.train_from_iterator([TEXT], trainer)
-    pieces = [(piece, score) for piece, score in json.loads(trained.to_str())["model"]["vocab"] if piece != "<unk>"]
+    """T5's tokenizer, to which every long word of TEXT is one token: pad 0, </s> 1, <unk> 2, then pieces."""
+    letters = sorted({letter for letter in TEXT if letter != " "})
+    pieces = [(f"▁{word}", -2.0) for word in _words() if len(word) > 4]
+    pieces += [(letter, -5.0) for letter in ["▁", *letters, *(f"▁{letter}" for letter in letters)]]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     extra = [(f"<extra_id_{number}>", 0.0) for number in range(9, -1, -1)]
     return transformers.T5Tokenizer(vocab=[*special, *pieces, *extra], extra_ids=10, model_max_length=length)
