@@ -55,9 +55,10 @@ def clip_tokenizer(pad: str = "<|endoftext|>") -> Any:
 
 
 def t5_tokenizer(length: int = 512) -> Any:
-    """T5's tokenizer, to which every word of TEXT is one token: pad 0, </s> 1, <unk> 2, then pieces."""
+    """T5's tokenizer, to which every long word of TEXT is one token: pad 0, </s> 1, <unk> 2, then pieces."""
     letters = sorted({letter for letter in TEXT if letter != " "})
-    pieces = [(f"▁{word}", -2.0) for word in _words()] + [(letter, -5.0) for letter in ["▁", *letters]]
+    pieces = [(f"▁{word}", -2.0) for word in _words() if len(word) > 4]
+    pieces += [(letter, -5.0) for letter in ["▁", *letters, *(f"▁{letter}" for letter in letters)]]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     extra = [(f"<extra_id_{number}>", 0.0) for number in range(9, -1, -1)]
     return transformers.T5Tokenizer(vocab=[*special, *pieces, *extra], extra_ids=10, model_max_length=length)
