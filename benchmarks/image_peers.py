@@ -35,9 +35,7 @@ def image_forms(quantizations: Sequence[str] = QUANTIZATIONS) -> Iterator[ImageF
         yield ImageForm(Form(FMEDGE, quantize, "image_fmedge.py", _export_fmedge(quantize), FMEDGE), units)
     for precision, mode in (("f32", "f32"), ("default", "")):
         # OpenVINO GenAI has no pipeline for what `fmedge train image` makes.
-        form = Form(
-            "openvino", precision, "image_openvino.py", _export_openvino, "openvino-runtime", mode, "openvino"
-        )
+        form = Form("openvino", precision, "image_openvino.py", _export_openvino, "openvino-runtime", mode, "openvino")
         yield ImageForm(form, (STEP, DECODE))
 
 

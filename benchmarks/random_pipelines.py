@@ -1,4 +1,4 @@
-"""Folders of text-to-image pipelines with random weights and the real shapes of published ones, as diffusers saves them.
+"""Folders of text-to-image pipelines with random weights and the shapes of published ones, as diffusers saves them.
 
 Speed and memory depend on shapes, not on what the weights say, so nothing needs to be downloaded.
 
@@ -58,7 +58,7 @@ def write_pipeline(shape: Shape, folder: Path) -> Path:
 
 
 def _write_stable_diffusion(shape: Shape, folder: Path) -> None:
-    """The parts of Stable Diffusion 1.5. Its text encoder is small: it runs once for each image, and is not measured."""
+    """The parts of Stable Diffusion 1.5. Its text encoder is small: it runs once an image, and is not measured."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
     width = shape.width
@@ -132,13 +132,13 @@ def _write_index(folder: Path, pipeline: str, **parts: Any) -> None:  # noqa: AN
 def _write_pixel_pipeline(shape: Shape, folder: Path) -> None:
     """What `fmedge train image` makes by default, before it is trained."""
     import torch
+    from transformers import CLIPTokenizer
 
     from fmedge.shapes import COMBINATIONS
     from fmedge.training.caption_tokenizer import train_caption_tokenizer
     from fmedge.training.denoiser import Denoiser, pipeline_from_denoiser, write_pipeline
     from fmedge.training.image_presets import image_preset_named
     from fmedge.training.objectives import OBJECTIVES
-    from transformers import CLIPTokenizer
 
     made = train_caption_tokenizer([combination.caption for combination in COMBINATIONS])
     preset = image_preset_named("tiny")
