@@ -40,7 +40,7 @@ class ImageRow:
     cpu_seconds: Range
     images_per_s: float
     outside_graphs: float | None
-    """Share of the processor time that was not spent in graphs; None where it is not known."""
+    """Share of the seconds that were not spent in graphs; None where it is not known."""
     difference: float | None
     """From diffusers' output, the largest of some values, in its standard deviations; None without it."""
     peak_mib: Range
@@ -64,15 +64,14 @@ def _row(key: tuple[str, str, int, str], groups: dict[tuple[str, str, int, str],
     measured = [sample.measurement for sample in group]
     reference = groups.get((*key[:3], REFERENCE))
     seconds = Range.of(value for item in measured for value in item.seconds)
-    cpu = [value for item in measured for value in item.cpu_seconds]
-    graphs = [value for item in measured for value in item.graph_cpu_seconds]
+    graphs = [value for item in measured for value in item.graph_seconds]
     return ImageRow(
         *key,
         load_s=Range.of(item.load_s for item in measured),
         seconds=seconds,
-        cpu_seconds=Range.of(cpu),
+        cpu_seconds=Range.of(value for item in measured for value in item.cpu_seconds),
         images_per_s=key[2] / seconds.median,
-        outside_graphs=1 - sum(graphs) / sum(cpu) if graphs else None,
+        outside_graphs=1 - sum(graphs) / sum(value for item in measured for value in item.seconds) if graphs else None,
         difference=difference(measured[0].output, reference[0].measurement.output) if reference else None,
         peak_mib=Range.of(item.peak_mib for item in measured),
         background_cores=Range.of(sample.background_cores for sample in group),
@@ -83,9 +82,7 @@ def _row(key: tuple[str, str, int, str], groups: dict[tuple[str, str, int, str],
 
 def print_image_tables(rows: Sequence[ImageRow]) -> None:
     """What was measured, then fmedge's ratios to each peer (above 1: fmedge is faster)."""
-    print(
-        "| case | work | batch | form | load s | seconds | CPU s | images/s | outside | differs | peak MiB | others | n |"
-    )
+    print("| case | work | batch | form | load s | seconds | CPU s | images/s | outside | differs | MiB | others | n |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         rate = f"{row.images_per_s:.3g}" if row.unit == IMAGES else ""

@@ -71,8 +71,8 @@ class ImageMeasurement:
     seconds: list[float]
     cpu_seconds: list[float]
     """Processor time of the process, all of its threads."""
-    graph_cpu_seconds: list[float]
-    """Of that, what was spent in graphs; empty where it is not known."""
+    graph_seconds: list[float]
+    """Of `seconds`, what was spent in graphs; empty where it is not known."""
     output: list[float]
     """Evenly spaced values of the last result."""
 
@@ -85,10 +85,10 @@ def measure(
 ) -> None:
     """Run `work` once to warm up and then for every repeat, and print the measurement.
 
-    `work` returns the output as an array. `in_graphs` tells the processor time that graphs have taken since the start.
+    `work` returns the output as an array. `in_graphs` tells the seconds that graphs have taken since the start.
     """
     work()
-    seconds, cpu_seconds, graph_cpu_seconds = [], [], []
+    seconds, cpu_seconds, graph_seconds = [], [], []
     result = None
     for _ in range(workload.repeats):
         graphs = in_graphs() if in_graphs is not None else 0.0
@@ -97,9 +97,9 @@ def measure(
         cpu_seconds.append(time.process_time() - cpu)
         seconds.append(time.perf_counter() - started)
         if in_graphs is not None:
-            graph_cpu_seconds.append(in_graphs() - graphs)
+            graph_seconds.append(in_graphs() - graphs)
     measurement = ImageMeasurement(
-        load_s, peak_resident_mib(), seconds, cpu_seconds, graph_cpu_seconds, sampled(np.asarray(result))
+        load_s, peak_resident_mib(), seconds, cpu_seconds, graph_seconds, sampled(np.asarray(result))
     )
     print(json.dumps(asdict(measurement)))
 

@@ -1,4 +1,4 @@
-"""Folders of text-to-image pipelines with random weights and the real shapes of published ones, as diffusers saves them.
+"""Folders of text-to-image pipelines with random weights and the shapes of published ones, as diffusers saves them.
 
 Speed and memory depend on shapes, not on what the weights say, so nothing needs to be downloaded.
 
@@ -58,7 +58,7 @@ def write_pipeline(shape: Shape, folder: Path) -> Path:
 
 
 def _write_stable_diffusion(shape: Shape, folder: Path) -> None:
-    """The parts of Stable Diffusion 1.5. Its text encoder is small: it runs once for each image, and is not measured."""
+    """The parts of Stable Diffusion 1.5. Its text encoder is small: it runs once an image, and is not measured."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
     width = shape.width

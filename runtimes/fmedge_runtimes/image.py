@@ -13,6 +13,7 @@ its own prompt, seed and settings alone; docs/images.md says what rounding can c
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import threading
 import time
@@ -30,12 +31,14 @@ from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.picture import image_array, mask_array, open_picture
 from fmedge_runtimes.pipelines import family_of
 from fmedge_runtimes.pipelines.pipeline import EVERY, Job, OpenScheduler, Order, Progress, Rendered, Stage
+from fmedge_runtimes.schedulers import read_config
 
 STRENGTH, STRENGTH_MASKED = 0.8, 1.0
 """Of the trajectory, for an image without and with a mask, if nobody said otherwise."""
 DEFAULT = Diffusion()
-USUAL_BATCH = 4
-"""Images that are denoised together at most, if nobody said otherwise: larger batches are hardly faster."""
+USUAL_BATCH, USUAL_PIXELS, MOST_USUAL = 4, 4 * 512 * 512, 16
+"""Images that are denoised together at most, if nobody said otherwise: more of them where they are small, and calls of
+a graph cost more than what they compute. Larger batches are hardly faster."""
 WAIT = 0.05
 """Seconds between two looks at whether a request that waits was cancelled."""
 
@@ -59,6 +62,7 @@ class ImageModel:
         self.pipeline = family.open(parts)
         facts = bundle.manifest.image
         self._batch(facts.height, facts.width, guided=False)  # refuses a memory in which nothing fits
+        self._read_scheduler = functools.cache(read_config)
         self._lock = threading.Lock()
         self._owner: int | None = None
         self._closed = False
@@ -163,6 +167,7 @@ class ImageModel:
                 strength,
                 respaced=self._family.respaced and image is not None,
                 main=self._family.scheduler,
+                read=self._read_scheduler,
             ),
         )
 
@@ -210,7 +215,8 @@ class ImageModel:
                 f"{width}x{height} takes about {one.total(mode) / 2**20:.0f} MiB, and memory allows "
                 f"{memory / 2**20:.0f} MiB; allow more, use the memory mode sequential, or make it smaller."
             )
-        wished = USUAL_BATCH if self._max_batch is None else self._max_batch
+        small = min(max(USUAL_PIXELS // (height * width), USUAL_BATCH), MOST_USUAL)
+        wished = small if self._max_batch is None else self._max_batch
         for batch in range(wished, 0, -1):
             if plan_image(self.bundle, height=height, width=width, batch=batch, guided=guided, memory=memory).fits(
                 mode

@@ -35,9 +35,9 @@ class TorchNoise:
         if not -(2**63) <= seed < 2**64:
             raise RequestError(f"seed {seed} has more than 64 bits; use a number from {-(2**63)} to {2**64 - 1}.")
         self._bits = np.random.MT19937(0)
-        # RandomState's integer seeding is frozen by numpy's compatibility policy, and is the one of 2002.
-        state: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
-        self._bits.state = state
+        # RandomState's integer seeding is frozen by numpy's compatibility policy, and is the one of 2002. The generator
+        # is handed to it: making another one takes longer than drawing a small image's noise.
+        np.random.RandomState(self._bits).seed(seed & 0xFFFFFFFF)
         self._spare: float | None = None
 
     def normal(self, shape: Sequence[int]) -> npt.NDArray[np.float32]:

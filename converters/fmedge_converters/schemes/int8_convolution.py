@@ -4,9 +4,9 @@
     y     = ConvInteger(codes, weights) * scales + bias
 
 Which side is signed decides everything. ConvInteger multiplies the kernel from the left; ONNX Runtime's fast product
-(VNNI) takes unsigned numbers there and signed ones on the right. A convolution of 320 channels over 64 x 64, 3 x 3, takes
-24 ms of processor time so (one core of an AMD EPYC with AVX512-VNNI), 67 ms in fp32, and 250 ms with DynamicQuantizeLinear's
-unsigned activations and signed weights. Weights are thus stored with a zero point of 128.
+(VNNI) takes unsigned numbers there and signed ones on the right. A 3 x 3 convolution of 320 channels over 64 x 64 takes
+24 ms of processor time so (one core of an AMD EPYC with AVX512-VNNI), 67 ms in fp32, and 250 ms with unsigned
+activations, as DynamicQuantizeLinear makes them, and signed weights. Weights are thus stored with a zero point of 128.
 
 Each image has a scale of its own, so that images of a batch do not influence each other. The zero point is the same for
 all, as ConvInteger takes one: behind a SiLU, which does not fall below -0.28, it gives three quarters of the codes to
@@ -71,8 +71,9 @@ def _unsigned(codes: Array) -> Array:
 def _quantized(graph: DecoderGraph, convolution: Convolution, zero: int) -> tuple[ir.Value, ir.Value]:
     """The input's codes int8 [B, C, H, W] and their scales [B, 1, 1, 1]."""
     before, x = convolution.node, convolution.x
-    kind, batch = ir.DataType.FLOAT, [None if x.shape is None else x.shape[0]]
-    one = (kind, None if batch[0] is None else batch)
+    kind = ir.DataType.FLOAT
+    batch = None if x.shape is None else ir.Shape([x.shape[0]])
+    one = (kind, batch)
     axes = graph.add_constant("axes.1-3", np.array([1, 2, 3], np.int64))
     (highest,) = graph.insert(before, "ReduceMax", (x, axes), [one], {"keepdims": 0})
     (lowest,) = graph.insert(before, "ReduceMin", (x, axes), [one], {"keepdims": 0})
@@ -80,7 +81,7 @@ def _quantized(graph: DecoderGraph, convolution: Convolution, zero: int) -> tupl
     (down,) = graph.insert(before, "Mul", (lowest, _number(graph, 1 / (LOWEST - zero), np.float32)), [one])
     (scale,) = graph.insert(before, "Max", (up, down, _number(graph, SMALLEST, np.float32)), [one])
     (rows,) = graph.insert(before, "Shape", (scale,), [(ir.DataType.INT64, [1])])
-    (zeros,) = graph.insert(before, "Expand", (_number(graph, zero, np.int8), rows), [(ir.DataType.INT8, one[1])])
+    (zeros,) = graph.insert(before, "Expand", (_number(graph, zero, np.int8), rows), [(ir.DataType.INT8, batch)])
     like = [(ir.DataType.INT8, x.shape)]
     (codes,) = graph.insert(before, "QuantizeLinear", (x, scale, zeros), like, {"axis": 0})
     shape = graph.add_constant("shape.-1x1x1x1", np.array([-1, 1, 1, 1], np.int64))

@@ -69,6 +69,8 @@ class OpenScheduler:
     """Whether a schedule of LCM's is spread over what the strength leaves."""
     main: str = "scheduler"
     """The folder of the scheduler that the name replaces."""
+    read: Callable[[Path], SchedulerConfig] = read_config
+    """Reads a scheduler's folder; a model remembers what it has read."""
 
     def config(self, part: str | None = None, *, chosen: bool = True) -> SchedulerConfig:
         """The config of a scheduler's folder, by default the main one's.
@@ -76,7 +78,7 @@ class OpenScheduler:
         With `chosen` False the request's name is not for this one. Raises BundleError, and RequestError for a name that
         is unknown or does not fit the model.
         """
-        config = read_config(self.folder / (part or self.main))
+        config = self.read(self.folder / (part or self.main))
         return config if self.name is None or not chosen else switch(config, self.name)
 
     def __call__(
