@@ -387,7 +387,10 @@ def changed(path: Path, **values: Any) -> None:
         (lambda folder: changed(folder / "unet/config.json", in_channels="four"), "in_channels is 'four' and must be"),
         (lambda folder: changed(folder / "vae_decoder/config.json", scaling_factor=[]), "scaling_factor is .. and"),
         (lambda folder: changed(folder / "vae_decoder/config.json", scaling_factor=0), "scaling_factor is 0"),
-        (lambda folder: changed(folder / "vae_decoder/config.json", block_out_channels=[]), "block_out_channels is .. and"),
+        (
+            lambda folder: changed(folder / "vae_decoder/config.json", block_out_channels=[]),
+            "block_out_channels is .. and",
+        ),
         (lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{}"), "cannot be read as a tokenizer"),
         (lambda folder: changed(folder / "scheduler/scheduler_config.json", _class_name="Fast"), "is for Fast, which"),
         (lambda folder: changed(folder / "scheduler/scheduler_config.json", beta_schedule="x"), "beta_schedule 'x' is"),

@@ -55,7 +55,9 @@ def command(
 
     for bundle in bundles:
         if kind_of(bundle) == "image":
-            raise BundleError(f"{bundle} makes images; bench measures how fast text is written. See benchmarks/image.py.")
+            raise BundleError(
+                f"{bundle} makes images; bench measures how fast text is written. See benchmarks/image.py."
+            )
     workload = Workload(_batches(batch), prompt, new, repeats, device, threads)
     results: list[Measured] = []
     for bundle in bundles:
