@@ -103,7 +103,7 @@ def _obstacle(kind: type[Any] | None) -> str | None:
     needed = {"prompt", "num_inference_steps", "guidance_scale", "generator", "height", "width"}
     if not needed <= set(parameters):
         return f"is called in a way of its own ({', '.join(sorted(needed - set(parameters)))} are no arguments)"
-    if ("image" in parameters and "strength" in parameters) or "mask_image" in parameters:
+    if "image" in parameters:
         return "starts from images"
     if any(name.startswith("prior_") for name in parameters):
         return "has several stages with steps of their own"
@@ -118,7 +118,8 @@ def _options(facts: ImageFacts, model: ImageModel) -> list[Diffusion]:
         for side in (facts.height, facts.width)
     )
     steps = min(facts.steps, STEPS)
-    return [Diffusion(steps=steps, guidance=facts.guidance, seed=seed, height=height, width=width) for seed in SEEDS]
+    guidance = facts.guidance if "guidance" in model.pipeline.takes else None
+    return [Diffusion(steps=steps, guidance=guidance, seed=seed, height=height, width=width) for seed in SEEDS]
 
 
 def _lacks_memory(source: PipelineSource) -> str | None:
@@ -162,7 +163,7 @@ def _painted(pipeline: Any, folder: Path, prompt: str, seed: int, options: Diffu
         image = pipeline(
             prompt=[prompt],
             num_inference_steps=options.steps,
-            guidance_scale=options.guidance,
+            guidance_scale=0.0 if options.guidance is None else options.guidance,
             generator=[torch.Generator().manual_seed(seed)],
             height=options.height,
             width=options.width,

@@ -101,8 +101,9 @@ def _replay_images(bundle: ImageBundle, device: str, progress: Callable[[str, in
 
 def _difference(bundle: ImageBundle, golden: ImageGolden, model: ImageModel) -> float:
     """The mean absolute difference of the golden image and the same one made here, in levels of 0 to 255."""
+    guidance = golden.guidance if "guidance" in model.pipeline.takes else None
     options = Diffusion(
-        steps=golden.steps, guidance=golden.guidance, seed=golden.seed, height=golden.height, width=golden.width
+        steps=golden.steps, guidance=guidance, seed=golden.seed, height=golden.height, width=golden.width
     )
     made = np.asarray(model.generate(golden.prompt, options)[0].image, np.float64)
     try:

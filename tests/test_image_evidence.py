@@ -1,0 +1,101 @@
+"""The comparison of a bundle's images with its source's, and the golden image that it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from fmedge_converters import image_evidence, image_export
+from fmedge_converters.export import export
+from fmedge_converters.export_options import ExportOptions
+from fmedge_runtimes.bundle import ImageBundle
+from fmedge_runtimes.errors import ParityError
+from fmedge_runtimes.verify import verify
+from PIL import Image
+from tiny_diffusers import PIXEL, save_pipeline
+
+pytestmark = pytest.mark.medium
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline(PIXEL, tmp_path_factory.mktemp("pixel") / "model")
+
+
+@pytest.fixture(scope="module")
+def bundle(source: Path, tmp_path_factory: pytest.TempPathFactory) -> ImageBundle:
+    made = export(ExportOptions(str(source), tmp_path_factory.mktemp("bundle") / "bundle"))
+    assert isinstance(made, ImageBundle)
+    return made
+
+
+def test_images_are_diffusers_own(bundle: ImageBundle) -> None:
+    parts, image = bundle.manifest.evidence
+    assert (parts.name, image.name) == ("parts", "image")
+    assert image.passed
+    assert image.figures["largest_levels"] <= 1
+    assert not bundle.manifest.forced
+
+
+def test_the_golden_image_is_made_again(bundle: ImageBundle) -> None:
+    assert verify(bundle.folder).images == 1
+    (golden,) = bundle.manifest.golden
+    path = bundle.file(golden.file)
+    saved = path.read_bytes()
+    made = np.asarray(Image.open(path))
+    assert made.std() > 1  # a picture
+    Image.fromarray(255 - made).save(path)
+    facts = {**bundle.manifest.files, golden.file: _facts(path)}
+    other = bundle.manifest.model_copy(update={"files": facts})
+    (bundle.folder / "fmedge.json").write_text(other.model_dump_json())
+    try:
+        with pytest.raises(ParityError, match="golden image 0 differs"):
+            verify(bundle.folder)
+    finally:
+        path.write_bytes(saved)
+        (bundle.folder / "fmedge.json").write_text(bundle.manifest.model_dump_json())
+
+
+def _facts(path: Path) -> Any:
+    from fmedge_runtimes.bundle import FileFacts, sha256_of
+
+    return FileFacts(bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def test_other_images_stop_the_export(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = image_export._modules
+
+    def changed(*args: Any) -> dict[str, Any]:
+        found = modules(*args)
+        with torch.no_grad():
+            for parameter in found["transformer"].parameters():
+                parameter.mul_(1.05)
+        return found
+
+    monkeypatch.setattr(image_export, "_modules", changed)
+    with pytest.raises(ParityError, match=r"nothing was written \(image: 2 images of 32x32"):
+        export(ExportOptions(str(source), tmp_path / "bundle"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("StableDiffusionPipeline", None),
+        ("StableDiffusion3Pipeline", None),
+        ("FluxPipeline", None),
+        ("IFPipeline", None),
+        ("StableDiffusionInpaintPipeline", "starts from images"),
+        ("StableDiffusionImg2ImgPipeline", "starts from images|no arguments"),
+        ("IFSuperResolutionPipeline", "starts from images|no arguments"),
+        ("KandinskyV22CombinedPipeline", "several stages"),
+        ("KandinskyV22Pipeline", "no arguments"),
+    ],
+)
+def test_pipelines_that_are_called_in_other_ways(name: str, words: str | None) -> None:
+    found = image_evidence._obstacle(getattr(diffusers, name))
+    assert (found is None) if words is None else any(word in str(found) for word in words.split("|"))
