@@ -1,4 +1,4 @@
-"""From a folder of diffusers to pixels: exported, loaded with ONNX Runtime, compared with diffusers on the folder itself.
+"""From a folder of diffusers to pixels: exported, loaded with ONNX Runtime, compared with diffusers.
 
 The pipelines alone are compared over all of their options in test_image_parity.py and its neighbours, the graphs in
 test_image_export.py; here the two meet, by the files of a bundle alone.

@@ -45,7 +45,7 @@ def command(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU; all cores unless given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON line.")] = False,
 ) -> None:
-    """Measure how fast bundles that write text generate on this machine. Prompts are random tokens, the same for every bundle.
+    """Measure how fast bundles write text on this machine. Prompts are random tokens, the same for every bundle.
 
     Each bundle has a process of its own, so that its peak of memory is its own, too.
     """
