@@ -6,6 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+from fmedge_converters.export import export
+from fmedge_converters.export_options import ExportOptions
+from PIL import Image
+from tiny_diffusers import save_pipeline
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -40,3 +47,31 @@ def test_chat_turn_replies(bundle: Path) -> None:
     done = run("chat_turn.py", bundle, "What is a tuple?")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip()
+
+
+@pytest.mark.medium
+def test_images_writes_one_for_each_prompt_and_a_grid(tmp_path: Path) -> None:
+    source = save_pipeline("sd", tmp_path / "source")
+    bundle = export(ExportOptions(str(source), tmp_path / "bundle", verify="none")).folder
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a small red circle\n\na cat in the rain\n")
+    start = tmp_path / "start.png"
+    Image.new("RGB", (40, 32), "red").save(start)
+    for name, more in (("made", ()), ("varied", (start,))):
+        done = run("images.py", bundle, prompts, tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+        assert "denoise" in done.stderr
+        files = [tmp_path / name / file for file in ("00000.png", "00001.png", "grid.png")]
+        assert sorted((tmp_path / name).iterdir()) == files
+        assert [opened(file).text["parameters"].splitlines()[0] for file in files[:2]] == [
+            "a small red circle",
+            "a cat in the rain",
+        ]
+        assert opened(files[2]).size == (2 * opened(files[0]).width, opened(files[0]).height)
+    assert opened(tmp_path / "varied" / "00000.png").size == (40, 32)
+
+
+def opened(path: Path) -> Any:
+    with Image.open(path) as image:
+        image.load()
+        return image

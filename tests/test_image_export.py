@@ -213,7 +213,29 @@ def test_other_forms_of_weights_are_found(copied: Callable[[str], Path], tmp_pat
                 assert np.array_equal(weights[key].array(), value.half().float().numpy())
 
 
-def _broken(folder: Path, how: str) -> None:  # noqa: PLR0912 - a way to break each
+INDEX: dict[str, dict[str, Any]] = {
+    "null": {"unet": [None, None]},
+    "text": {"unet": "UNet2DConditionModel"},
+    "unknown": {"unet": ["diffusers", "UNet3DConditionModel"]},
+    "controlnet": {"_class_name": "StableDiffusionControlNetPipeline"},
+    "scheduler": {"scheduler": ["diffusers", "DEISMultistepScheduler"]},
+}
+"""What model_index.json says other than it did."""
+
+
+def _broken(folder: Path, how: str) -> None:
+    if how in INDEX:
+        index = folder / "model_index.json"
+        index.write_text(json.dumps({**json.loads(index.read_text()), **INDEX[how]}))
+    elif how == "schedule":
+        (folder / "scheduler" / "scheduler_config.json").unlink()
+    elif how == "vocabulary":
+        (folder / "tokenizer" / "tokenizer.json").unlink()
+    else:
+        _break_part(folder, how)
+
+
+def _break_part(folder: Path, how: str) -> None:
     unet, index = folder / "unet", folder / "model_index.json"
     weights = unet / "diffusion_pytorch_model.safetensors"
     if how == "missing":
@@ -238,30 +260,8 @@ def _broken(folder: Path, how: str) -> None:  # noqa: PLR0912 - a way to break e
         (unet / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 48}))
     elif how == "json":
         (unet / "config.json").write_text("{")
-    elif how == "null":
-        text = json.loads(index.read_text())
-        index.write_text(json.dumps({**text, "unet": [None, None]}))
-    elif how == "text":
-        text = json.loads(index.read_text())
-        index.write_text(json.dumps({**text, "unet": "UNet2DConditionModel"}))
-    elif how == "controlnet":
-        text = json.loads(index.read_text())
-        index.write_text(json.dumps({**text, "_class_name": "StableDiffusionControlNetPipeline"}))
-    elif how == "scheduler":
-        text = json.loads(index.read_text())
-        index.write_text(json.dumps({**text, "scheduler": ["diffusers", "DEISMultistepScheduler"]}))
-    elif how == "schedule":
-        (folder / "scheduler" / "scheduler_config.json").unlink()
-    elif how == "vocabulary":
-        for path in (folder / "tokenizer").iterdir():
-            if path.name != "tokenizer_config.json":
-                path.unlink()
     elif how == "index":
         index.write_text("[]")
-    elif how == "unknown":
-        text = json.loads(index.read_text())
-        text["unet"] = ["diffusers", "UNet3DConditionModel"]
-        index.write_text(json.dumps(text))
 
 
 @pytest.mark.parametrize(

@@ -53,12 +53,12 @@ def command(
 
     from fmedge.commands.measurement import Workload, memory_bandwidth
 
+    workload = Workload(_batches(batch), prompt, new, repeats, device, threads)
     for bundle in bundles:
         if kind_of(bundle) == "image":
             raise BundleError(
                 f"{bundle} makes images; bench measures how fast text is written. See benchmarks/image.py."
             )
-    workload = Workload(_batches(batch), prompt, new, repeats, device, threads)
     results: list[Measured] = []
     for bundle in bundles:
         results += _in_a_process(bundle, workload)
