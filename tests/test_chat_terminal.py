@@ -17,12 +17,13 @@ pytestmark = [pytest.mark.medium, pytest.mark.skipif(sys.platform == "win32", re
 
 PATIENCE = 60
 PROGRAM = """
-import fcntl, sys, termios, time
+import fcntl, signal, sys, termios, time
 import fmedge_runtimes.load
 from fake_session import FakeSession
 from fmedge.cli import main
 
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C in this terminal is for this program
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what shells start behind their back ignores it
 
 class Slow(FakeSession):
     def run(self, feeds, results):
