@@ -179,5 +179,5 @@ def test_refused(tmp_path: Path, prompt: str, options: dict[str, Any], problem: 
 def test_other_classes_are_refused(tmp_path: Path, name: Any) -> None:
     found = opened(tmp_path, **SCHEDULERS["sample"])
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
-    with pytest.raises(BundleError, match="does not run|names no _class_name"):
+    with pytest.raises(BundleError, match=r"does not run|names no _class_name"):
         found.model()
