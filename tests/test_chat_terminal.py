@@ -59,6 +59,13 @@ class Screen:
     def type(self, keys):
         os.write(self._keyboard, keys.encode())
 
+    def interrupt_behind(self, keys):
+        """Type, and interrupt when the line editor waits again: just before, Python sees it at the next key only."""
+        self.type(keys)
+        self.wait_for(keys)
+        time.sleep(0.5)
+        self.type(CTRL_C)
+
     def wait_for(self, text):
         """Everything from the last such call up to this text."""
         while text not in self._shown:
@@ -116,7 +123,7 @@ def test_a_conversation(screen, tmp_path):
     assert screen.process.poll() is None
 
     # At the prompt there is nothing to stop, and what was typed is dropped.
-    screen.type("zzz" + CTRL_C)
+    screen.interrupt_behind("zzz")
     screen.wait_for("(/exit or the end of input leaves)")
     screen.wait_for(">>> ")
 
@@ -150,7 +157,7 @@ def test_an_interrupt_while_a_message_of_several_lines_is_typed_drops_it(screen)
     screen.wait_for(">>> ")
     screen.type('"""\r')
     screen.wait_for("... ")
-    screen.type("never" + CTRL_C)
+    screen.interrupt_behind("never")
     screen.wait_for("(/exit or the end of input leaves)")
     screen.wait_for(">>> ")
     screen.type("/exit\r")
