@@ -12,20 +12,20 @@ This module imports what is heavy inside the functions that need it.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
-import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fmedge_runtimes.errors import FmedgeError, TrainingError
+from fmedge_runtimes.errors import TrainingError
 from fmedge_runtimes.version import __version__
 
 from fmedge.training.image_presets import image_preset_named
 from fmedge.training.progress import Report, no_report
+from fmedge.training.run import carry_out, require_packages, settled
+from fmedge.training.run_options import check_options
 from fmedge.training.schedule import Budget, CheckpointInterval
 
 if TYPE_CHECKING:
@@ -72,21 +72,12 @@ class ImageTraining:
         """Refuse what no run can use."""
         Budget(self.steps, self.minutes)
         image_preset_named(self.preset)
-        for name, least in (("size", 1), ("batch", 1), ("checkpoint_steps", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise TrainingError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-        for name in ("learning_rate", "checkpoint_minutes"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise TrainingError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
+        check_options(self, {"size": 1})
         for name in ("caption_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise TrainingError(f"--{name.replace('_', '-')} must be from 0 to less than 1")
         if not 0 <= self.sample_minutes < math.inf:
             raise TrainingError(f"--sample-minutes must be 0 or more, not {self.sample_minutes}")
-        if not 0 <= self.seed < 2**32:
-            raise TrainingError(f"--seed must be from 0 to {2**32 - 1}, not {self.seed}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,45 +106,26 @@ class ImageTrainingResult:
 
 def train_image(options: ImageTraining, progress: Report | None = None) -> ImageTrainingResult:
     """Train, and write the output. Under torchrun every process calls this with the same options."""
-    _require_packages()
-    from fmedge.training.image_preparation import is_image_prepared, prepare_images
+    require_packages("torch", "transformers", "diffusers", "accelerate")
+    return carry_out(options, progress or no_report, _prepare, _train)
+
+
+def _prepare(options: ImageTraining, work: WorkFolder, report: Report) -> None:
+    from fmedge.training.image_preparation import prepare_images
     from fmedge.training.quiet import quiet
-    from fmedge.training.workfolder import WorkFolder
 
-    report = progress or no_report
-    work = WorkFolder(options.output)
-    if int(os.environ.get("RANK", "0")) > 0:  # Rank 0 prepares, and the others meet it in _train.
-        return _train(options, work, report)
-    work.check(resume=options.resume, force=options.force)
-    with work.claimed(resume=options.resume):
-        try:
-            if not (options.resume and is_image_prepared(options, work)):
-                with quiet():
-                    prepare_images(options, work, report)
-            result = _train(options, work, report)
-        except FmedgeError:
-            # Without a checkpoint there is nothing to resume, and the folder would only be in the way.
-            if not options.resume and work.last_checkpoint() is None:
-                work.discard()
-            raise
-        work.publish()
-    return result
-
-
-def _require_packages() -> None:
-    for name in ("torch", "transformers", "diffusers", "accelerate"):
-        if importlib.util.find_spec(name) is None:
-            raise TrainingError(f"{name} is not installed: pip install 'fmedge[train]'")
+    with quiet():
+        prepare_images(options, work, report)
 
 
 def _train(options: ImageTraining, work: WorkFolder, report: Report) -> ImageTrainingResult:
     """Train what was prepared, and write all of the output but its name."""
     from fmedge.training.device import processes
     from fmedge.training.diffusion import DiffusionTraining, diffuse
-    from fmedge.training.image_preparation import read_image_preparation
+    from fmedge.training.image_preparation import ImagePreparation
 
     processes().wait_for_everyone()
-    preparation = read_image_preparation(work)
+    preparation = ImagePreparation(**settled(work))
     training = DiffusionTraining(
         preset=image_preset_named(options.preset),
         objective=options.objective,

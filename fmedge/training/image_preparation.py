@@ -16,7 +16,7 @@ from fmedge.training.caption_tokenizer import train_caption_tokenizer
 from fmedge.training.image_folder import CaptionedPictures, read_image_folder
 from fmedge.training.image_presets import image_preset_named
 from fmedge.training.progress import Progress, Report
-from fmedge.training.run_options import deciding_options, refuse_other_options
+from fmedge.training.run_options import deciding_options
 from fmedge.training.workfolder import WorkFolder
 
 if TYPE_CHECKING:
@@ -61,23 +61,6 @@ class _Split:
     validation: CaptionedPictures
     samples: list[str]
     """Captions to draw grids of."""
-
-
-def is_image_prepared(options: ImageTraining, work: WorkFolder) -> bool:
-    """Whether the interrupted run got as far as training; refuse to go on with other options."""
-    record = work.read_record()
-    if record is None:
-        return False
-    refuse_other_options(work.path, record["options"], deciding_options(options))
-    return True
-
-
-def read_image_preparation(work: WorkFolder) -> ImagePreparation:
-    """What `prepare_images` settled."""
-    record = work.read_record()
-    if record is None:
-        raise TrainingError(f"{work.path}: nothing was prepared to train on: see the first process's message")
-    return ImagePreparation(**record)
 
 
 def prepare_images(options: ImageTraining, work: WorkFolder, report: Report) -> None:

@@ -25,8 +25,7 @@ def mean_loss(model: PreTrainedModel, tokens: NDArray[np.uint32], sequence_lengt
     model.eval()
     total = 0.0
     with torch.inference_mode():
-        for batch in batches:
-            batch = batch.to(model.device)  # noqa: PLW2901
+        for batch in (each.to(model.device) for each in batches):
             logits = model(input_ids=batch[:, :-1], use_cache=False).logits  # [B, T, V]
             loss = torch.nn.functional.cross_entropy(
                 logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"

@@ -15,7 +15,7 @@ from fmedge.training.corpus import Corpus, documents_from_sources, split_documen
 from fmedge.training.presets import Preset, llama_config_from_preset, preset_named
 from fmedge.training.progress import Progress, Report
 from fmedge.training.python_text import python_documents
-from fmedge.training.run_options import deciding_options, refuse_other_options
+from fmedge.training.run_options import deciding_options
 from fmedge.training.tokenizer import TextTokenizer, read_tokenizer, tokens_from_documents, train_tokenizer
 from fmedge.training.workfolder import WorkFolder
 
@@ -42,23 +42,6 @@ class Preparation:
     validation_bytes: int
     sha256: str
     """Of the text and its split."""
-
-
-def is_prepared(options: TextTraining, work: WorkFolder) -> bool:
-    """Whether the interrupted run got as far as training; refuse to go on with other options."""
-    record = work.read_record()
-    if record is None:
-        return False
-    refuse_other_options(work.path, record["options"], deciding_options(options))
-    return True
-
-
-def read_preparation(work: WorkFolder) -> Preparation:
-    """What `prepare` settled."""
-    record = work.read_record()
-    if record is None:
-        raise TrainingError(f"{work.path}: nothing was prepared to train on: see the first process's message")
-    return Preparation(**record)
 
 
 def prepare(options: TextTraining, work: WorkFolder, report: Report) -> None:

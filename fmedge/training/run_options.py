@@ -1,8 +1,10 @@
-"""Which options decide what a run makes, so that a resumed run must have the same."""
+"""The options that runs have in common: what they may be, and which decide the result, so that a resumed run must have
+the same."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,20 @@ if TYPE_CHECKING:
 
 FREE_TO_CHANGE = ("output", "resume", "force", "checkpoint_minutes", "checkpoint_steps", "sample_minutes")
 """The options that a resumed run may change, because they change nothing of its result."""
+
+
+def check_options(options: TextTraining | ImageTraining, least: Mapping[str, int]) -> None:
+    """Raise TrainingError for numbers that no run can use; `least` are bounds of options that only some runs have."""
+    for name, bound in {**least, "batch": 1, "checkpoint_steps": 1}.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise TrainingError(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+    for name in ("learning_rate", "checkpoint_minutes"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise TrainingError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
+    if not 0 <= options.seed < 2**32:
+        raise TrainingError(f"--seed must be from 0 to {2**32 - 1}, not {options.seed}")
 
 
 def deciding_options(options: TextTraining | ImageTraining) -> dict[str, Any]:

@@ -14,20 +14,19 @@ This module imports what is heavy inside the functions that need it.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
-import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fmedge_runtimes.errors import FmedgeError, TrainingError
 from fmedge_runtimes.version import __version__
 
 from fmedge.training.presets import preset_named
 from fmedge.training.progress import Report, no_report
+from fmedge.training.run import carry_out, require_packages, settled
+from fmedge.training.run_options import check_options
 from fmedge.training.schedule import Budget, CheckpointInterval
 
 if TYPE_CHECKING:
@@ -69,16 +68,7 @@ class TextTraining:
         """Refuse what no run can use."""
         Budget(self.steps, self.minutes)
         preset_named(self.preset)
-        for name, least in (("sequence_length", 2), ("batch", 1), ("checkpoint_steps", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise TrainingError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-        for name in ("learning_rate", "checkpoint_minutes"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise TrainingError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
-        if not 0 <= self.seed < 2**32:
-            raise TrainingError(f"--seed must be from 0 to {2**32 - 1}, not {self.seed}")
+        check_options(self, {"sequence_length": 2})
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,38 +99,15 @@ class TextTrainingResult:
 
 def train_text(options: TextTraining, progress: Report | None = None) -> TextTrainingResult:
     """Train, and write the output. Under torchrun every process calls this with the same options."""
-    _require_packages()
-    from fmedge.training.preparation import is_prepared, prepare
-    from fmedge.training.workfolder import WorkFolder
+    require_packages("torch", "transformers", "accelerate")
+    from fmedge.training.preparation import prepare
 
-    report = progress or no_report
-    work = WorkFolder(options.output)
-    if int(os.environ.get("RANK", "0")) > 0:  # Rank 0 prepares, and the others meet it in _train.
-        return _train(options, work, report)
-    work.check(resume=options.resume, force=options.force)
-    with work.claimed(resume=options.resume):
-        try:
-            if not (options.resume and is_prepared(options, work)):
-                prepare(options, work, report)
-            result = _train(options, work, report)
-        except FmedgeError:
-            # Without a checkpoint there is nothing to resume, and the folder would only be in the way.
-            if not options.resume and work.last_checkpoint() is None:
-                work.discard()
-            raise
-        work.publish()
-    return result
-
-
-def _require_packages() -> None:
-    for name in ("torch", "transformers", "accelerate"):
-        if importlib.util.find_spec(name) is None:
-            raise TrainingError(f"{name} is not installed: pip install 'fmedge[train]'")
+    return carry_out(options, progress or no_report, prepare, _train)
 
 
 def _train(options: TextTraining, work: WorkFolder, report: Report) -> TextTrainingResult:
     """Train what was prepared, and write all of the output but its name."""
-    from fmedge.training.preparation import read_preparation
+    from fmedge.training.preparation import Preparation
     from fmedge.training.pretraining import (
         Pretraining,
         is_main_process,
@@ -149,7 +116,7 @@ def _train(options: TextTraining, work: WorkFolder, report: Report) -> TextTrain
     )
 
     join_processes()
-    preparation = read_preparation(work)
+    preparation = Preparation(**settled(work))
     pretraining = Pretraining(
         config=preparation.config,
         pad=preparation.pad,
