@@ -17,7 +17,7 @@ from fmedge_runtimes.schedulers.noise_schedule import BetaSchedule
 from fmedge_runtimes.schedulers.prediction import Limit, between, clean_of, noise_of
 from fmedge_runtimes.schedulers.scheduler import Array, Numbers
 from fmedge_runtimes.schedulers.sigma_sampling import spread
-from fmedge_runtimes.schedulers.sigmas import shifted, sigma_table, timesteps_of
+from fmedge_runtimes.schedulers.sigmas import Respacing, shifted, sigma_table, timesteps_of
 from fmedge_runtimes.schedulers.step_options import StepOptions
 
 ONE = np.float32(1)
@@ -123,21 +123,13 @@ class Conversion:
         return clean if self.limit is None else self.limit(clean)
 
 
-class SolverSettings(Protocol):
+class SolverSettings(Respacing, Protocol):
     """The fields of DPM-Solver's configs that decide about its levels."""
 
     @property
     def num_train_timesteps(self) -> int: ...
     @property
     def beta_schedule(self) -> BetaSchedule: ...
-    @property
-    def use_karras_sigmas(self) -> bool | None: ...
-    @property
-    def use_exponential_sigmas(self) -> bool | None: ...
-    @property
-    def sigma_min(self) -> float | None: ...
-    @property
-    def sigma_max(self) -> float | None: ...
     @property
     def use_flow_sigmas(self) -> bool: ...
     @property

@@ -7,28 +7,14 @@ large rounding counts, so the order of operations is diffusers'.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.schedulers.scheduler import Array, Numbers, Scalar
-from fmedge_runtimes.schedulers.sigmas import exponential, karras, sigma_table, timesteps_of
+from fmedge_runtimes.schedulers.sigmas import Respacing, exponential, karras, sigma_table, timesteps_of
 from fmedge_runtimes.schedulers.step_options import StepOptions
 from fmedge_runtimes.schedulers.timesteps import Spacing, spaced, whole
-
-
-class Respacing(Protocol):
-    """The fields of `SigmaSettings`."""
-
-    @property
-    def use_karras_sigmas(self) -> bool | None: ...
-    @property
-    def use_exponential_sigmas(self) -> bool | None: ...
-    @property
-    def sigma_min(self) -> float | None: ...
-    @property
-    def sigma_max(self) -> float | None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import numpy as np
 
 from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.schedulers.scheduler import Array, Numbers
+
+
+class Respacing(Protocol):
+    """The fields of a config that space levels anew (`SigmaSettings`)."""
+
+    @property
+    def use_karras_sigmas(self) -> bool | None: ...
+    @property
+    def use_exponential_sigmas(self) -> bool | None: ...
+    @property
+    def sigma_min(self) -> float | None: ...
+    @property
+    def sigma_max(self) -> float | None: ...
 
 
 def sigma_table(alphas_cumprod: Array) -> Array:
