@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from background import Background
+from comma_list import integers, words
 from image_peers import QUANTIZATIONS, ImageForm, image_forms, python_of
 from image_report import ImageSample, image_json, image_rows, print_image_tables
 from image_workload import DECODE, IMAGES, STEP, ImageMeasurement, ImageWorkload
@@ -69,15 +70,13 @@ class Job:
 def options_from_arguments(arguments: Sequence[str] | None = None) -> Options:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    names = lambda text: tuple(text.split(","))  # noqa: E731 - an argparse type
-    numbers = lambda text: tuple(int(part) for part in text.split(","))  # noqa: E731
     shapes = ", ".join(SHAPES)
-    parser.add_argument("--cases", type=names, default=("sd15-small", PIXELS), help=f"of {shapes}, or folders")
-    parser.add_argument("--units", type=names, default=(STEP, DECODE, IMAGES), help="kinds of work")
-    parser.add_argument("--batches", type=numbers, default=(1, 8, 64), help="of whole images")
+    parser.add_argument("--cases", type=words, default=("sd15-small", PIXELS), help=f"of {shapes}, or folders")
+    parser.add_argument("--units", type=words, default=(STEP, DECODE, IMAGES), help="kinds of work")
+    parser.add_argument("--batches", type=integers, default=(1, 8, 64), help="of whole images")
     parser.add_argument("--steps", type=int, default=10, help="of whole images")
-    parser.add_argument("--quantize", type=names, default=QUANTIZATIONS, help="of fmedge's bundles")
-    parser.add_argument("--only", type=names, default=("",), help="forms whose name begins so, as in fmedge/int8")
+    parser.add_argument("--quantize", type=words, default=QUANTIZATIONS, help="of fmedge's bundles")
+    parser.add_argument("--only", type=words, default=("",), help="forms whose name begins so, as in fmedge/int8")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="measured runs in each process")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

@@ -36,7 +36,7 @@ def run_decode(workload: ImageWorkload) -> None:
         autoencoder.decoder = torch.compile(autoencoder.decoder, dynamic=False)
     load_s = time.perf_counter() - started
     latents = torch.from_numpy(workload.decode_inputs()["latent_sample"])
-    measure(workload, load_s, lambda: autoencoder.decode(latents, return_dict=False)[0].numpy())  # noqa: PLW0108
+    measure(workload, load_s, lambda: autoencoder.decode(latents, return_dict=False)[0].numpy())  # noqa: PLW0108 - as above
 
 
 def run_images(workload: ImageWorkload) -> None:

@@ -47,7 +47,7 @@ class InGraphs:
             finally:
                 self.seconds += time.perf_counter() - started
 
-        Part.run = run  # type: ignore[method-assign]
+        Part.run = run
 
 
 def run_images(workload: ImageWorkload) -> None:

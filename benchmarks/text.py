@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from background import Background
+from comma_list import integers, numbers, words
 from peers import ENVIRONMENTS, FMEDGE, HERE, Form, all_forms, install
 from random_models import SHAPES
 from report import Sample, json_line, print_tables, rows_from_samples
@@ -73,16 +74,15 @@ class Job:
 def options_from_arguments() -> Options:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    names = lambda text: tuple(text.split(","))  # noqa: E731 - an argparse type
-    numbers = lambda text: tuple(int(part) for part in text.split(","))  # noqa: E731
-    parser.add_argument("--models", type=names, default=tuple(SHAPES), help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--batches", type=numbers, default=(1, 8, 16))
-    rates = lambda text: tuple(float(part) for part in text.split(","))  # noqa: E731
-    parser.add_argument("--rates", type=rates, default=(), help="serve so many requests per second instead of batches")
+    parser.add_argument("--models", type=words, default=tuple(SHAPES), help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--batches", type=integers, default=(1, 8, 16))
+    parser.add_argument(
+        "--rates", type=numbers, default=(), help="serve so many requests per second instead of batches"
+    )
     parser.add_argument("--requests", type=int, default=40, help="requests of each rate")
     parser.add_argument("--slots", type=int, default=8, help="requests that may be served together")
-    parser.add_argument("--block-sizes", type=numbers, default=(32, 64, 128), help="of fmedge's int4")
-    parser.add_argument("--only", type=names, default=("",), help="forms whose name begins so, as in fmedge/int4")
+    parser.add_argument("--block-sizes", type=integers, default=(32, 64, 128), help="of fmedge's int4")
+    parser.add_argument("--only", type=words, default=("",), help="forms whose name begins so, as in fmedge/int4")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3, help="measured generations in each process")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")

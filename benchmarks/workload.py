@@ -80,7 +80,7 @@ def record_from_arguments(kind: type[Record]) -> Record:
     """The record that text.py passed on the command line: --name value for every field."""
     parser = argparse.ArgumentParser(description="Run one peer; started by text.py.")
     types = {"str": str, "int": int, "float": float}
-    for field in fields(kind):  # type: ignore[arg-type]
+    for field in fields(kind):
         parser.add_argument(f"--{field.name}", required=True, type=types[str(field.type)])
     return kind(**vars(parser.parse_args()))
 
