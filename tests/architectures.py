@@ -105,8 +105,8 @@ def _brief(message: str, folder: Path) -> str:
 def run_all(model_types: list[str], jobs: int) -> list[Outcome]:
     """Evaluate each type in a process of its own, forked once everything is imported."""
     import fmedge_converters.export  # noqa: F401 - imported once, for all children
-    import fmedge_runtimes.text  # noqa: F401
-    import tiny  # noqa: F401
+    import fmedge_runtimes.text  # noqa: F401 - as above
+    import tiny  # noqa: F401 - as above
     import torch
 
     torch.set_num_threads(1)

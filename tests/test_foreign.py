@@ -451,7 +451,9 @@ def test_a_folder_of_genais_builder(llama: Path, tmp_path: Path) -> None:
 def test_a_folder_of_optimum_itself(model_type: str, tmp_path: Path) -> None:
     python = os.environ.get("FMEDGE_OPTIMUM_PYTHON")
     if python is None:
-        pytest.skip("FMEDGE_OPTIMUM_PYTHON names no Python with optimum-onnx, which needs a transformers of its own")
+        pytest.skip(
+            reason="FMEDGE_OPTIMUM_PYTHON names no Python with optimum-onnx, which needs a transformers of its own"
+        )
     changes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256} if model_type == "gpt2" else {}
     source = make_model(tmp_path / "model", model_type, **changes)
     command = [Path(python).parent / "optimum-cli", "export", "onnx", "-m", source, tmp_path / "exported"]

@@ -136,7 +136,7 @@ def test_refusals(llama: Path, tmp_path: Path) -> None:
     window = replace(even, layer=1, window=8, rolling=True)
 
     def check(*caches: LayerCache, states: tuple[LayerState, ...] = ()) -> None:
-        genai.GENAI.check_decoder(TracedDecoder(None, None, caches, states, {}))  # type: ignore[arg-type]
+        genai.GENAI.check_decoder(TracedDecoder(None, None, caches, states, {}))
 
     check(even, window)
     check(even, window, replace(even, layer=2, window=32), replace(window, layer=3))

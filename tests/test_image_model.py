@@ -311,7 +311,7 @@ def test_memory_that_a_graph_sees_is_nobody_elses(opened: Opened) -> None:
             held[:] = [*results.values(), *found.values()]
             return found
 
-        session.run = spoiling  # type: ignore[method-assign]
+        session.run = spoiling
         assert np.array_equal(model.generate("a", options)[0].latents, plain.latents)
 
 
@@ -363,7 +363,7 @@ def test_wrong_requests_are_refused_before_anything_runs(opened: Opened, options
 
 def test_prompts_must_be_texts(model: ImageModel) -> None:
     with pytest.raises(RequestError, match="a prompt is 3; it must be a text"):
-        model.generate([3], QUICK)  # type: ignore[list-item]
+        model.generate([3], QUICK)
 
 
 def test_an_unet_that_sees_a_mask_wants_one(tmp_path: Path) -> None:
@@ -430,4 +430,4 @@ def test_a_graph_of_another_pipeline_is_named(opened: Opened, tmp_path: Path) ->
     with pytest.raises(BackendError, match="the graph of unet takes no sample, other than the pipeline does"):
         model.generate("a", QUICK)
     with pytest.raises(RequestError, match="there is no memory mode fast"):
-        Parts(tmp_path, frozenset(), xl.open, "fast")  # type: ignore[arg-type]
+        Parts(tmp_path, frozenset(), xl.open, "fast")

@@ -74,7 +74,7 @@ def check(weight: Weight, wanted: np.ndarray, part: slice = slice(0, None)) -> N
     assert weight.shape == wanted.shape
     assert np.array_equal(weight.read(start, stop), wanted.astype(weight.dtype)[start:stop])
     assert weight.packed is not None
-    assert np.array_equal(restored(weight.packed, wanted.shape, start, stop), wanted[start:stop])  # type: ignore[arg-type]
+    assert np.array_equal(restored(weight.packed, wanted.shape, start, stop), wanted[start:stop])
 
 
 @settings(deadline=None, max_examples=40)

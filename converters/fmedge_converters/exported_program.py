@@ -19,10 +19,10 @@ IGNORED = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
 """Checks of what has been traced."""
 AS_THEY_ARE = (aten.dropout.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
 """Operators that change nothing in evaluation."""
-CASTS: dict[object, Callable[[Node], torch.dtype | None]] = {
-    aten.to.dtype: lambda node: node.args[1],  # type: ignore[return-value,dict-item]
-    aten.to.dtype_layout: lambda node: node.kwargs.get("dtype"),  # type: ignore[return-value,dict-item]
-    aten.to.device: lambda node: node.args[2],  # type: ignore[return-value,dict-item]
+CASTS: dict[object, Callable[[Node], object]] = {
+    aten.to.dtype: lambda node: node.args[1],
+    aten.to.dtype_layout: lambda node: node.kwargs.get("dtype"),
+    aten.to.device: lambda node: node.args[2],
 }
 """Operators that change the type of a tensor; and the type."""
 
@@ -32,7 +32,7 @@ def traced_once(program: ExportedProgram) -> ExportedProgram:
     _simplify(program)
     decompose = program.run_decompositions
 
-    def run_decompositions(table: dict[Any, Any] | None = None, *others: Any) -> ExportedProgram:  # noqa: ANN401
+    def run_decompositions(table: dict[Any, Any] | None = None, *others: Any) -> ExportedProgram:  # noqa: ANN401 - torch's own
         if table is None or others or any(_is_left(node, table) for node in program.graph.nodes):
             decomposed: ExportedProgram = decompose(table, *others)
             return decomposed

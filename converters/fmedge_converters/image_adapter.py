@@ -69,7 +69,9 @@ class Update:
 class ImageAdapter:
     """The updates of a LoRA, by part and parameter."""
 
-    def __init__(self, path: Path, pipeline: str, scale: float, parts: Sequence[str], unet: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self, path: Path, pipeline: str, scale: float, parts: Sequence[str], unet: torch.nn.Module | None
+    ) -> None:
         """Read a safetensors file, or the one of a folder; `unet` is the module of that part, None if there is none.
 
         Raises SourceError: it is damaged, is no LoRA for such a pipeline, or is of a kind that cannot be merged.
@@ -85,7 +87,7 @@ class ImageAdapter:
         if not any(self._updates.values()):
             raise SourceError(f"{self.file} holds no LoRA: none of its {len(state)} tensors has a name that says so.")
 
-    def _state(self, pipeline: str, unet: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # noqa: ANN401
+    def _state(self, pipeline: str, unet: torch.nn.Module | None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors by the names that diffusers has for them, alphas multiplied in; and PEFT's settings of each part."""
         try:
             with safe_open(self.file, framework="pt") as opened:

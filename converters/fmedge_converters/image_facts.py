@@ -70,5 +70,6 @@ def _default(pipeline: str, *names: str) -> int | float:
     parameters = {} if kind is None else inspect.signature(kind.__call__).parameters
     for name in names:
         if name in parameters and parameters[name].default:
-            return parameters[name].default  # type: ignore[no-any-return]
+            default: int | float = parameters[name].default
+            return default
     return UNKNOWN[names[0]]

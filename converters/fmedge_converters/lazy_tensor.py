@@ -43,7 +43,7 @@ class LazyTensor(torch.Tensor):
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401 - the result of any operator
         """Carry out an operator. Raises NotLazyError, or ValueError when the shapes do not fit."""
         handler = HANDLERS.get(function)
         if handler is None and torch.Tag.pointwise in function.tags and not kwargs:

@@ -52,11 +52,11 @@ def step_program(
     return StepProgram(program, run.module, run.layout.caches, run.layout.states, log.layer_list)
 
 
-class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's is untyped
     """Notes every operation while it is active, and the layer in which it runs."""
 
     def __init__(self, layers: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's is untyped
         self.layers = layers
         self.layer_list: str | None = None
         self._layer = BEFORE
@@ -104,7 +104,7 @@ class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401 - the result of any operator
         leaves, spec = tree_flatten((args, kwargs or {}))
         inputs = tuple(self._value(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
         scalars = tuple("tensor" if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves)

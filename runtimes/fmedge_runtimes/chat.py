@@ -183,7 +183,7 @@ class _Namespace(Namespace):
     """`namespace` that stores no names with an underscore, by which CPython's internals could be reached."""
 
     # As in Jinja's own, no parameter is called self, so that namespace(self=...) works.
-    def __init__(*args: Any, **named: object) -> None:  # noqa: ANN401
+    def __init__(*args: Any, **named: object) -> None:  # noqa: ANN401 - Jinja's signature
         attributes = dict(*args[1:], **named)
         for name in attributes:
             _check_name(name)

@@ -117,34 +117,34 @@ def _is_list(value: Any) -> bool:  # noqa: ANN401 - what a user gave
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _holds(valid: Callable[[Any], bool], value: Any) -> bool:  # noqa: ANN401
+def _holds(valid: Callable[[Any], bool], value: Any) -> bool:  # noqa: ANN401 - what a user gave
     try:
         return valid(value)
     except TypeError:
         return False
 
 
-def _is_whole(value: Any, least: int, most: float = math.inf) -> bool:  # noqa: ANN401
+def _is_whole(value: Any, least: int, most: float = math.inf) -> bool:  # noqa: ANN401 - what a user gave
     return isinstance(value, SupportsIndex) and not isinstance(value, bool) and least <= int(value) <= most
 
 
-def _is_seed(value: Any) -> bool:  # noqa: ANN401
+def _is_seed(value: Any) -> bool:  # noqa: ANN401 - what a user gave
     seeds = value if isinstance(value, tuple) else (value,)
     # 2**63 - 1 is what every program that reads a PNG's parameters takes.
     return all(seed is None or _is_whole(seed, 0, 2**63 - 1) for seed in seeds)
 
 
-def _is_negative(value: Any) -> bool:  # noqa: ANN401
+def _is_negative(value: Any) -> bool:  # noqa: ANN401 - what a user gave
     texts = value if isinstance(value, tuple) else (value,)
     return value is None or all(text is None or isinstance(text, str) for text in texts)
 
 
-def _is_picture(value: Any) -> bool:  # noqa: ANN401
+def _is_picture(value: Any) -> bool:  # noqa: ANN401 - what a user gave
     # Pillow is imported only where an image is opened; an image of it has a size and a mode.
     return value is None or isinstance(value, str | PathLike) or (hasattr(value, "mode") and hasattr(value, "size"))
 
 
-def _is_number(value: Any, least: float, most: float) -> bool:  # noqa: ANN401
+def _is_number(value: Any, least: float, most: float) -> bool:  # noqa: ANN401 - what a user gave
     return not isinstance(value, bool) and least <= value <= most
 
 

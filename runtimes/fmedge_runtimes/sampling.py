@@ -194,22 +194,22 @@ def _normal(name: str, value: Any) -> Any:  # noqa: ANN401 - as it came from Pyt
         return value
 
 
-def _is_whole(value: Any) -> bool:  # noqa: ANN401
+def _is_whole(value: Any) -> bool:  # noqa: ANN401 - what a user gave
     return isinstance(value, SupportsIndex) and not isinstance(value, bool)
 
 
-def _are_ids(value: Any) -> bool:  # noqa: ANN401
+def _are_ids(value: Any) -> bool:  # noqa: ANN401 - what a user gave
     return isinstance(value, tuple) and all(_is_whole(token) and token >= 0 for token in value)
 
 
-def _is_bias(value: Any) -> bool:  # noqa: ANN401
+def _is_bias(value: Any) -> bool:  # noqa: ANN401 - what a user gave
     if not isinstance(value, tuple) or not all(isinstance(pair, tuple) for pair in value):
         return False
     tokens = {token for token, _ in value}
     return _are_ids(tuple(tokens)) and len(tokens) == len(value) and all(math.isfinite(bias) for _, bias in value)
 
 
-def _is_json(value: Any) -> bool:  # noqa: ANN401
+def _is_json(value: Any) -> bool:  # noqa: ANN401 - what a user gave
     try:
         json_text.loads(value)
     except ValueError:

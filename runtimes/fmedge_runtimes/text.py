@@ -198,7 +198,7 @@ class TextModel:
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
             listed = [prompts]  # type: ignore[list-item]  # a single prompt, by the check
         else:
-            listed = list(prompts)  # type: ignore[arg-type]
+            listed = list(prompts)  # type: ignore[arg-type]  # several, by the check
         if sampling is None:
             sampling = self.default_sampling
         each = [sampling] * len(listed) if isinstance(sampling, Sampling) else list(sampling)
