@@ -44,16 +44,17 @@ PLAIN: Mapping[str, Any] = {"use_resolution_binning": False, "clean_caption": Fa
 
 ERRORS: Mapping[tuple[str, str], float] = {
     ("float32", "none"): 0.02,
-    ("float16", "none"): 0.1,
-    ("float32", "fp16"): 0.1,
-    ("float32", "bf16"): 0.2,
-    ("float32", "int8"): 0.4,
-    ("float16", "int8"): 0.4,
-    ("float32", "int4"): 0.7,
-    ("float16", "int4"): 0.7,
+    ("float16", "none"): 0.05,
+    ("float32", "fp16"): 0.05,
+    ("float32", "bf16"): 0.1,
+    ("float32", "int8"): 0.25,
+    ("float16", "int8"): 0.25,
+    ("float32", "int4"): 0.4,
+    ("float16", "int4"): 0.4,
 }
 """What the images' error may be, by (compute type, quantization): the root mean square of the differences over the
-standard deviation of the source's own pixels. A blank image is 1, another image about 1.4."""
+standard deviation of the source's own pixels. A blank image is 1, another image about 1.4. Found with the
+quickstart's model and a random Stable Diffusion: 0.000 (none), 0.005 (bf16), 0.03 (int8), 0.02 to 0.04 (int4)."""
 
 
 @dataclass(frozen=True, slots=True)
