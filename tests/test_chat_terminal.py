@@ -51,7 +51,7 @@ class Screen:
             stdout=terminal,
             stderr=terminal,
             start_new_session=True,
-            env={**os.environ, "TERM": "xterm", "INPUTRC": "/dev/null"},
+            env={**os.environ, "TERM": "xterm", "INPUTRC": "/dev/null", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         os.close(terminal)
         self._shown = ""
