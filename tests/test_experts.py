@@ -21,8 +21,9 @@ from fmedge_converters.passes.mixture import expert_linears
 from fmedge_converters.passes.sign import never_negative
 from fmedge_converters.quantize import quantize
 from fmedge_converters.reduced import reduced_config
+from fmedge_converters.rounding import Rounding, round_blocks
 from fmedge_converters.schemes.qmoe import qmoe
-from fmedge_converters.schemes.weight_only import QuantizedMatrix, quantize_blocks, weight_only
+from fmedge_converters.schemes.weight_only import QuantizedMatrix, weight_only
 from fmedge_converters.targets import TARGETS
 from fmedge_converters.weight import Weight, weight_from_array
 from hypothesis import given, settings
@@ -194,8 +195,9 @@ def test_experts_are_quantized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) 
         asked.append(stop - start)
         return weights[start:stop]
 
-    made = QuantizedMatrix(Weight(weights.shape, weights.dtype, read), 4, 32)
-    codes, scales = quantize_blocks(weights.reshape(-1, 64), 4, 32)
+    made = QuantizedMatrix(Weight(weights.shape, weights.dtype, read), Rounding(4, 32))
+    rounded = round_blocks(torch.from_numpy(weights.reshape(-1, 64)), Rounding(4, 32))
+    codes, scales = rounded.packed_codes().numpy(), rounded.scales.numpy()
     assert np.array_equal(np.concatenate(list(made.codes.blocks())), codes.reshape(5, 24, 2, 16))
     assert np.array_equal(np.concatenate(list(made.scales.blocks())), scales.reshape(5, 24, 2))
     assert asked == [2, 2, 1]

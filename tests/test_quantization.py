@@ -10,102 +10,16 @@ import pytest
 from fmedge_converters.export import export
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.schemes.dynamic_int8 import quantize_rows
-from fmedge_converters.schemes.weight_only import quantize_blocks
 from fmedge_converters.weight import Weight, concatenated, transposed, weight_from_array
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_model
-from onnx import TensorProto, helper
-
-
-def restored(codes: np.ndarray, scales: np.ndarray, bits: int, size: int) -> np.ndarray:
-    """Weights [n, K] from codes and scales, as the operators define them."""
-    if bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
-    values = (codes.astype(np.float32) - (1 << (bits - 1))) * scales[..., None]
-    return values.reshape(len(values), -1)[:, :size]
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    rows=st.integers(1, 9),
-    size=st.integers(1, 200),
-    bits=st.sampled_from([4, 8]),
-    block=st.sampled_from([16, 32, 128]),
-    spread=st.floats(1e-6, 1e4),
-    seed=st.integers(0, 99),
-)
-def test_blocks_round_to_the_nearest_step(
-    rows: int, size: int, bits: int, block: int, spread: float, seed: int
-) -> None:
-    weights = (np.random.default_rng(seed).standard_normal((rows, size)) * spread).astype(np.float32)
-    codes, scales = quantize_blocks(weights, bits, block)
-    blocks = -(-size // block)
-    assert codes.shape == (rows, blocks, block * bits // 8)
-    assert scales.shape == (rows, blocks)
-    found = restored(codes, scales, bits, size)
-    steps = np.repeat(np.abs(scales), block, axis=1)[:, :size]
-    # Half a step, but for values at the far end of the other sign, where the range is one step short.
-    assert (np.abs(found - weights) <= steps * 1.0001).all()
-    inner = np.abs(weights) < np.abs(scales).repeat(block, axis=1)[:, :size] * ((1 << (bits - 1)) - 1)
-    assert (np.abs(found - weights)[inner] <= steps[inner] * 0.5001).all()
-    padded = np.pad(weights, ((0, 0), (0, blocks * block - size))).reshape(rows, blocks, block)
-    peaks = np.take_along_axis(padded, np.abs(padded).argmax(-1, keepdims=True), -1)[..., 0]
-    at_peak = np.take_along_axis(
-        np.pad(found, ((0, 0), (0, blocks * block - size))).reshape(rows, blocks, block),
-        np.abs(padded).argmax(-1, keepdims=True),
-        -1,
-    )[..., 0]
-    np.testing.assert_allclose(at_peak, peaks, rtol=1e-6)
 
 
 def test_zeros_stay_zeros() -> None:
-    codes, scales = quantize_blocks(np.zeros((2, 32), np.float32), 4, 32)
-    assert (restored(codes, scales, 4, 32) == 0).all()
     codes, scales = quantize_rows(np.zeros((2, 32), np.float32))
     assert (codes == 0).all()
     assert (scales == 0).all()
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("size", [64, 96])
-def test_the_operators_compute_with_the_restored_weights(bits: int, size: int) -> None:
-    import onnxruntime
-
-    block, rows = 64, 24
-    random = np.random.default_rng(0)
-    weights = random.standard_normal((rows, size)).astype(np.float32)
-    codes, scales = quantize_blocks(weights, bits, block)
-    flat = codes.reshape(rows, -1)
-    padded = scales.shape[1] * block
-    nodes = [
-        helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft",
-                         K=size, N=rows, bits=bits, block_size=block),
-        helper.make_node("GatherBlockQuantized", ["flat", "ids", "scales"], ["rows"], domain="com.microsoft",
-                         bits=bits, block_size=block, gather_axis=0, quantize_axis=1),
-    ]  # fmt: skip
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, size]),
-            helper.make_tensor_value_info("ids", TensorProto.INT64, [3]),
-        ],
-        [
-            helper.make_tensor_value_info("y", TensorProto.FLOAT, [5, rows]),
-            helper.make_tensor_value_info("rows", TensorProto.FLOAT, [3, padded]),
-        ],
-        [onnx.numpy_helper.from_array(array, name) for name, array in
-         (("codes", codes), ("scales", scales), ("flat", flat))],
-    )  # fmt: skip
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    x, ids = random.standard_normal((5, size)).astype(np.float32), np.array([7, 0, 23])
-    y, looked_up = session.run(None, {"x": x, "ids": ids})
-    wanted = restored(codes, scales, bits, size)
-    np.testing.assert_allclose(y, x @ wanted.T, atol=1e-4)
-    np.testing.assert_allclose(looked_up[:, :size], wanted[ids], atol=1e-6)
 
 
 @settings(deadline=None, max_examples=50)

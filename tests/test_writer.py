@@ -10,9 +10,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from fmedge_converters import weight as weight_module
 from fmedge_converters.graph import DecoderGraph
-from fmedge_converters.schemes.weight_only import QuantizedMatrix, joined_blocks, quantize_blocks
+from fmedge_converters.rounding import Rounding, round_blocks
+from fmedge_converters.schemes.weight_only import QuantizedMatrix, joined_blocks
 from fmedge_converters.weight import Weight, concatenated, transposed, weight_from_array
 from fmedge_converters.writer import WrittenGraph, write_graph
 from fmedge_runtimes.bundle import sha256_of
@@ -65,10 +67,12 @@ def test_a_matrix_is_quantized_once_for_its_codes_and_scales_under_two_shapes(tm
         asked.append((start, stop))
         return ARRAY[start:stop]
 
-    matrix = QuantizedMatrix(Weight(ARRAY.shape, ARRAY.dtype, read), 4, 16)  # scales too large to stay in the graph
+    rounding = Rounding(4, 16)
+    matrix = QuantizedMatrix(Weight(ARRAY.shape, ARRAY.dtype, read), rounding)  # scales too large to stay in the graph
     codes = matrix.codes
     _, found, _ = write(tmp_path, {"codes": codes, "scales": matrix.scales, "rows": joined_blocks(codes)})
-    wanted, scales = quantize_blocks(ARRAY, 4, 16)
+    made = round_blocks(torch.from_numpy(ARRAY), rounding)
+    wanted, scales = made.packed_codes().numpy(), made.scales.numpy()
     assert np.array_equal(found["codes"], wanted)
     assert np.array_equal(found["rows"], wanted.reshape(64, -1))
     assert np.array_equal(found["scales"], scales)

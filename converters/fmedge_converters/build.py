@@ -30,6 +30,15 @@ Progress = Callable[[str, int, int], None]
 
 STEM = "decoder"
 
+Prepare = Callable[[dict[str, Weight]], dict[str, Weight]]
+"""Changes what is known of weights, by the names of PyTorch's parameters, before they are bound to the graph: what
+matters in them (`importance`), how they are rounded (`rounding`), codes from elsewhere (`packed`), other numbers."""
+
+
+def as_they_are(weights: dict[str, Weight]) -> dict[str, Weight]:
+    """Change nothing."""
+    return weights
+
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
@@ -42,6 +51,7 @@ class BuildOptions:
     context: int
     layout: Layout | None = None
     """Another runtime that must be able to run the graph, too."""
+    prepare: Prepare = as_they_are
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +87,8 @@ def build_decoder(
         traced = trace_by_layers(config, target.dialect, target.dtype, options.context, checkpoint.buffers)
         if options.layout is not None:
             options.layout.check_decoder(traced)
-        graph = bind(traced, _keeping(checkpoint.weights(traced.module), options.scheme))
+        weights = _keeping(checkpoint.weights(traced.module), options.scheme)
+        graph = bind(traced, options.prepare(weights))
         progress("rewriting", 0, 0)
         for rewrite in target.passes:
             rewrite(graph, options.context)

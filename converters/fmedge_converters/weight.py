@@ -11,11 +11,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from fmedge_converters.rounding import Rounding
 
 Array = npt.NDArray[Any]
 Read = Callable[[int, int], Array]
@@ -71,6 +73,11 @@ class Weight:
     """Rows to read at once, for weights whose rows take more to read than their own size."""
     original: Read | None = None
     """The `read` of the weight whose bytes these are under another shape."""
+    importance: Array | None = field(default=None, compare=False)
+    """float32 [K]: how much an error in the weights of each input feature matters, on any scale; [E, K] for a stack of
+    matrices [E, N, K]. None: all alike. It says nothing of the axes of this tensor, which may be transposed."""
+    rounding: Rounding | None = None
+    """How a scheme that rounds in blocks is to round this one; None: as it rounds others."""
 
     @property
     def identity(self) -> Read:
@@ -147,10 +154,13 @@ def concatenated(weights: Sequence[Weight], axis: int = 0) -> Weight:
         raise ValueError(f"shapes {[list(weight.shape) for weight in weights]} do not join along axis {axis}")
     size = sum(weight.shape[axis] for weight in weights)
     shape = (*first.shape[:axis], size, *first.shape[axis + 1 :])
-    packed = _joined(weights, axis) if axis < len(shape) - 1 else None
+    rows_stay = axis < len(shape) - 1
+    packed = _joined(weights, axis) if rows_stay else None
+    importance = _joined_importance(weights, axis) if rows_stay else None
+    rounding = first.rounding if all(weight.rounding == first.rounding for weight in weights) else None
     if axis == 0:
         read_below = _below([weight.read for weight in weights], [weight.rows for weight in weights])
-        return Weight(shape, first.dtype, read_below, packed, _step(weights))
+        return Weight(shape, first.dtype, read_below, packed, _step(weights), importance=importance, rounding=rounding)
 
     def read(start: int, stop: int) -> Array:
         result = np.empty((stop - start, *shape[1:]), first.dtype)
@@ -161,7 +171,20 @@ def concatenated(weights: Sequence[Weight], axis: int = 0) -> Weight:
             place = end
         return result
 
-    return Weight(shape, first.dtype, read, packed, _step(weights))
+    return Weight(shape, first.dtype, read, packed, _step(weights), importance=importance, rounding=rounding)
+
+
+def _joined_importance(weights: Sequence[Weight], axis: int) -> Array | None:
+    """That of stacks one below the other; the mean for matrices with the same input features. None if one has none."""
+    known = [weight.importance for weight in weights if weight.importance is not None]
+    if len(known) != len(weights) or any(one.shape[-1] != known[0].shape[-1] for one in known):
+        return None
+    if axis == 0 and all(one.ndim == 2 for one in known):
+        return np.concatenate(known)
+    if any(one.shape != known[0].shape for one in known):
+        return None
+    mean: Array = np.mean(known, axis=0, dtype=np.float32)
+    return mean
 
 
 def _step(weights: Sequence[Weight]) -> int | None:
@@ -225,7 +248,9 @@ def _packed_rows(packed: PackedMatrix, places: Array) -> PackedMatrix:
 
 
 def joinable(first: Weight, other: Weight) -> bool:
-    """Whether two matrices, one below the other, keep the codes that either of them has."""
+    """Whether two matrices, one below the other, keep the codes that either of them has, and how they are rounded."""
+    if first.rounding != other.rounding:
+        return False
     if first.packed is None or other.packed is None:
         return first.packed is other.packed
     return _alike(first.packed, other.packed)
@@ -264,10 +289,11 @@ def permuted(weight: Weight, axes: Sequence[int]) -> Weight:
             row += len(block)
         return result
 
+    turned = Weight(shape, weight.dtype, read_rows, None, weight.step, None, weight.importance, weight.rounding)
     if first == 0:
-        return Weight(shape, weight.dtype, read_rows, step=weight.step)
+        return turned
     row_bytes = weight.nbytes // max(1, shape[0])
-    return Weight(shape, weight.dtype, read_across, step=max(1, ACROSS_BYTES // max(1, row_bytes)))
+    return replace(turned, read=read_across, step=max(1, ACROSS_BYTES // max(1, row_bytes)))
 
 
 def transposed(weight: Weight) -> Weight:
@@ -294,25 +320,27 @@ def reshaped(weight: Weight, shape: Sequence[int]) -> Weight:
         offset = first // old_row * old_row
         return flat[first - offset : last - offset].reshape(wanted)
 
-    packed = weight.packed if shape[-1:] == weight.shape[-1:] else None
+    rows_stay = shape[-1:] == weight.shape[-1:]
+    packed, importance = (weight.packed, weight.importance) if rows_stay else (None, None)
     step = None if weight.step is None else max(1, weight.step * old_row // max(1, new_row))
-    return Weight(shape, weight.dtype, read, packed, step, original=weight.identity)
+    return Weight(shape, weight.dtype, read, packed, step, weight.identity, importance, weight.rounding)
 
 
 def selected(weight: Weight, axis: int, indices: Array) -> Weight:
     """The entries of an axis at `indices`, in their order: a part, a reversal or a permutation. Rows stay packed."""
     shape = (*weight.shape[:axis], len(indices), *weight.shape[axis + 1 :])
-    packed = None
+    packed, importance = None, weight.importance if axis < len(shape) - 1 else None
     if weight.packed is not None and axis < len(shape) - 1:
         places = np.arange(math.prod(weight.shape[:-1])).reshape(weight.shape[:-1])
         packed = _packed_rows(weight.packed, places.take(indices, axis))
-    if axis == 0:
-        return Weight(shape, weight.dtype, _picked(weight.read, indices), packed, weight.step)
+    if importance is not None and importance.ndim == 2 and axis == 0:
+        importance = importance[indices]
 
     def read(start: int, stop: int) -> Array:
         return np.ascontiguousarray(weight.read(start, stop).take(indices, axis))
 
-    return Weight(shape, weight.dtype, read, packed, weight.step)
+    picked = _picked(weight.read, indices) if axis == 0 else read
+    return Weight(shape, weight.dtype, picked, packed, weight.step, None, importance, weight.rounding)
 
 
 def _picked(read: Read, indices: Array) -> Read:

@@ -64,12 +64,16 @@ def _multiply_each(
 
 def _of_expert(weight: Weight, expert: int) -> Weight:
     """The part of one expert. It is read as a whole, because a checkpoint gives no less."""
+    alone = selected(weight, 0, np.array([expert]))  # [1, N, K]
+    importance = alone.importance
     return Weight(
         weight.shape[1:],
         weight.dtype,
         lambda start, stop: weight.read(expert, expert + 1)[0][start:stop],
-        selected(weight, 0, np.array([expert])).packed,
+        alone.packed,
         step=weight.shape[1],
+        importance=importance if importance is None else importance.reshape(-1),
+        rounding=alone.rounding,
     )
 
 

@@ -20,6 +20,7 @@ from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.expert_activation import Activation, activation_between
 from fmedge_converters.passes.mixture import ExpertLinear, Mixture, expert_linear
 from fmedge_converters.passes.sign import never_negative
+from fmedge_converters.rounding import Rounding
 from fmedge_converters.schemes.scheme import SpellMixture
 from fmedge_converters.schemes.weight_only import BLOCK_SIZE, QuantizedMatrix, joined_blocks
 from fmedge_converters.weight import Array, PackedMatrix, Read, Weight, selected
@@ -40,7 +41,15 @@ def _kept(up: Weight, down: Weight) -> PackedMatrix | None:
 
 
 def _spell(
-    graph: DecoderGraph, mixture: Mixture, *, block_size: int, bits: int, accuracy_level: int, zero_points: bool
+    graph: DecoderGraph,
+    mixture: Mixture,
+    *,
+    block_size: int,
+    bits: int,
+    accuracy_level: int,
+    zero_points: bool,
+    symmetric: bool,
+    search: bool,
 ) -> None:
     down = expert_linear(graph, mixture.rows)
     up = _before(graph, down)
@@ -62,7 +71,7 @@ def _spell(
     inputs: list[ir.Value | None] = [mixture.x, routing]
     zeros: list[ir.Value | None] = []
     for linear, gated in ((up, activation.gated and not activation.interleaved), (down, False)):
-        *parts, zero = _weights(graph, linear, bits, block, alternate=gated)
+        *parts, zero = _weights(graph, linear, Rounding(bits, block, symmetric, search), alternate=gated)
         inputs += parts
         zeros.append(zero)
     inputs += [None] * 3 + zeros + [None, routing]
@@ -123,7 +132,7 @@ def _routing(graph: DecoderGraph, mixture: Mixture, experts: int) -> ir.Value:
 
 
 def _weights(
-    graph: DecoderGraph, linear: ExpertLinear, bits: int, block_size: int, *, alternate: bool
+    graph: DecoderGraph, linear: ExpertLinear, rounding: Rounding, *, alternate: bool
 ) -> list[ir.Value | None]:
     """Initializers: codes, scales, bias, zero points; `alternate` puts the rows' second half between the first."""
     weight, bias = linear.weight, linear.bias
@@ -132,10 +141,11 @@ def _weights(
         weight = selected(weight, 1, order)
         bias = None if bias is None else selected(bias, 1, order)
     experts, rows, size = weight.shape
-    stem, blocks, zeros = f"{linear.name}.int{bits}", size // block_size, None
+    bits, blocks = rounding.bits, size // rounding.block_size
+    stem, zeros = f"{linear.name}.int{bits}", None
     if weight.packed is None:
-        made = QuantizedMatrix(weight, bits, block_size)
-        codes, scales = joined_blocks(made.codes), made.scales
+        made = QuantizedMatrix(weight, rounding)
+        codes, scales, zeros = joined_blocks(made.codes), made.scales, made.zero_points
     else:
         packed, byte = weight.packed, np.dtype(np.uint8)
         codes = _by_expert(packed.codes, byte, (experts, rows, size * bits // 8))
@@ -160,8 +170,13 @@ def _by_expert(read: Read, dtype: np.dtype[np.generic], shape: tuple[int, ...]) 
     return Weight(shape, dtype, read_experts)
 
 
-def qmoe(bits: int, accuracy_level: int = 0, *, zero_points: bool = False) -> SpellMixture:
+def qmoe(
+    bits: int, accuracy_level: int = 0, *, zero_points: bool = False, symmetric: bool = True, search: bool = True
+) -> SpellMixture:
     """Mixtures as QMoE. `accuracy_level` 4 lets the CPU multiply 4-bit weights in int8; with 8 bits it always does.
-    `zero_points` says that the target's kernel has them, for a source that does.
+    `zero_points` says that the target's kernel has them, for a source that does; `symmetric` and `search` are those of
+    Rounding, for others.
     """
-    return functools.partial(_spell, bits=bits, accuracy_level=accuracy_level, zero_points=zero_points)
+    return functools.partial(
+        _spell, bits=bits, accuracy_level=accuracy_level, zero_points=zero_points, symmetric=symmetric, search=search
+    )

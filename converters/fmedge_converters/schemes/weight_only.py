@@ -1,15 +1,13 @@
 """Weight-only rounding in blocks: MatMulNBits, and GatherBlockQuantized for the embedding.
 
-A block of `block_size` weights along K shares a scale; q = round(w / scale) + 2 ** (bits - 1), unsigned, with
-scale = w* / -2 ** (bits - 1), where w* is the block's weight of largest magnitude with its sign, so that this weight,
-which matters most, is represented exactly. The operators take 2 ** (bits - 1) as zero point when none is given.
+How blocks are rounded is in rounding.py. The operators take 2 ** (bits - 1) as zero point when none is given.
 Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md (MatMulNBits,
 GatherBlockQuantized).
 """
 
 from __future__ import annotations
 
-import functools
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -17,74 +15,89 @@ import torch
 
 from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
+from fmedge_converters.rounding import RoundedBlocks, Rounding, joined, round_blocks
 from fmedge_converters.schemes.kept_codes import kept_embedding_rows, spell_kept_linear
 from fmedge_converters.schemes.scheme import Embedding, Scheme, SpellMixture
-from fmedge_converters.weight import Array, Weight, reshaped
+from fmedge_converters.weight import Array, Read, Weight, reshaped
 
 BLOCK_SIZE = 128
 """The default, by measurement: docs/quantization.md."""
 
 
-def quantize_blocks(rows: Array, bits: int, block_size: int) -> tuple[Array, Array]:
-    """Quantize rows [n, K] to packed bytes [n, blocks, block_size * bits / 8] and float32 scales [n, blocks].
-
-    K is padded with zeros to whole blocks. Two 4-bit weights share a byte, the even one in its low half.
-    """
-    count, size = rows.shape
-    blocks = -(-size // block_size)
-    levels = 1 << (bits - 1)
-    values = torch.from_numpy(rows).to(torch.float32)
-    if size != blocks * block_size:
-        values = torch.nn.functional.pad(values, (0, blocks * block_size - size))
-    values = values.view(count, blocks, block_size)  # [n, blocks, block_size]
-    # Both extremes by themselves, and int8 before uint8: torch has no fast kernels for aminmax and for float to uint8.
-    lowest, highest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-    scales = torch.where(-lowest > highest, lowest, highest) / -levels  # [n, blocks, 1]
-    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
-    signed = (values * inverse).round_().clamp_(max=levels - 1).to(torch.int8)
-    codes = signed.view(torch.uint8).add_(levels)  # which wraps around to the positive side
-    if bits == 4:
-        pairs = codes.view(torch.int16)  # the even code in the low byte
-        codes = (pairs | (pairs >> 4)).to(torch.uint8)
-    return codes.numpy(), scales.squeeze(-1).numpy()
-
-
 class QuantizedMatrix:
-    """Codes and scales of a matrix [N, K], or of matrices [E, N, K], which are read by blocks of axis 0.
+    """Codes, scales and zero points of a matrix [N, K], or of matrices [E, N, K], which are read by blocks of axis 0.
 
-    The scales of what was read as codes are kept until they are read, so that nothing is quantized twice when all codes
-    are read before the scales.
+    The scales and zero points of what was read as codes are kept until they are read, so that nothing is quantized
+    twice when all codes are read before them.
     """
 
-    def __init__(self, weight: Weight, bits: int, block_size: int) -> None:
+    def __init__(self, weight: Weight, rounding: Rounding) -> None:
         self._weight = weight
-        self._bits = bits
-        self._block_size = block_size
-        self._kept: dict[tuple[int, int], Array] = {}
-        self._blocks = -(-weight.shape[-1] // block_size)
+        self._rounding = rounding
+        self._scales_kept: dict[tuple[int, int], Array] = {}
+        self._zeros_kept: dict[tuple[int, int], Array] = {}
+        self._blocks = -(-weight.shape[-1] // rounding.block_size)
 
     @property
     def codes(self) -> Weight:
         """Packed bytes [..., N, blocks, block_size * bits / 8]."""
-        shape = (*self._weight.shape[:-1], self._blocks, self._block_size * self._bits // 8)
-        return Weight(shape, np.dtype(np.uint8), self._codes, step=self._weight.rows_at_once)
+        row = self._rounding.block_size * self._rounding.bits // 8
+        return self._part((self._blocks, row), np.dtype(np.uint8), self._codes)
 
     @property
     def scales(self) -> Weight:
         """Scales [..., N, blocks] in the dtype of the matrix."""
-        shape = (*self._weight.shape[:-1], self._blocks)
-        return Weight(shape, self._weight.dtype, self._scales, step=self._weight.rows_at_once)
+        return self._part((self._blocks,), self._weight.dtype, self._scales)
+
+    @property
+    def zero_points(self) -> Weight | None:
+        """Packed bytes [..., N, ceil(blocks * bits / 8)]; None when rounding is symmetric."""
+        if self._rounding.symmetric:
+            return None
+        return self._part((-(-self._blocks * self._rounding.bits // 8),), np.dtype(np.uint8), self._zeros)
+
+    def _part(self, row: tuple[int, ...], dtype: np.dtype[np.generic], read: Read) -> Weight:
+        return Weight((*self._weight.shape[:-1], *row), dtype, read, step=self._weight.rows_at_once)
 
     def _codes(self, start: int, stop: int) -> Array:
         rows = self._weight.read(start, stop)
-        codes, scales = quantize_blocks(rows.reshape(-1, rows.shape[-1]), self._bits, self._block_size)
-        self._kept[start, stop] = scales.astype(self._weight.dtype).reshape(*rows.shape[:-1], -1)
-        return codes.reshape(*rows.shape[:-1], *codes.shape[1:])
+        made = self._rounded(rows, start)
+        lead = rows.shape[:-1]
+        self._scales_kept[start, stop] = made.scales.numpy().astype(self._weight.dtype).reshape(*lead, -1)
+        zeros = made.packed_zero_points()
+        if zeros is not None:
+            self._zeros_kept[start, stop] = zeros.numpy().reshape(*lead, -1)
+        codes = made.packed_codes().numpy()
+        return codes.reshape(*lead, *codes.shape[1:])
+
+    def _rounded(self, rows: Array, start: int) -> RoundedBlocks:
+        """Rows [n, K], or matrices [n, N, K], of which each may have its own importance."""
+        importance = self._weight.importance
+        size = rows.shape[-1]
+        dtype = torch.from_numpy(np.empty(0, self._weight.dtype)).dtype
+        if importance is None or importance.shape[-1] != size:
+            return round_blocks(torch.from_numpy(rows.reshape(-1, size)), self._rounding, None, dtype)
+        if importance.ndim == 1:
+            weights = torch.from_numpy(importance)
+            return round_blocks(torch.from_numpy(rows.reshape(-1, size)), self._rounding, weights, dtype)
+        return joined(
+            [
+                round_blocks(
+                    torch.from_numpy(matrix), self._rounding, torch.from_numpy(importance[start + index]), dtype
+                )
+                for index, matrix in enumerate(rows)
+            ]
+        )
 
     def _scales(self, start: int, stop: int) -> Array:
-        if (start, stop) not in self._kept:
+        if (start, stop) not in self._scales_kept:
             self._codes(start, stop)
-        return self._kept.pop((start, stop))
+        return self._scales_kept.pop((start, stop))
+
+    def _zeros(self, start: int, stop: int) -> Array:
+        if (start, stop) not in self._zeros_kept:
+            self._codes(start, stop)
+        return self._zeros_kept.pop((start, stop))
 
 
 def joined_blocks(codes: Weight) -> Weight:
@@ -92,80 +105,107 @@ def joined_blocks(codes: Weight) -> Weight:
     return reshaped(codes, (*codes.shape[:-2], codes.shape[-2] * codes.shape[-1]))
 
 
-def _add_quantized(graph: DecoderGraph, name: str, weight: Weight, bits: int, block_size: int) -> list[ir.Value]:
-    """Initializers for codes [N, blocks, bytes] and scales."""
-    matrix = QuantizedMatrix(weight, bits, block_size)
-    return [graph.add_weight(f"{name}.codes", matrix.codes), graph.add_weight(f"{name}.scales", matrix.scales)]
+@dataclass(frozen=True, slots=True)
+class _Quantized:
+    """Initializers of a matrix."""
+
+    codes: ir.Value  # [N, blocks, block_size * bits / 8]
+    scales: ir.Value  # [N, blocks]
+    zero_points: ir.Value | None  # [N, ceil(blocks * bits / 8)]
 
 
-def _spell_linear(
-    graph: DecoderGraph,
-    linear: Linear,
-    *,
-    is_head: bool,
-    block_size: int,
-    bits: int,
-    head_bits: int,
-    accuracy_level: int,
-) -> None:
-    weight = graph.weights[linear.name]
-    if weight.packed is not None:
-        spell_kept_linear(graph, linear, weight.packed, accuracy_level)
-        return
-    width = head_bits if is_head else bits
-    codes, scales = _add_quantized(graph, f"{linear.name}.int{width}", weight, width, block_size)
-    inputs: list[ir.Value | None] = [linear.x, codes, scales]
-    if linear.bias is not None:
-        inputs += [None, None, linear.bias]
-    (product,) = graph.insert(
-        linear.node,
-        "MatMulNBits",
-        inputs,
-        [(linear.output.dtype, linear.output.shape)],
-        {
-            "K": weight.shape[1],
-            "N": weight.shape[0],
-            "bits": width,
-            "block_size": block_size,
-            "accuracy_level": accuracy_level,
-        },
-        MICROSOFT,
+def _add_quantized(graph: DecoderGraph, name: str, weight: Weight, rounding: Rounding) -> _Quantized:
+    stem = f"{name}.int{rounding.bits}"
+    matrix = QuantizedMatrix(weight, rounding)
+    zeros = matrix.zero_points
+    return _Quantized(
+        graph.add_weight(f"{stem}.codes", matrix.codes),
+        graph.add_weight(f"{stem}.scales", matrix.scales),
+        None if zeros is None else graph.add_weight(f"{stem}.zero_points", zeros),
     )
-    replace(linear.output, product)
 
 
-def _spell_embedding(graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int, head_bits: int) -> None:
-    """The head's codes when both are tied, without their axis of blocks: the writer stores equal bytes once."""
-    del tied  # codes have names: those that the head has made are found
-    weight = graph.weights[str(embedding.weight.name)]
-    size = weight.shape[1]
-    packed = weight.packed if weight.packed is not None and weight.packed.columns is None else None
-    if packed is not None:
-        block_size = packed.block_size
-        rows = kept_embedding_rows(graph, embedding, packed)
-    else:
-        rows = _embedding_rows(graph, embedding, weight, head_bits, block_size)
-    padded = -(-size // block_size) * block_size
-    if padded != size:
-        numbers = [graph.add_constant(f"slice.{number}", np.array([number], np.int64)) for number in (0, size, 2)]
-        (rows,) = graph.insert(
-            embedding.node, "Slice", (rows, *numbers), [(embedding.output.dtype, embedding.output.shape)]
+@dataclass(frozen=True, slots=True)
+class _WeightOnly:
+    """What the functions of a weight-only scheme share."""
+
+    bits: int
+    head_bits: int
+    symmetric: bool
+    search: bool
+    accuracy_level: int
+
+    def rounding(self, weight: Weight, bits: int, block_size: int) -> Rounding:
+        """The weight's own, or the scheme's."""
+        return weight.rounding or Rounding(bits, block_size, self.symmetric, self.search)
+
+    def linear(self, graph: DecoderGraph, linear: Linear, *, is_head: bool, block_size: int) -> None:
+        """Spell a Linear as MatMulNBits."""
+        weight = graph.weights[linear.name]
+        if weight.packed is not None:
+            spell_kept_linear(graph, linear, weight.packed, self.accuracy_level)
+            return
+        rounding = self.rounding(weight, self.head_bits if is_head else self.bits, block_size)
+        made = _add_quantized(graph, linear.name, weight, rounding)
+        inputs: list[ir.Value | None] = [linear.x, made.codes, made.scales, made.zero_points]
+        if linear.bias is not None:
+            inputs += [None, linear.bias]
+        elif made.zero_points is None:
+            inputs.pop()
+        (product,) = graph.insert(
+            linear.node,
+            "MatMulNBits",
+            inputs,
+            [(linear.output.dtype, linear.output.shape)],
+            {
+                "K": weight.shape[1],
+                "N": weight.shape[0],
+                "bits": rounding.bits,
+                "block_size": rounding.block_size,
+                "accuracy_level": self.accuracy_level,
+            },
+            MICROSOFT,
         )
-    replace(embedding.output, rows)
+        replace(linear.output, product)
+
+    def embedding(self, graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int) -> None:
+        """The head's codes when both are tied, without their axis of blocks: the writer stores equal bytes once."""
+        del tied  # codes have names: those that the head has made are found
+        weight = graph.weights[str(embedding.weight.name)]
+        size = weight.shape[1]
+        packed = weight.packed if weight.packed is not None and weight.packed.columns is None else None
+        if packed is not None:
+            block_size = packed.block_size
+            rows = kept_embedding_rows(graph, embedding, packed)
+        else:
+            rounding = self.rounding(weight, self.head_bits, block_size)
+            block_size = rounding.block_size
+            rows = _embedding_rows(graph, embedding, weight, rounding)
+        padded = -(-size // block_size) * block_size
+        if padded != size:
+            numbers = [graph.add_constant(f"slice.{number}", np.array([number], np.int64)) for number in (0, size, 2)]
+            (rows,) = graph.insert(
+                embedding.node, "Slice", (rows, *numbers), [(embedding.output.dtype, embedding.output.shape)]
+            )
+        replace(embedding.output, rows)
 
 
-def _embedding_rows(graph: DecoderGraph, embedding: Embedding, weight: Weight, bits: int, block_size: int) -> ir.Value:
+def _embedding_rows(graph: DecoderGraph, embedding: Embedding, weight: Weight, rounding: Rounding) -> ir.Value:
     """Rows [B, S, E], E padded to whole blocks."""
-    name = f"{embedding.weight.name}.int{bits}"
-    codes, scales = _add_quantized(graph, name, weight, bits, block_size)
-    codes = graph.add_weight(f"{name}.rows", joined_blocks(graph.weights[str(codes.name)]))
-    padded = -(-weight.shape[1] // block_size) * block_size
+    name = str(embedding.weight.name)
+    made = _add_quantized(graph, name, weight, rounding)
+    flat = joined_blocks(graph.weights[str(made.codes.name)])
+    codes = graph.add_weight(f"{name}.int{rounding.bits}.rows", flat)
+    inputs = [codes, embedding.ids, made.scales]
+    if made.zero_points is not None:
+        inputs.append(made.zero_points)
+    padded = -(-weight.shape[1] // rounding.block_size) * rounding.block_size
     (rows,) = graph.insert(
         embedding.node,
         "GatherBlockQuantized",
-        (codes, embedding.ids, scales),
+        inputs,
         [(embedding.output.dtype, [*list(embedding.output.shape or ())[:-1], padded])],
-        {"bits": bits, "block_size": block_size, "gather_axis": 0, "quantize_axis": 1},
+        {"bits": rounding.bits, "block_size": rounding.block_size, "gather_axis": 0, "quantize_axis": 1},
         MICROSOFT,
     )
     return rows
@@ -180,14 +220,17 @@ def weight_only(
     accuracy_level: int,
     mixture: SpellMixture,
     keeps: tuple[int, ...] = (),
+    symmetric: bool = True,
+    search: bool = True,
 ) -> Scheme:
     """A weight-only scheme. `accuracy_level` 4 lets the CPU multiply in int8; 0 keeps the activations' type."""
+    shared = _WeightOnly(bits, head_bits, symmetric, search, accuracy_level)
     return Scheme(
         name,
         summary,
         bits,
-        functools.partial(_spell_linear, bits=bits, head_bits=head_bits, accuracy_level=accuracy_level),
-        functools.partial(_spell_embedding, head_bits=head_bits),
+        shared.linear,
+        shared.embedding,
         block_size=BLOCK_SIZE,
         mixture=mixture,
         keeps=keeps,
