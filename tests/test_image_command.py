@@ -13,6 +13,7 @@ import pytest
 from fake_session import FakeSession, make_bundle
 from fmedge_runtimes.bundle import ImageGolden, write_manifest
 from fmedge_runtimes.errors import FmedgeError, RequestError
+from fmedge_runtimes.generated_image import ImageUpdate
 from fmedge_runtimes.pipelines.latent_unet import LatentUnet
 from image_models import SIDE, Opened, complete, stable_diffusion, write_folder
 from PIL import Image
@@ -20,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 import fmedge
 from fmedge.cli import app
+from fmedge.commands.previews import Previews
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 QUICK = ("--steps", 1, "--guidance", 1)
@@ -126,6 +128,55 @@ def test_every_option_arrives(images: Opened, tmp_path: Path) -> None:
     assert opened_png(tmp_path / "grid.png").size == (24, 40)
 
 
+def test_previews_come_as_files(images: Opened, tmp_path: Path) -> None:
+    arguments = ("generate", images.folder, "a cat", "a dog", "--seed", 7, "--guidance", 1, "--steps", 5)
+    assert run(*arguments, "-o", tmp_path / "plain").exit_code == 0
+    done = run(*arguments, "-o", tmp_path / "made", "--preview-every", 2, "--max-batch", 1)
+    assert (done.exit_code, done.stderr) == (0, "")
+    previews = sorted((tmp_path / "made" / "previews").iterdir())
+    names = ["00000-0002.png", "00000-0004.png", "00001-0002.png", "00001-0004.png"]
+    assert [path.name for path in previews] == names
+    assert {opened_png(path).size for path in previews} == {(SIDE // 2, SIDE // 2)}
+    shown = [np.asarray(opened_png(path)) for path in previews]
+    assert not any(np.array_equal(shown[0], other) for other in shown[1:])
+    facts = [json.loads(opened_png(path).text["fmedge"]) for path in previews]
+    assert facts[3] == {"preview_of": 1, "step": 4, "steps": 5}
+    # The images are those that come without previews, and stdout names them alone.
+    assert [Path(line).name for line in done.stdout.split()] == ["00000.png", "00001.png"]
+    for name in ("00000.png", "00001.png"):
+        ours, others = (np.asarray(opened_png(tmp_path / folder / name), int) for folder in ("made", "plain"))
+        assert np.abs(ours - others).max() <= 1
+    words = f"{previews[0]} exists; replace previews with --force"
+    again = (*arguments, "-o", tmp_path / "again", "--preview", previews[0].parent, "--preview-every", 2)
+    assert words in error_of(run(*again))
+    assert run(*again, "--force").exit_code == 0
+
+
+def test_one_file_shows_the_newest_preview(images: Opened, tmp_path: Path) -> None:
+    newest = tmp_path / "now.png"
+    arguments = ("generate", images.folder, "a cat", "--guidance", 1, "--steps", 4, "--seed", 7, "--preview", newest)
+    done = run(*arguments, "--preview-every", 3, "-o", "-")
+    assert Image.open(io.BytesIO(done.stdout_bytes)).size == (SIDE, SIDE)
+    assert json.loads(opened_png(newest).text["fmedge"]) == {"preview_of": 0, "step": 3, "steps": 4}
+    assert f"{newest} exists" in error_of(run(*arguments, "--preview-every", 3, "-o", tmp_path / "a.png"))
+    assert run(*arguments, "--preview-every", 3, "-o", tmp_path / "a.png", "--force").exit_code == 0
+    beside = run(*arguments[:-2], "--preview-every", 4, "-o", tmp_path / "b.png")
+    assert beside.exit_code == 0
+    assert [path.name for path in (tmp_path / "b-previews").iterdir()] == ["00000-0004.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b-previews", "b.png", "now.png"]
+
+
+def test_steps_of_a_cascade_count_on_in_the_names_of_previews(tmp_path: Path) -> None:
+    previews = Previews(tmp_path, force=False)
+    pictures = (Image.new("RGB", (2, 2)), Image.new("RGB", (2, 2)))
+    for total in (2, 3):
+        for done in range(1, total + 1):
+            previews.write(ImageUpdate("denoise", done, total, (4, 5), pictures))
+    previews.write(ImageUpdate("decode", 1, 1, (4,), pictures[:1]))
+    names = [f"{image:05}-{step:04}.png" for image in (4, 5) for step in range(1, 6)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_prompts_from_lines(images: Opened, tmp_path: Path) -> None:
     lines = tmp_path / "prompts.jsonl"
     lines.write_text('{"prompt": "a cat", "id": "x", "negative": "bad", "seed": 5}\n"a dog"\n')
@@ -193,6 +244,11 @@ def test_files_are_kept(images: Opened, tmp_path: Path) -> None:
         (("a", "-o", "x", "--size", "512"), "--size is '512'; write WIDTHxHEIGHT"),
         (("a", "-o", "x", "--size", "0x8"), "--size is '0x8'"),
         (("a", "-o", "x", "--memory-mode", "fast"), "--memory-mode is 'fast'; it must be one of keep, sequential"),
+        (("a", "-o", "x", "--preview", "p"), "say how often with --preview-every"),
+        (("a", "-o", "-", "--preview-every", 1), "--preview-every needs a place"),
+        (("a", "b", "-o", "x", "--preview-every", 1, "--preview", "p.png"), "--preview p.png is one file for 2 images"),
+        (("a", "-o", "x", "--preview-every", 1, "--preview", "p.jpg"), "--preview is p.jpg; previews are written to"),
+        (("a", "-o", "p.png", "--preview-every", 1, "--preview", "p.png"), "--preview is p.png, where images go"),
         (("a", "-o", "x", "--temperature", 1), "--temperature is for bundles that write text;"),
         (("a", "-o", "x", "--resume"), "--resume is for bundles that write text;"),
         (("a", "-o", "x", "--chat"), "--chat is for bundles that write text;"),
@@ -206,7 +262,9 @@ def test_usage_errors_of_images(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", ["--steps=1", "--guidance=2", "--size=8x8", "--grid=g.png", "--literal"])
+@pytest.mark.parametrize(
+    "option", ["--steps=1", "--guidance=2", "--size=8x8", "--grid=g.png", "--preview-every=1", "--literal"]
+)
 def test_texts_take_no_options_of_images(texts: Path, option: str) -> None:
     name = option.partition("=")[0]
     assert f"{name} is for bundles that make images;" in usage_of(run("generate", texts, "abc", option))

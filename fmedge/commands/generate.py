@@ -39,6 +39,8 @@ EPILOG = """
   fmedge generate out/images "a red circle" "a blue square" -n 4 --seed 7 --output made --grid grid.png
 
   fmedge generate out/images "a (red:1.3) circle" --image in.png --strength 0.6 --scheduler dpm++2m-karras -o out.png
+
+  fmedge generate out/images "a red circle" --steps 50 --preview-every 5 -o made
 """
 
 SHAPES = "How draws are shaped"
@@ -64,6 +66,8 @@ IMAGE_OPTIONS = frozenset(
         "tiny_vae",
         "memory_mode",
         "grid",
+        "preview_every",
+        "preview",
     }
 )
 """Parameters of the command that only such bundles take."""
@@ -258,6 +262,18 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="Write all images side by side to a .png, too.", rich_help_panel=IMAGES),
     ] = None,
+    preview_every: Annotated[
+        int | None,
+        typer.Option(metavar="STEPS", help="Write a small preview every so many steps.", rich_help_panel=IMAGES),
+    ] = None,
+    preview: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PLACE",
+            help="Folder for previews, or a .png file that shows the newest; unless given, beside --output.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's target unless given.")] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Rows that are decoded, or images that are denoised, together at most.")
@@ -309,9 +325,10 @@ def command(
             "max_sequence_length": max_sequence_length,
             "tiling": tiling,
             "tiny_vae": tiny_vae or None,
+            "preview_every": preview_every,
         }
         options = Diffusion(**_given(wanted))
-        generate_images(call, options, grid=grid, memory_mode=memory_mode)
+        generate_images(call, options, grid=grid, preview=preview, memory_mode=memory_mode)
         return
     from fmedge.commands.texts import generate_texts
 

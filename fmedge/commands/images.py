@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,6 @@ from fmedge_runtimes.generated_image import (
     png,
     settings_json,
     sheet_of,
-    write_aside,
 )
 from fmedge_runtimes.image import ImageModel
 from fmedge_runtimes.load import load_image
@@ -27,12 +25,13 @@ from fmedge_runtimes.parts import MODES
 
 from fmedge.commands.call import Call
 from fmedge.commands.console import progress_bar
+from fmedge.commands.png_file import PNG, check_places, is_png, write_png
+from fmedge.commands.previews import Previews, preview_place
 from fmedge.commands.prompts import LineFields, PromptLine, read_prompts
 
 FIELDS = LineFields(frozenset({"negative", "seed"}), checked, messages=False)
 """What a line of a .jsonl file may say for its prompt alone."""
 STDOUT = "-"
-PNG = ".png"
 OTHER_FILES = frozenset({".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".json", ".jsonl"})
 """Endings by which a file is meant, of a kind that is not written."""
 
@@ -48,6 +47,7 @@ class Destination:
     force: bool
     """Whether files that are there may be replaced."""
     as_json: bool
+    previews: Previews | None = None
 
     def check(self, count: int) -> None:
         """Raise a usage error if so many images cannot go there, RequestError if a file is in the way."""
@@ -59,45 +59,36 @@ class Destination:
             raise typer.BadParameter(f"--output is {self.output!r}; images are written to a .png file or a folder.")
         if self.grid is not None and self.grid.suffix.lower() != PNG:
             raise typer.BadParameter(f"--grid is {self.grid}; it must be a .png file.")
-        if self.output is not None and self._is_file(self.output) and count > 1:
+        if self.output is not None and is_png(self.output) and count > 1:
             raise typer.BadParameter(f"--output {self.output} is one file for {count} images; give a folder.")
         files = [path for number in range(count) if (path := self.file(number)) is not None]
         if self.grid is not None and self.grid.absolute() in (path.absolute() for path in files):
             raise typer.BadParameter(f"--output and --grid are both {self.grid}; give the grid a place of its own.")
-        for path in (*files, *filter(None, [self.grid])):
-            # Found out now, not when the images are ready.
-            try:
-                self._check_place(path)
-            except OSError as error:  # as for a name that is too long
-                raise RequestError(f"cannot write {path}: {error.strerror}.") from error
-
-    def _check_place(self, path: Path) -> None:
-        if path.is_dir():
-            raise RequestError(f"cannot write {path}: it is a folder; give another place.")
-        if path.exists() and not self.force:
-            raise RequestError(f"{path} exists; replace it with --force, or give another place.")
-        nearest = next(folder for folder in path.absolute().parents if folder.exists())
-        if not nearest.is_dir():
-            raise RequestError(f"cannot write {path}: {nearest} is not a folder.")
-        if not os.access(nearest, os.W_OK):
-            raise RequestError(f"cannot write {path}: {nearest} is not writable.")
+        files += [] if self.grid is None else [self.grid]
+        # Found out now, not when the images are ready.
+        check_places(files, force=self.force)
+        if self.previews is not None:
+            place = self.previews.place.absolute()
+            if place in (path.absolute() for path in files):
+                raise typer.BadParameter(f"--preview is {self.previews.place}, where images go; give another place.")
+            self.previews.check(count)
 
     def file(self, number: int) -> Path | None:
         """The file of an image; None if it is not written to one of its own."""
         if self.output in (None, STDOUT):
             return None
         path = Path(str(self.output))
-        return path if self._is_file(str(self.output)) else path / f"{number:05}.png"
-
-    @staticmethod
-    def _is_file(output: str) -> bool:
-        return Path(output).suffix.lower() == PNG and not os.path.isdir(output)  # noqa: PTH112 - never raises
+        return path if is_png(str(self.output)) else path / f"{number:05}.png"
 
 
-def generate_images(call: Call, options: Diffusion, *, grid: Path | None, memory_mode: str | None) -> None:
+def generate_images(
+    call: Call, options: Diffusion, *, grid: Path | None, preview: Path | None, memory_mode: str | None
+) -> None:
     """Make images of all prompts. Raises a usage error for options that contradict each other, and FmedgeError."""
     lines = read_prompts(call.prompts, call.source, FIELDS)
-    destination = Destination(call.output, grid, call.force, call.as_json)
+    place = preview_place(preview, options.preview_every, call.output)
+    previews = None if place is None else Previews(place, call.force)
+    destination = Destination(call.output, grid, call.force, call.as_json, previews)
     destination.check(len(lines) * options.n)
     mode = next((mode for mode in MODES if mode == (memory_mode or MODES[0])), None)
     if mode is None:
@@ -145,6 +136,8 @@ def write_images(
                 typer.echo(path)
             if destination.grid is not None:
                 shown[number] = image
+        if destination.previews is not None:
+            destination.previews.write(update)
         _report(update, total, report)
     if destination.grid is not None:
         _write(destination.grid, grid_png([shown[number] for number in sorted(shown)], options.n), is_stdout=False)
@@ -171,14 +164,13 @@ def grid_png(images: Sequence[GeneratedImage], columns: int) -> bytes:
 
 
 def _write(path: Path | None, content: bytes, *, is_stdout: bool) -> None:
-    try:
-        if is_stdout:
+    if path is not None:
+        write_png(path, content)
+    elif is_stdout:
+        try:
             sys.stdout.buffer.write(content)
-        elif path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_aside(path, content)
-    except OSError as error:
-        raise RequestError(f"cannot write {path or 'to stdout'}: {error.strerror}.") from error
+        except OSError as error:
+            raise RequestError(f"cannot write to stdout: {error.strerror}.") from error
 
 
 def _json(image: GeneratedImage, line: PromptLine, path: Path | None) -> str:
