@@ -51,10 +51,13 @@ MASKED = ("PixArt", "Sana", "IF")
 """Pipelines that give their text encoder a mask."""
 
 
-def session(run: Run, inputs: Mapping[str, str], outputs: tuple[str, ...]) -> TorchSession:
+def session(
+    run: Run, inputs: Mapping[str, str], outputs: tuple[str, ...], integers: tuple[str, ...] = ()
+) -> TorchSession:
     """A function of tensors as a graph; inputs by name with their axes."""
     specs = tuple(
-        TensorSpec(name, "int64" if name.endswith("mask") else "float32", tuple(axes)) for name, axes in inputs.items()
+        TensorSpec(name, "int64" if name.endswith("mask") or name in integers else "float32", tuple(axes))
+        for name, axes in inputs.items()
     )
     return TorchSession(run, specs, tuple(TensorSpec(name, "float32", ("any",)) for name in outputs))
 
@@ -94,7 +97,7 @@ def unet_session(module: Any, pipeline: str) -> TorchSession:
     words = "encoder_hidden_states" in inspect.signature(module.forward).parameters
     words = words and config.get("encoder_hid_dim_type") != "image_proj"
     names += ["encoder_hidden_states"] if words else []
-    names += ["class_labels"] if config.get("class_embed_type") else []
+    names += ["class_labels"] if config.get("class_embed_type") or config.get("num_class_embeds") else []
     names += ["attention_mask"] if pipeline == "UnCLIPPipeline" and words else []
     images = config.get("addition_embed_type") == "image"
     absent = {"encoder_hidden_states": None} if images else {}
@@ -109,7 +112,7 @@ def unet_session(module: Any, pipeline: str) -> TorchSession:
     axes = _axes(*names, *(["image_embeds"] if images else []))
     if config.get("class_embed_type") == "identity":
         axes["class_labels"] = "bd"
-    return session(run, axes, ("out_sample",))
+    return session(run, axes, ("out_sample",), ("class_labels",) if config.get("num_class_embeds") else ())
 
 
 def prior_session(module: Any) -> TorchSession:

@@ -14,12 +14,14 @@ from fmedge_runtimes.diffusion import Diffusion
 from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.pipelines import deepfloyd as deepfloyd_module
 from fmedge_runtimes.pipelines import kandinsky as kandinsky_module
+from fmedge_runtimes.pipelines import latent_upscaler as upscaler_module
 from fmedge_runtimes.pipelines import unclip as unclip_module
 from fmedge_runtimes.pipelines.enlarge import bicubic, bilinear
 from image_models import Opened, generator, quiet
 from part_sessions import BOUND, open_pipeline, unet_session
 from PIL import Image
 from tiny_diffusers import tiny_pipeline
+from torch_session import decoder_session, text_session
 
 # diffusers' own, of numpy and of what it will drop.
 pytestmark = [
@@ -164,13 +166,132 @@ def test_deepfloyd_in_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         check_pixels(made, found.numpy())
 
 
+def add_third_stage(opened: Opened, third: Any) -> None:
+    """The upscaler's folders in that of IF."""
+    folder = opened.folder
+    for name in ("scheduler", "tokenizer"):
+        getattr(third, name).save_pretrained(folder / f"{name}_3")
+    third.low_res_scheduler.save_pretrained(folder / "low_res_scheduler")
+    third.unet.save_config(folder / "unet_3")
+    third.text_encoder.config.save_pretrained(folder / "text_encoder_3")
+    third.vae.save_config(folder / "vae_decoder")
+    opened.makers["unet_3"] = lambda: unet_session(third.unet, "StableDiffusionUpscalePipeline")
+    opened.makers["text_encoder_3"] = lambda: text_session(third.text_encoder)
+    opened.makers["vae_decoder"] = lambda: decoder_session(third.vae)
+
+
+@pytest.mark.medium
+def test_deepfloyd_in_three_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepfloyd_module, "SECOND_STEPS", 2)
+    monkeypatch.setattr(deepfloyd_module, "THIRD_STEPS", 3)
+    first, second = quiet(tiny_pipeline("if")), quiet(tiny_pipeline("if_super_resolution"))
+    third = quiet(tiny_pipeline("upscaler"))
+    opened = open_pipeline(first, tmp_path)
+    second.unet.register_to_config(sample_size=2 * first.unet.config.sample_size)
+    second.unet.save_config(tmp_path / "unet_2")
+    second.scheduler.save_pretrained(tmp_path / "scheduler_2")
+    second.image_noising_scheduler.save_pretrained(tmp_path / "image_noising_scheduler")
+    opened.makers["unet_2"] = lambda: unet_session(second.unet, "IFSuperResolutionPipeline")
+    add_third_stage(opened, third)
+    for level in (None, 30):
+        options = Diffusion(steps=2, seed=SEEDS[:2], height=64, width=48, guidance=7.0, noise_level=level)
+        for made in opened.model().generate(PROMPTS[:2], options):
+            chance = generator(made.seed)
+            with torch.no_grad():
+                embeds, negative = first.encode_prompt(made.prompt, negative_prompt="")
+            given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "generator": chance}
+            small = first(**given, num_inference_steps=2, height=16, width=12, output_type="pt").images
+            middle = second(**given, image=small, num_inference_steps=2, height=32, width=24, output_type="pt").images
+            found = third(
+                [made.prompt],
+                middle,
+                num_inference_steps=3,
+                noise_level=level or deepfloyd_module.THIRD_NOISE_LEVEL,
+                generator=chance,
+            ).images[0]
+            assert found.size == made.image.size == (48, 64)
+            assert np.abs(np.asarray(made.image, int) - np.asarray(found)).max() <= 1
+    with pytest.raises(RequestError, match=r"noise_level is 400; .* knows 0 to 350"):
+        opened.model().generate("a cat", Diffusion(noise_level=400, steps=2))
+
+
+@pytest.fixture(scope="module")
+def upscaler(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    return open_pipeline(tiny_pipeline("upscaler"), tmp_path_factory.mktemp("upscaler"))
+
+
+def small_image(width: int = 14, height: int = 20) -> Image.Image:
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    return Image.fromarray((255 * np.stack([x, y, x * y], axis=-1)).astype(np.uint8))
+
+
+def check_upscaler(opened: Opened, options: Diffusion, prompts: list[str], **given: Any) -> None:
+    """One after the other, since diffusers draws the noise of a batch's images from the first generator."""
+    theirs = quiet(opened.pipeline)
+    for made in opened.model().generate(prompts, options):
+        for kind in ("latent", "pil"):
+            found = theirs(
+                made.prompt,
+                image=options.image,
+                negative_prompt=made.settings.negative,
+                num_inference_steps=options.steps,
+                guidance_scale=options.guidance,
+                generator=generator(made.seed),
+                output_type=kind,
+                **given,
+            ).images[0]
+            if kind == "latent":
+                assert np.abs(made.latents - found.numpy()).max() <= BOUND * found.numpy().std()
+            else:
+                assert found.size == made.image.size
+                assert np.abs(np.asarray(made.image, int) - np.asarray(found)).max() <= 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 9.0])
+@pytest.mark.parametrize("count", [1, 4])
+def test_upscaler(upscaler: Opened, guidance: float, count: int) -> None:
+    options = Diffusion(steps=3, guidance=guidance, seed=SEEDS[:count], negative=NEGATIVES[:count], image=small_image())
+    check_upscaler(upscaler, options, PROMPTS[:count])
+
+
+def test_upscaler_with_other_noise(upscaler: Opened) -> None:
+    options = Diffusion(steps=2, guidance=3.0, seed=5, image=small_image(), noise_level=350)
+    check_upscaler(upscaler, options, PROMPTS[:1], noise_level=350)
+    # diffusers cuts odd sides off, too.
+    odd = upscaler.model().generate("a cat", Diffusion(steps=1, seed=1, image=small_image(13, 21)))[0]
+    assert odd.image.size == (24, 40)
+    assert odd.settings.noise_level is None
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({}, r"give the small one as Diffusion\.image"),
+        ({"image": small_image(), "noise_level": 351}, "noise_level is 351; .* knows 0 to 350"),
+        ({"image": small_image(), "noise_level": -1}, "noise_level is -1"),
+        ({"image": small_image(), "strength": 0.5}, "strength"),
+        ({"image": small_image(), "height": 42, "width": 28}, "multiples of 4"),
+        ({"image": small_image(), "scheduler": "magic"}, "known are"),
+    ],
+)
+def test_upscaler_refuses(upscaler: Opened, options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(RequestError, match=problem):
+        upscaler.model().generate("a cat", Diffusion(steps=2, seed=1, **options))
+
+
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_deepfloyd_enlarges_a_given_image(tmp_path: Path, guidance: float) -> None:
     theirs = quiet(tiny_pipeline("if_super_resolution"))
     opened = open_pipeline(theirs, tmp_path)
-    y, x = np.mgrid[:12, :8] / 12
-    small = Image.fromarray((255 * np.stack([x, y, x * y], axis=-1)).astype(np.uint8))
-    options = Diffusion(steps=3, guidance=guidance, seed=(1, 2), negative="blurry", image=small)
+    small = small_image(8, 12)
+    options = Diffusion(
+        steps=3,
+        guidance=guidance,
+        seed=(1, 2),
+        negative="blurry",
+        image=small,
+        noise_level=None if guidance > 1 else 99,
+    )
     for made in opened.model().generate(PROMPTS[:2], options):
         found = theirs(
             made.prompt,
@@ -180,10 +301,13 @@ def test_deepfloyd_enlarges_a_given_image(tmp_path: Path, guidance: float) -> No
             width=32,
             num_inference_steps=3,
             guidance_scale=guidance,
+            noise_level=250 if guidance > 1 else 99,
             generator=generator(made.seed),
             output_type="pt",
         ).images[0]
         check_pixels(made, found.numpy())
+    with pytest.raises(RequestError, match="noise_level is 1000"):
+        opened.model().generate("a cat", Diffusion(steps=3, image=small, noise_level=1000))
     with pytest.raises(RequestError, match=r"Diffusion\.image"):
         opened.model().generate("a cat", Diffusion(steps=3))
 
@@ -256,6 +380,14 @@ def test_unclip_refuses(unclip: Opened, prompt: str, options: dict[str, Any], pr
                 "num_inference_steps": deepfloyd_module.SECOND_STEPS,
                 "guidance_scale": deepfloyd_module.SECOND_GUIDANCE,
                 "noise_level": deepfloyd_module.NOISE_LEVEL,
+            },
+        ),
+        (
+            diffusers.StableDiffusionUpscalePipeline,
+            {
+                "num_inference_steps": deepfloyd_module.THIRD_STEPS,
+                "guidance_scale": deepfloyd_module.THIRD_GUIDANCE,
+                "noise_level": upscaler_module.NOISE_LEVEL,
             },
         ),
         (

@@ -29,6 +29,7 @@ from fmedge_runtimes.generated_image import GeneratedImage
 from fmedge_runtimes.image import ImageModel
 from fmedge_runtimes.load import load_image
 from image_models import generator, quiet
+from PIL import Image
 from tiny_diffusers import PIXEL, save_pipeline
 
 # diffusers' own, of numpy and of what it will drop.
@@ -79,6 +80,7 @@ CASES = [
     Case("kandinsky", "ddim", "DDIMScheduler"),
     Case("if", None, given=PLAIN),
 ]
+UPSCALER = "upscaler"
 MEDIUM = ("sd", "sdxl")
 
 
@@ -101,7 +103,9 @@ def theirs_of(case: Case, source: Path, scheduler: str | None) -> Any:
         pipeline = quiet(DiffusionPipeline.from_pretrained(source))
     if scheduler is not None:
         kind = getattr(diffusers, case.kind)
-        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **case.settings)
+        # diffusers' combined pipelines hold others, which have their own.
+        stage = getattr(pipeline, "decoder_pipe", pipeline)
+        stage.scheduler = kind.from_config(pipeline.scheduler.config, **case.settings)
     return pipeline
 
 
@@ -128,6 +132,32 @@ def test_a_bundle_gives_diffusers_images(bundles: Callable[[str], tuple[Path, Pa
                         height=SIZE,
                         width=SIZE,
                         **case.given,
+                    ).images[0]
+                    difference = np.abs(np.asarray(made.image, int) - np.asarray(found.convert("RGB"), int))
+                    assert difference.max() <= LEVELS, (scheduler, guidance, made.prompt)
+
+
+@pytest.mark.slow
+def test_an_upscaler_gives_diffusers_images(bundles: Callable[[str], tuple[Path, Path]]) -> None:
+    source, bundle = bundles(UPSCALER)
+    y, x = np.mgrid[:16, :24] / 24
+    small = Image.fromarray((255 * np.stack([x, y, x * y], axis=-1)).astype(np.uint8))
+    case = Case(UPSCALER, "euler", "EulerDiscreteScheduler")
+    with load_image(bundle) as model:
+        for scheduler in (None, case.scheduler):
+            theirs = theirs_of(case, source, scheduler)
+            for guidance in (1.0, 9.0):
+                options = Diffusion(
+                    steps=3, guidance=guidance, seed=SEEDS, image=small, noise_level=40, scheduler=scheduler
+                )
+                for made in model.generate(PROMPTS, options):
+                    found = theirs(
+                        made.prompt,
+                        image=small,
+                        generator=generator(made.seed),
+                        num_inference_steps=3,
+                        guidance_scale=guidance,
+                        noise_level=40,
                     ).images[0]
                     difference = np.abs(np.asarray(made.image, int) - np.asarray(found.convert("RGB"), int))
                     assert difference.max() <= LEVELS, (scheduler, guidance, made.prompt)

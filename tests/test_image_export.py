@@ -127,6 +127,7 @@ FACTS = {
     "flux_schnell": (256, 4, 0.0),
     "unclip": (32, 25, 8.0),
     "if": (32, 100, 7.0),
+    "upscaler": (32, 75, 9.0),
     "kandinsky": (32, 100, 4.0),
     PIXEL: (32, 10, 1.0),
 }
@@ -140,7 +141,7 @@ def test_defaults_are_those_of_the_pipeline(folders: Callable[[str], Path], name
 
 
 @pytest.mark.parametrize(
-    "name", ["sd", "sdxl", "lcm", "unclip", "kandinsky", "if", "if_super_resolution", "pixart_alpha"]
+    "name", ["sd", "sdxl", "lcm", "unclip", "kandinsky", "if", "if_super_resolution", "pixart_alpha", "upscaler"]
 )
 def test_tables_of_schedulers_are_diffusers_own(folders: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     seen = 0

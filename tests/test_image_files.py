@@ -42,6 +42,7 @@ SETTINGS = Settings(
     max_sequence_length=None,
     tiling=None,
     tiny_vae=False,
+    noise_level=None,
     model="tiny",
 )
 

@@ -201,6 +201,23 @@ def stable_diffusion_2() -> Any:
     )
 
 
+def upscaler() -> Any:
+    """Stable Diffusion's upscaler, whose UNet sees the small image and is told how noisy that is."""
+    tokenizer = clip_tokenizer(pad="!")
+    return diffusers.StableDiffusionUpscalePipeline(
+        vae=_vae(scaling_factor=0.08333),
+        text_encoder=_clip(tokenizer, hidden_act="gelu"),
+        tokenizer=tokenizer,
+        unet=_unet(
+            in_channels=7, num_class_embeds=1000, use_linear_projection=True, only_cross_attention=(True, False)
+        ),
+        low_res_scheduler=diffusers.DDPMScheduler(beta_schedule="scaled_linear"),
+        scheduler=diffusers.DDIMScheduler(
+            **_betas(), clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"
+        ),
+    )
+
+
 def inpaint() -> Any:
     """Stable Diffusion whose UNet also takes a mask and the masked image."""
     tokenizer = clip_tokenizer()
@@ -625,6 +642,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sd": stable_diffusion,
     "sd2": stable_diffusion_2,
     "inpaint": inpaint,
+    "upscaler": upscaler,
     "sdxl": stable_diffusion_xl,
     "lcm": latent_consistency,
     "sd3": stable_diffusion_3,

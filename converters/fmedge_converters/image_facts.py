@@ -52,7 +52,7 @@ def _size(source: PipelineSource, modules: Mapping[str, Any]) -> int:
         return int(source.index["default_sample_size"])
     encoders = [module for module in modules.values() if hasattr(module, "encode") and hasattr(module, "decode")]
     factor = scale_factor(encoders[0]) if encoders else 1
-    for name in ("super_res_last", "unet", "transformer"):
+    for name in ("super_res_last", "unet_2", "unet", "transformer"):
         if name in modules:
             size = getattr(modules[name].config, "sample_size", None)
             size = size[0] if isinstance(size, list | tuple) else size

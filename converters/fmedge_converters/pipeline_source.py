@@ -72,6 +72,11 @@ class PipelineSource:
 
 COMBINED = {"KandinskyV22Pipeline": "KandinskyV22PriorPipeline"}
 """Pipelines that are the second stage of two, and the first; diffusers has a combined class for both."""
+NOT_RUN = {
+    "StableDiffusionLatentUpscalePipeline": "the runtime has no such pipeline; the upscaler that it has is "
+    "StableDiffusionUpscalePipeline"
+}
+"""Pipelines whose parts could be exported, but not used; and why."""
 LEFT_OUT = ("safety_checker", "watermarker")
 """Parts that are not exported: they judge or mark images that others have made."""
 
@@ -85,6 +90,8 @@ def open_pipeline(
     Raises SourceError.
     """
     found = _open_one(source, revision, allow_pickle)
+    if found.pipeline in NOT_RUN:
+        raise SourceError(f"{source} is a {found.pipeline}: {NOT_RUN[found.pipeline]}.")
     if found.pipeline in COMBINED.values():
         raise SourceError(
             f"{source} ({found.pipeline}) makes embeddings, not images; export its decoder with --prior {source}."

@@ -64,6 +64,7 @@ IMAGE_OPTIONS = frozenset(
         "max_sequence_length",
         "tiling",
         "tiny_vae",
+        "noise_level",
         "memory_mode",
         "grid",
         "preview_every",
@@ -254,6 +255,10 @@ def command(
     tiny_vae: Annotated[
         bool, typer.Option("--tiny-vae", help="Decode with the bundle's small autoencoder.", rich_help_panel=IMAGES)
     ] = False,
+    noise_level: Annotated[
+        int | None,
+        typer.Option(help="Of upscalers: noise on the small image; more invents more.", rich_help_panel=IMAGES),
+    ] = None,
     memory_mode: Annotated[
         str | None,
         typer.Option(help="keep: all parts stay loaded; sequential: one at a time.", rich_help_panel=IMAGES),
@@ -325,6 +330,7 @@ def command(
             "max_sequence_length": max_sequence_length,
             "tiling": tiling,
             "tiny_vae": tiny_vae or None,
+            "noise_level": noise_level,
             "preview_every": preview_every,
         }
         options = Diffusion(**_given(wanted))

@@ -62,6 +62,8 @@ class Diffusion:
     """Whether brackets in prompts are weights, as in (word:1.3); False takes them literally."""
     max_sequence_length: int | None = None
     """Tokens to which a T5 or Gemma text encoder's prompt is padded, and may have; None: the pipeline's default."""
+    noise_level: int | None = None
+    """How much noise an upscaler puts on the small image, as a timestep of training: more lets it invent more."""
     tiling: bool | None = None
     """Whether large images are decoded in overlapping tiles, which bounds memory; None: above 1.5 million pixels."""
     tiny_vae: bool = False
@@ -162,6 +164,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("strength", lambda value: value is None or _is_number(value, 1e-9, 1.0), "above 0 and at most 1"),
     ("guidance_rescale", lambda value: _is_number(value, 0.0, 1.0), "from 0 (off) to 1"),
     ("max_sequence_length", lambda value: value is None or _is_whole(value, 1), "at least 1"),
+    ("noise_level", lambda value: value is None or _is_whole(value, 0), "0 (none) or more"),
     ("clip_skip", lambda value: _is_whole(value, 0), "0 (none) or more"),
     ("weights", lambda value: isinstance(value, bool), "true or false"),
     ("tiling", lambda value: value is None or isinstance(value, bool), "true, false or None"),

@@ -51,6 +51,7 @@ class Settings:
     max_sequence_length: int | None
     tiling: bool | None
     tiny_vae: bool
+    noise_level: int | None
     model: str
     """The source of the bundle."""
 

@@ -145,7 +145,7 @@ class ImageModel:
         self._check_size(height, width)
         steps = facts.steps if options.steps is None else int(options.steps)
         strength = options.strength if options.strength is not None else STRENGTH if mask is None else STRENGTH_MASKED
-        strength = strength if image is not None else 1.0
+        strength = strength if image is not None and "strength" in self.pipeline.takes else 1.0
         guidance = float(facts.guidance if options.guidance is None else options.guidance)
         max_batch, split = self._batch(height, width, guided=guidance > 1)
         return Order(
@@ -295,7 +295,7 @@ class ImageModel:
                     order.height,
                     order.width,
                     scheduler,
-                    None if order.image is None else order.strength,
+                    None if order.image is None or "strength" not in self.pipeline.takes else order.strength,
                     order.mask is not None,
                     options.guidance_rescale,
                     options.clip_skip,
@@ -303,6 +303,7 @@ class ImageModel:
                     options.max_sequence_length,
                     options.tiling,
                     options.tiny_vae,
+                    options.noise_level,
                     self.bundle.manifest.source.id,
                 ),
                 job.prompt_index,

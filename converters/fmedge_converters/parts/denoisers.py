@@ -60,6 +60,8 @@ def _class_labels(config: Config) -> Input | None:
     kind = config.get("class_embed_type")
     if kind == "identity":
         return Input("class_labels", ("batch", _time_size(config)))
+    if config.get("num_class_embeds"):  # an upscaler's noise level
+        return Input("class_labels", ("batch",), integer=True, below=int(config["num_class_embeds"]))
     return Input("class_labels", ("batch",)) if kind == "timestep" else None
 
 

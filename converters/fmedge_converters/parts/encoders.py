@@ -29,8 +29,8 @@ def text_encoder(module: Any, asked: Asked) -> dict[str, Call]:  # noqa: ANN401 
     """Ids (and a mask) -> the fields of the model's output; of CLIP every hidden state, too."""
     ids = Input("input_ids", ("batch", "sequence"), integer=True, below=module.config.vocab_size)
     mask = Input("attention_mask", ("batch", "sequence"), integer=True)
-    masked = asked.pipeline in MASKED or getattr(module.config, "use_attention_mask", False)
     clip = hasattr(module.config, "projection_dim")
+    masked = (asked.pipeline in MASKED and not clip) or getattr(module.config, "use_attention_mask", False)
 
     def run(model: Any, given: Tensors) -> dict[str, torch.Tensor]:  # noqa: ANN401 - any model of transformers
         output = model(**given, output_hidden_states=clip, return_dict=True, **({} if clip else {"use_cache": False}))

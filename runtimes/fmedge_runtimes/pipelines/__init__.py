@@ -11,6 +11,7 @@ from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.pipelines.deepfloyd import open_deepfloyd, open_deepfloyd_larger
 from fmedge_runtimes.pipelines.flux import open_flux
 from fmedge_runtimes.pipelines.kandinsky import open_kandinsky
+from fmedge_runtimes.pipelines.latent_upscaler import open_latent_upscaler
 from fmedge_runtimes.pipelines.pipeline import Pipeline
 from fmedge_runtimes.pipelines.pixart import open_pixart_alpha, open_pixart_sigma
 from fmedge_runtimes.pipelines.pixel_diffusion import open_pixel_diffusion
@@ -45,6 +46,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "StableDiffusionPipeline": _SD,
         "StableDiffusionImg2ImgPipeline": _SD,
         "StableDiffusionInpaintPipeline": _SD,
+        "StableDiffusionUpscalePipeline": Family(open_latent_upscaler),
         "LatentConsistencyModelPipeline": _LCM,
         "LatentConsistencyModelImg2ImgPipeline": _LCM,
         "StableDiffusionXLPipeline": _XL,

@@ -49,11 +49,11 @@ class Autoencoder:
     """The decoder part, and the encoder part if there is one. The constructor reads the decoder's config."""
 
     def __init__(
-        self, parts: Parts, decoder: str = "vae_decoder", encoder: str = "vae_encoder", *, scaled: bool = True
+        self, parts: Parts, decoder: str = "vae_decoder", encoder: str = "vae_encoder", *, scale: float | None = None
     ) -> None:
-        """`scaled` False: the denoiser works in the autoencoder's own units, whatever its config says."""
+        """`scale` is used in place of all factors of the config; at 1 the denoiser works in the autoencoder's units."""
         self._parts, self._decoder, self.encoder = parts, decoder, encoder
-        self._norm = _Norm.of(parts, decoder) if scaled else _Norm()
+        self._norm = _Norm.of(parts, decoder) if scale is None else _Norm(scale)
         config = parts.config(decoder)
         names = ("block_out_channels", "decoder_block_out_channels", "encoder_block_out_channels")
         blocks = next((name for name in names if name in config.values), names[0])
@@ -65,11 +65,11 @@ class Autoencoder:
         """Latents of a tile's side."""
         self._colours: Array | None = None
 
-    def check(self, order: Order) -> None:
+    def check(self, order: Order, *, encodes: bool = True) -> None:
         """Raise RequestError for an order that it cannot decode, BundleError if it cannot encode the order's image."""
         if order.options.tiny_vae and TINY not in self._parts:
             raise RequestError(f"Diffusion.tiny_vae: {self._parts.folder} has no {TINY}; leave it out.")
-        if order.image is not None:
+        if order.image is not None and encodes:
             self._parts.require(self.encoder)
 
     def encode(self, part: Part, image: Array, tiling: bool | None) -> Posterior:

@@ -48,7 +48,7 @@ class Kandinsky:
         parts.require("unet", "movq_decoder", "prior_image_encoder")
         self._parts = parts
         self._prior = ImagePrior(parts, "prior_prior", "prior_text_encoder", "prior_tokenizer")
-        self._autoencoder = Autoencoder(parts, "movq_decoder", "movq_encoder", scaled=False)
+        self._autoencoder = Autoencoder(parts, "movq_decoder", "movq_encoder", scale=1.0)
         self._side = parts.config("prior_image_encoder").whole("image_size")
         # The UNet halves latents as often as the autoencoder halves pixels.
         self.sizes = Sizes(self._autoencoder.factor**2)

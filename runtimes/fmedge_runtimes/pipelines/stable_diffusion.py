@@ -16,15 +16,15 @@ STATES = "encoder_hidden_states"
 
 def open_stable_diffusion(parts: Parts) -> LatentUnet:
     """The pipeline on the parts of a bundle. Raises BundleError when one is missing."""
-    return LatentUnet(parts, _Texts(parts))
+    return LatentUnet(parts, ClipStates(parts))
 
 
-class _Texts:
-    """One text encoder."""
+class ClipStates:
+    """One CLIP text encoder: a `latent_unet.Texts`."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, encoder: str = "text_encoder", tokenizer: str = "tokenizer") -> None:
         self._parts = parts
-        self._text = ClipText(parts)
+        self._text = ClipText(parts, encoder, tokenizer)
 
     def check(self, order: Order) -> None:
         """See `latent_unet.Texts`."""
