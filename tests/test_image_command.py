@@ -263,7 +263,8 @@ def test_usage_errors_of_images(
 
 
 @pytest.mark.parametrize(
-    "option", ["--steps=1", "--guidance=2", "--size=8x8", "--grid=g.png", "--preview-every=1", "--literal"]
+    "option",
+    ["--steps=1", "--guidance=2", "--size=8x8", "--grid=g.png", "--preview-every=1", "--noise-level=1", "--literal"],
 )
 def test_texts_take_no_options_of_images(texts: Path, option: str) -> None:
     name = option.partition("=")[0]
@@ -275,6 +276,8 @@ def test_requests_that_cannot_be_are_one_error(images: Opened, tmp_path: Path) -
     words = "max_sequence_length is nothing that a StableDiffusionPipeline knows"
     assert words in error_of(generate(images, "a", "-o", folder, "--max-sequence-length", 99))
     assert "has no tiny_vae_decoder" in error_of(generate(images, "a", "-o", folder, "--tiny-vae"))
+    words = "noise_level is nothing that a StableDiffusionPipeline knows"
+    assert words in error_of(generate(images, "a", "-o", folder, "--noise-level", 20))
     assert "is no size for" in error_of(generate(images, "a", "-o", folder, "--size", "33x32"))
     assert "known are" in error_of(generate(images, "a", "-o", folder, "--scheduler", "magic"))
     assert "there is no file" in error_of(generate(images, "a", "-o", folder, "--image", tmp_path / "in.png"))

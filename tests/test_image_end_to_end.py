@@ -28,9 +28,10 @@ from fmedge_runtimes.diffusion import Diffusion
 from fmedge_runtimes.generated_image import GeneratedImage
 from fmedge_runtimes.image import ImageModel
 from fmedge_runtimes.load import load_image
+from fmedge_runtimes.pipelines import deepfloyd
 from image_models import generator, quiet
 from PIL import Image
-from tiny_diffusers import PIXEL, save_pipeline
+from tiny_diffusers import PIXEL, save_pipeline, save_three_stages
 
 # diffusers' own, of numpy and of what it will drop.
 pytestmark = [
@@ -161,6 +162,19 @@ def test_an_upscaler_gives_diffusers_images(bundles: Callable[[str], tuple[Path,
                     ).images[0]
                     difference = np.abs(np.asarray(made.image, int) - np.asarray(found.convert("RGB"), int))
                     assert difference.max() <= LEVELS, (scheduler, guidance, made.prompt)
+
+
+@pytest.mark.slow
+def test_a_cascade_of_three_stages_is_one_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images are compared in test_cascades.py, its graphs here; and every part is found."""
+    monkeypatch.setattr(deepfloyd, "SECOND_STEPS", 2)
+    monkeypatch.setattr(deepfloyd, "THIRD_STEPS", 2)
+    bundle = export(ExportOptions(str(save_three_stages(tmp_path / "source")), tmp_path / "bundle"))
+    (parts,) = (item for item in bundle.manifest.evidence if item.name == "parts")
+    assert parts.passed
+    with load_image(bundle.folder, memory_mode="sequential") as model:
+        made = model.generate(list(PROMPTS), Diffusion(steps=2, seed=SEEDS, height=64, width=48, noise_level=10))
+    assert [image.image.size for image in made] == [(48, 64)] * 2
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from fmedge_converters.image_facts import image_facts
 from fmedge_converters.part_build import PartOptions, build_part
 from fmedge_converters.part_evidence import DIFFERENCES, compare
 from fmedge_converters.parts import find_kind
+from fmedge_converters.parts.encoders import text_encoder
 from fmedge_converters.parts.part import Asked
 from fmedge_converters.passes.constant_folding import fold_constants
 from fmedge_converters.pipeline_files import write_part_files
@@ -36,7 +37,7 @@ from fmedge_converters.targets import TARGETS
 from fmedge_runtimes.bundle import ImageBundle, open_image_bundle
 from fmedge_runtimes.errors import ExportError, ParityError, SourceError
 from fmedge_runtimes.schedulers import read_config
-from tiny_diffusers import PIPELINES, PIXEL, save_pipeline, tiny_pipeline
+from tiny_diffusers import PIPELINES, PIXEL, save_pipeline, save_three_stages, tiny_pipeline
 
 CPU = TARGETS["cpu"]
 STAGES = ("kandinsky_prior", "kandinsky_decoder")
@@ -138,6 +139,33 @@ def test_defaults_are_those_of_the_pipeline(folders: Callable[[str], Path], name
     source = open_pipeline(str(folders(name)))
     facts = image_facts(source, {part.name: empty_part(part) for part in source.parts if part.is_module})
     assert (facts.height, facts.steps, facts.guidance) == FACTS[name]
+
+
+def test_a_cascade_makes_what_its_last_stage_makes(tmp_path: Path) -> None:
+    source = open_pipeline(str(save_three_stages(tmp_path / "if")))
+    modules = {part.name: empty_part(part) for part in source.parts if part.is_module}
+    facts = image_facts(source, modules)
+    assert (facts.height, facts.steps, facts.guidance) == (128, 100, 7.0)
+    kind = find_kind(type(modules["unet_3"]))
+    assert kind is not None
+    (call,) = kind.graphs(modules["unet_3"], Asked("unet_3", source.pipeline)).values()
+    label = next(item for item in call.inputs if item.name == "class_labels")
+    assert (label.dims, label.integer, label.below) == (("batch",), True, 1000)
+    # T5 gets a mask in this pipeline, CLIP does not.
+    inputs = {
+        name: [item.name for item in text_encoder(modules[name], Asked(name, source.pipeline))[name].inputs]
+        for name in ("text_encoder", "text_encoder_3")
+    }
+    assert inputs == {"text_encoder": ["input_ids", "attention_mask"], "text_encoder_3": ["input_ids"]}
+
+
+def test_a_pipeline_that_the_runtime_has_not_is_refused(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copied("upscaler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionLatentUpscalePipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(SourceError, match="is a StableDiffusionLatentUpscalePipeline: the runtime has no such"):
+        export(ExportOptions(str(folder), tmp_path / "out", verify="none"))
 
 
 @pytest.mark.parametrize(

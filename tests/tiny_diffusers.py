@@ -728,6 +728,33 @@ def tiny_pipeline(name: str) -> Any:
         torch.random.set_rng_state(state)
 
 
+def save_three_stages(folder: Path) -> Path:
+    """DeepFloyd IF with its second stage and the upscaler, in one folder."""
+    second, third = tiny_pipeline("if_super_resolution"), tiny_pipeline("upscaler")
+    first = tiny_pipeline("if")
+    second.unet.register_to_config(sample_size=2 * first.unet.config.sample_size)
+    more = {
+        "unet_2": second.unet,
+        "scheduler_2": second.scheduler,
+        "image_noising_scheduler": second.image_noising_scheduler,
+        "unet_3": third.unet,
+        "scheduler_3": third.scheduler,
+        "text_encoder_3": third.text_encoder,
+        "tokenizer_3": third.tokenizer,
+        "low_res_scheduler": third.low_res_scheduler,
+        "vae": third.vae,
+    }
+    with quiet_libraries():
+        first.save_pretrained(folder)
+        for name, part in more.items():
+            part.save_pretrained(folder / name)
+    path = folder / "model_index.json"
+    libraries = {name: type(part).__module__.split(".")[0] for name, part in more.items()}
+    index = json.loads(path.read_text()) | {name: [libraries[name], type(part).__name__] for name, part in more.items()}
+    path.write_text(json.dumps(index))
+    return folder
+
+
 def save_pipeline(name: str, folder: Path, **options: Any) -> Path:
     """Save a pipeline of PIPELINES, or PIXEL, as diffusers does; `options` are those of its save_pretrained."""
     if name == PIXEL:
