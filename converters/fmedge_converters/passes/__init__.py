@@ -9,6 +9,8 @@ from fmedge_converters.passes.bfloat16 import compute_bfloat16_in_float32
 from fmedge_converters.passes.constant_folding import fold_constants
 from fmedge_converters.passes.linear import recognise_linears
 from fmedge_converters.passes.merged_projections import merge_projections
+from fmedge_converters.passes.pair_rotation import rotate_pairs
+from fmedge_converters.passes.permutation import transpose_permutations
 from fmedge_converters.passes.reshapes import simplify_reshapes
 from fmedge_converters.passes.rms_norm import fuse_rms_norms
 from fmedge_converters.passes.rotary import fold_rotary_embeddings
@@ -34,6 +36,9 @@ PART_PASSES: tuple[Pass, ...] = (
     fold_constants,
     simplify_reshapes,
     fuse_rms_norms,
+    rotate_pairs,
+    transpose_permutations,
+    simplify_reshapes,
     recognise_linears,
     simplify_reshapes,
 )

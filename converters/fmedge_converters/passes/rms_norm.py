@@ -5,13 +5,15 @@ onnxscript's rules find the pattern; ORT has its fast kernel under the older nam
 
 from __future__ import annotations
 
+import numpy as np
 from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_ruleset
 
-from fmedge_converters.graph import DecoderGraph, produced_by, replace
+from fmedge_converters.graph import DecoderGraph, dims, integers, produced_by, replace
 
 
 def fuse_rms_norms(graph: DecoderGraph, _context: int) -> int:
     """Fuse x * rsqrt(mean(x ** 2) + epsilon) * weight."""
+    _count_last_axes_from_the_end(graph)
     rms_normalization_ruleset.apply_to_model(graph.model)
     changed = 0
     for node in list(graph.graph):
@@ -43,3 +45,13 @@ def fuse_rms_norms(graph: DecoderGraph, _context: int) -> int:
         changed += 1
     graph.remove_unused()
     return changed
+
+
+def _count_last_axes_from_the_end(graph: DecoderGraph) -> None:
+    """Means over the last axis by its number become means over axis -1, which is all that the rules know."""
+    for node in graph.graph:
+        if node.op_type != "ReduceMean" or node.domain or len(node.inputs) != 2 or node.inputs[0] is None:
+            continue
+        shape, axes = dims(node.inputs[0]), integers(node.inputs[1])
+        if shape is not None and axes == [len(shape) - 1]:
+            node.replace_input_with(1, graph.add_constant("axes.-1", np.array([-1], np.int64)))
