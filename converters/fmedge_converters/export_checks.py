@@ -42,7 +42,9 @@ def check_output(options: ExportOptions) -> None:
 def check_block_size(scheme: Scheme, options: ExportOptions) -> None:
     """Raise ExportError for a block size where there are no blocks."""
     if options.block_size is not None and not scheme.block_size:
-        raise ExportError(f"--block-size means nothing to --quantize {scheme.name} for {options.target}; leave it out.")
+        raise ExportError(
+            f"--block-size means nothing to --quantize {options.quantize} for {options.target}; leave it out."
+        )
 
 
 def check_disk(output: Path, parameters: int, bits: int) -> None:

@@ -183,7 +183,7 @@ def _painted(
 
 def _keep(folder: Path, image: GeneratedImage, tolerance: float) -> ImageGolden:
     path = folder / GOLDEN
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(image.png())
     settings = image.settings
     return ImageGolden(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fmedge_runtimes.bundle import (
     Evidence,
     GraphFacts,
     ImageBundle,
+    ImageFacts,
     ImageManifest,
     SourceFacts,
     list_files,
@@ -27,20 +28,23 @@ from fmedge_converters.export_checks import check_block_size, check_disk, graph_
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.hub import fetch
 from fmedge_converters.image_adapter import ImageAdapter
-from fmedge_converters.image_evidence import compare_images
+from fmedge_converters.image_evidence import Pictured, compare_images
 from fmedge_converters.image_facts import image_facts
 from fmedge_converters.output_folder import flush, written_aside
 from fmedge_converters.part_build import BuiltGraph, PartOptions, build_part
-from fmedge_converters.part_evidence import Compared, compare, parts_evidence
+from fmedge_converters.part_evidence import compare, parts_evidence
+from fmedge_converters.part_forms import Choice, Form, choose, speed_evidence
 from fmedge_converters.parts import find_kind
 from fmedge_converters.parts.part import Asked, Call
 from fmedge_converters.pipeline_files import check_part_files, write_instruction, write_part_files
 from fmedge_converters.pipeline_source import PartSource, PipelineSource, empty_part, loaded_part, open_pipeline
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
-from fmedge_converters.targets import Target, find_scheme, find_target
+from fmedge_converters.targets import AUTO, Target, find_image_schemes, find_target
 
 Progress = Callable[[str, int, int], None]
+FORMS = ".forms"
+"""Where the forms of parts are built, inside the bundle's folder until it is whole."""
 
 
 def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None) -> ImageBundle:
@@ -50,78 +54,44 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     module). Whatever it raises, the output is as it was before.
     """
     target = find_target(options.target)
-    scheme = find_scheme(target, options.quantize, images=True)
+    schemes = find_image_schemes(target, options.quantize)
     _check_options(options)
-    check_block_size(scheme, options)
+    for scheme in schemes:
+        check_block_size(scheme, options)
     source = open_pipeline(options.source, options.revision, prior=options.prior, allow_pickle=options.allow_pickle)
     for part in source.parts:
         check_part_files(part)
     modules = {part.name: empty_part(part) for part in source.parts if part.is_module}
     calls = {part.name: _calls(part, modules[part.name], source) for part in source.parts if part.is_module}
     parameters = sum(value.numel() for module in modules.values() for value in module.parameters())
-    check_disk(options.output, parameters, scheme.bits)
+    check_disk(options.output, parameters, sum(scheme.bits for scheme in schemes))
     adapter = _adapter(source, modules, options)
     with written_aside(options.output) as folder:
         (folder / MODEL_INDEX).write_text(json.dumps(source.index, indent=2, sort_keys=True) + "\n", "utf-8")
-        built: list[BuiltGraph] = []
-        compared: dict[str, Compared] = {}
-        precisions: dict[str, tuple[str, str]] = {}
+        choices: list[Choice] = []
         for part in source.parts:
             if not part.is_module:
                 write_part_files(part, folder)
                 continue
-            chosen = _part_options(modules[part.name], target, scheme, adapter, options)
-            graphs = build_part(part, modules[part.name], calls[part.name], folder, chosen, progress)
-            built += graphs
-            for graph in graphs:
-                shutil.copyfile(part.folder / "config.json", folder / graph.name / "config.json")
-                precisions[graph.name] = (
-                    str(chosen.dtype).removeprefix("torch."),
-                    chosen.scheme.name if graph.quantized else FLOATING.name,
-                )
-            if options.verify == "full":
-                compared |= _compare(part, graphs, adapter, options, progress)
-        evidence: tuple[Evidence, ...] = ()
-        if options.verify == "full":
-            evidence = (parts_evidence(compared, precisions),)
-            judge(evidence[0], options)
+            chosen = _part_options(modules[part.name], target, schemes, adapter, options)
+            choice = _choose(part, modules[part.name], calls[part.name], folder, chosen, adapter, options, progress)
+            choice.install(folder)
+            choices.append(choice)
         write_instruction(source.pipeline, folder)
-        manifest = ImageManifest(
-            format=FORMAT,
-            kind="image",
-            source=SourceFacts(
-                id=source.id,
-                revision=source.revision,
-                architecture=source.pipeline,
-                licence=source.licence,
-                adapter=None if options.adapter is None else Path(options.adapter).name,
-            ),
-            target=target.name,
-            precision=scheme.name,
-            block_size=(options.block_size or scheme.block_size) or None,
-            graphs={graph.name: _graph_facts(graph) for graph in built},
-            image=image_facts(source, modules),
-            evidence=evidence,
-            golden=(),
-            forced=False,
-            files={},
-            made_by=made_by("diffusers"),
-        )
-        if options.verify == "full":
-            progress("comparing images with PyTorch's", 0, 0)
-            precision = (str(target.dtype).removeprefix("torch."), scheme.name)
-            pictured = compare_images(
-                ImageBundle(folder, manifest), source, lambda: _modules(source, adapter, options), precision
-            )
-            for item in pictured.evidence:
-                judge(item, options)
-            if pictured.why_not is not None:
-                progress(f"images were not compared with PyTorch's: {pictured.why_not}", 0, 0)
-            evidence += pictured.evidence
-            manifest = manifest.model_copy(update={"evidence": evidence, "golden": pictured.goldens})
+        facts = image_facts(source, modules)
+        while True:
+            manifest = _manifest(source, facts, target, schemes, choices, options)
+            pictures = _pictured(source, folder, manifest, choices, adapter, options, progress)
+            if all(item.passed for item in pictures.evidence) or not _step_down(choices, folder, progress):
+                break
+        for item in (*manifest.evidence, *pictures.evidence):
+            judge(item, options)
+        evidence = (*manifest.evidence, *pictures.evidence)
+        manifest = manifest.model_copy(update={"evidence": evidence, "golden": pictures.goldens})
+        shutil.rmtree(folder / FORMS, ignore_errors=True)
         flush(folder)
         forced = not all(item.passed for item in evidence)
-        files = list_files(folder, {graph.written.data: graph.written.data_sha256 for graph in built})
+        files = list_files(folder, {graph.written.data: graph.written.data_sha256 for graph in _graphs(choices)})
         # Last, so that a folder with a manifest is whole.
         write_manifest(folder, manifest.model_copy(update={"forced": forced, "files": files}))
     return open_image_bundle(options.output, checksums=False)
@@ -138,6 +108,8 @@ def _check_options(options: ExportOptions) -> None:
     }
     if options.adapter is None and options.adapter_scale != ExportOptions.adapter_scale:
         raise ExportError("--adapter-scale is for --adapter, and there is none; leave it out.")
+    if options.quantize == AUTO and options.verify != "full":
+        raise ExportError("--quantize auto takes what holds its tolerance, so it has to compare; leave --verify out.")
     for name, given in meaningless.items():
         if given:
             raise ExportError(f"{name} is for decoders of text; {options.source} is a pipeline that makes images.")
@@ -166,7 +138,7 @@ def _adapter(source: PipelineSource, modules: Mapping[str, Any], options: Export
 def _part_options(
     module: Any,  # noqa: ANN401 - any module
     target: Target,
-    scheme: Scheme,
+    schemes: tuple[Scheme, ...],
     adapter: ImageAdapter | None,
     options: ExportOptions,
 ) -> PartOptions:
@@ -174,19 +146,145 @@ def _part_options(
     # Autoencoders that say so overflow in fp16, and what they make is the picture itself.
     dtype = torch.float32 if getattr(config, "force_upcast", False) else target.dtype
     autoencodes = hasattr(module, "encode") and hasattr(module, "decode")
-    return PartOptions(dtype, FLOATING if autoencodes else scheme, options.block_size, options.allow_pickle, adapter)
+    return PartOptions(
+        dtype, (FLOATING,) if autoencodes else schemes, options.block_size, options.allow_pickle, adapter
+    )
 
 
-def _compare(
+def _choose(
     part: PartSource,
-    graphs: list[BuiltGraph],
+    module: Any,  # noqa: ANN401 - any module
+    calls: Mapping[str, Call],
+    folder: Path,
+    chosen: PartOptions,
     adapter: ImageAdapter | None,
     options: ExportOptions,
     progress: Progress,
-) -> dict[str, Compared]:
-    progress(f"{part.name}: comparing with PyTorch", 0, 0)
-    reference = _module(part, adapter, options)
-    return {graph.name: compare(reference, graph.call, graph.written.graph) for graph in graphs}
+) -> Choice:
+    """Build every form of a part, compare each with the module, and take the fastest that holds."""
+    places = [folder / FORMS / scheme.name for scheme in chosen.schemes]
+    config = getattr(module, "config", None)
+    built = build_part(part, module, calls, places, chosen, progress)
+    # What has nothing to quantize has one form.
+    count = next((number for number, graphs in enumerate(built) if any(graph.quantized for graph in graphs)), None)
+    if count is None:
+        built, places = built[:1], places[:1]
+    dtype = str(chosen.dtype).removeprefix("torch.")
+    forms = []
+    reference = None
+    if options.verify == "full":
+        progress(f"{part.name}: comparing with PyTorch", 0, 0)
+        reference = _module(part, adapter, options)
+    for scheme, place, graphs in zip(chosen.schemes, places, built, strict=False):
+        compared = {
+            graph.name: compare(reference, graph.call, graph.written.graph)
+            for graph in (graphs if reference is not None else ())
+        }
+        forms.append(Form(scheme.name, place, tuple(graphs), compared, dtype))
+    del reference
+    if len(forms) > 1:
+        progress(f"{part.name}: measuring {', '.join(form.scheme for form in forms)}", 0, 0)
+    choice = choose(part.name, forms, config, part.folder / "config.json")
+    if choice.measured:
+        progress(f"{part.name}: {_said(choice)}", 0, 0)
+    return choice
+
+
+def _said(choice: Choice) -> str:
+    times = ", ".join(
+        f"{form.scheme} differs too much" if form.seconds is None else f"{form.scheme} {form.seconds * 1e3:.3g} ms"
+        for form in choice.measured
+    )
+    return f"{choice.chosen.scheme} is taken ({times})"
+
+
+def _graphs(choices: Sequence[Choice]) -> list[BuiltGraph]:
+    return [graph for choice in choices for graph in choice.chosen.graphs]
+
+
+def _step_down(choices: Sequence[Choice], folder: Path, progress: Progress) -> bool:
+    """Take a more precise form of a part; whether there is one.
+
+    Of those in the least precise scheme, by whose tolerance images are judged, it is the one that differs most.
+    """
+    for choice in sorted(choices, key=lambda choice: (choice.precise, -choice.chosen.error)):
+        before = choice.chosen.scheme
+        if choice.step_down(folder):
+            progress(
+                f"{choice.part}: images differ too much, {choice.chosen.scheme} is taken instead of {before}", 0, 0
+            )
+            return True
+    return False
+
+
+def _manifest(
+    source: PipelineSource,
+    facts: ImageFacts,
+    target: Target,
+    schemes: tuple[Scheme, ...],
+    choices: Sequence[Choice],
+    options: ExportOptions,
+) -> ImageManifest:
+    """Without golden images, and without the files."""
+    evidence: list[Evidence] = []
+    compared = {name: item for choice in choices for name, item in choice.chosen.compared.items()}
+    if options.verify == "full":
+        precisions = {
+            graph.name: choice.chosen.precision(graph) for choice in choices for graph in choice.chosen.graphs
+        }
+        evidence.append(parts_evidence(compared, precisions))
+    if len(schemes) > 1:
+        evidence.append(speed_evidence(choices))
+    taken = {choice.chosen.scheme for choice in choices if choice.measured} or {schemes[0].name}
+    block_size = (options.block_size or schemes[0].block_size) or None
+    return ImageManifest(
+        format=FORMAT,
+        kind="image",
+        source=SourceFacts(
+            id=source.id,
+            revision=source.revision,
+            architecture=source.pipeline,
+            licence=source.licence,
+            adapter=None if options.adapter is None else Path(options.adapter).name,
+        ),
+        target=target.name,
+        precision=taken.pop() if len(taken) == 1 else AUTO,
+        block_size=block_size,
+        graphs={graph.name: _graph_facts(graph) for graph in _graphs(choices)},
+        image=facts,
+        evidence=tuple(evidence),
+        golden=(),
+        forced=False,
+        files={},
+        made_by=made_by("diffusers"),
+    )
+
+
+def _pictured(
+    source: PipelineSource,
+    folder: Path,
+    manifest: ImageManifest,
+    choices: Sequence[Choice],
+    adapter: ImageAdapter | None,
+    options: ExportOptions,
+    progress: Progress,
+) -> Pictured:
+    if options.verify != "full":
+        return Pictured()
+    for item in manifest.evidence:
+        judge(item, options)
+    progress("comparing images with PyTorch's", 0, 0)
+    target = find_target(options.target)
+    order = list(target.automatic) if options.quantize == AUTO else [options.quantize]
+    # Of the form that is the least precise.
+    worst = max((choice.chosen.scheme for choice in choices if choice.chosen.scheme in order), key=order.index)
+    precision = (str(target.dtype).removeprefix("torch."), worst)
+    pictured = compare_images(
+        ImageBundle(folder, manifest), source, lambda: _modules(source, adapter, options), precision
+    )
+    if pictured.why_not is not None:
+        progress(f"images were not compared with PyTorch's: {pictured.why_not}", 0, 0)
+    return pictured
 
 
 def _module(part: PartSource, adapter: ImageAdapter | None, options: ExportOptions) -> Any:  # noqa: ANN401 - any module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ class PartOptions:
 
     dtype: torch.dtype
     """Of activations, and of what is not quantized."""
-    scheme: Scheme
+    schemes: tuple[Scheme, ...]
+    """Each gives a form of the part."""
     block_size: int | None
     allow_pickle: bool = False
     adapter: ImageAdapter | None = None
@@ -66,15 +67,16 @@ def build_part(
     part: PartSource,
     module: Any,  # noqa: ANN401 - any module
     calls: Mapping[str, Call],
-    output: Path,
+    outputs: Sequence[Path],
     options: PartOptions,
     progress: Progress,
-) -> list[BuiltGraph]:
-    """Write each call of a part as model.onnx and model.onnx.data into a folder of its own below `output`.
+) -> list[list[BuiltGraph]]:
+    """Write each call of a part as model.onnx and model.onnx.data into a folder of its own: one list for each scheme,
+    each below its own one of `outputs`. The module is traced once.
 
     Raises SourceError when the module or its checkpoint cannot be exported, OSError when the disk is full.
     """
-    built = []
+    built: list[list[BuiltGraph]] = [[] for _ in outputs]
     with Checkpoint(Files(part.folder, allow_pickle=options.allow_pickle), np.dtype(np.float32)) as checkpoint:
         for name, value in checkpoint.buffers(module).items():
             module.get_buffer(name).copy_(value)
@@ -93,12 +95,15 @@ def build_part(
             with quiet_libraries():
                 for rewrite in PART_PASSES:
                     rewrite(graph, 0)
-            quantized = _quantize(graph, options.scheme, options.block_size)
-            name_values(graph.graph, call, traced.outputs)
-            folder = output / name
-            folder.mkdir(parents=True)
-            written = write_graph(graph, folder, STEM, functools.partial(progress, f"{name}: weights"))
-            built.append(BuiltGraph(name, call, graph.model, written, quantized))
+            for number, (output, scheme) in enumerate(zip(outputs, options.schemes, strict=True)):
+                last = number + 1 == len(outputs)
+                form = graph if last else DecoderGraph(graph.model.clone(), dict(graph.weights))
+                quantized = _quantize(form, scheme, options.block_size)
+                name_values(form.graph, call, traced.outputs)
+                folder = output / name
+                folder.mkdir(parents=True)
+                written = write_graph(form, folder, STEM, functools.partial(progress, f"{name}: weights"))
+                built[number].append(BuiltGraph(name, call, form.model, written, quantized))
     return built
 
 

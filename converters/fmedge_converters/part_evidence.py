@@ -57,6 +57,10 @@ class Compared:
     largest: float
     mean: float
 
+    def within(self, allowed: Difference) -> bool:
+        """Whether both are at most so much."""
+        return self.largest <= allowed.largest and self.mean <= allowed.mean
+
 
 def compare(module: Any, call: Call, graph: Path) -> Compared:  # noqa: ANN401 - any module
     """Run a graph and its module on the same random inputs."""
@@ -64,7 +68,7 @@ def compare(module: Any, call: Call, graph: Path) -> Compared:  # noqa: ANN401 -
     largest = mean = 0.0
     try:
         for number, sizes in enumerate(SIZES):
-            inputs = _inputs(call, sizes, np.random.default_rng(number))
+            inputs = random_inputs(call, sizes, np.random.default_rng(number))
             found = session.run(inputs, {})
             with quiet_libraries(), torch.no_grad():
                 wanted = call.run(module, {name: torch.from_numpy(value) for name, value in inputs.items()})
@@ -82,14 +86,15 @@ def parts_evidence(compared: Mapping[str, Compared], precisions: Mapping[str, tu
     passed = True
     for name, item in compared.items():
         allowed = DIFFERENCES[precisions[name]]
-        passed = passed and item.largest <= allowed.largest and item.mean <= allowed.mean
+        passed = passed and item.within(allowed)
         figures |= {f"{name}_largest": item.largest, f"{name}_mean": item.mean}
     sizes = " and ".join(f"batch {item['batch']}, {item['height']} x {item['width']}" for item in SIZES)
     what = f"{len(compared)} graphs against their PyTorch modules in fp32, on random inputs ({sizes})"
     return Evidence(name="parts", what=what, passed=passed, figures=figures)
 
 
-def _inputs(call: Call, sizes: Mapping[str, int], random: np.random.Generator) -> dict[str, Array]:
+def random_inputs(call: Call, sizes: Mapping[str, int], random: np.random.Generator) -> dict[str, Array]:
+    """An input of each kind that a graph takes, with dynamic axes of these sizes or the next that it allows."""
     return {item.name: _input(item, call, sizes, random) for item in call.inputs}
 
 

@@ -36,6 +36,8 @@ class Target:
     """For the parts of pipelines that make images."""
     read_first: frozenset[str]
     """Operators that may write a recurrent state over the one they read; tests/test_kernels.py has the proof."""
+    automatic: tuple[str, ...] = ()
+    """Image schemes of which --quantize auto takes the fastest on this machine, the most precise first."""
     no_int8_cache: str | None = None
     """Why keys and values cannot be kept in int8; None if they can."""
 
@@ -67,6 +69,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dtype=torch.float32,
             schemes=_by_name(FLOATING, DYNAMIC_INT8, CPU_INT4),
             image_schemes=_by_name(FLOATING, FP16, BF16, CPU_INT8_IMAGES, CPU_INT4),
+            automatic=(FLOATING.name, BF16.name, CPU_INT8_IMAGES.name),
             read_first=frozenset(("LinearAttention", "CausalConvWithState")),
         ),
         "cuda": Target(
@@ -82,6 +85,9 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         ),
     }
 )
+
+AUTO = "auto"
+"""As a quantization: the one of `Target.automatic` that turns out to be the fastest."""
 
 PLANNED: Mapping[str, str] = MappingProxyType(
     {"tensorrt": "TensorRT engines need dialects of their own (docs/targets.md), which this version does not write"}
@@ -104,9 +110,24 @@ def find_scheme(target: Target, name: str, *, images: bool = False) -> Scheme:
     Raises ExportError when there is none.
     """
     schemes = target.image_schemes if images else target.schemes
+    if name == AUTO:
+        why = f"target {target.name} has none" if images else "decoders have none: speed and quality are yours to weigh"
+        raise ExportError(
+            f"--quantize auto measures pipelines that make images on this machine's CPU; {why}; choose one of "
+            f"{', '.join(schemes)}."
+        )
     if name not in schemes:
         raise ExportError(f"target {target.name} has no quantization {name}; choose one of {', '.join(schemes)}.")
     return schemes[name]
+
+
+def find_image_schemes(target: Target, name: str) -> tuple[Scheme, ...]:
+    """The schemes in which the parts of a pipeline are built: one, or those of which the fastest is taken.
+
+    Raises ExportError when there is none.
+    """
+    names = target.automatic if name == AUTO and target.automatic else (name,)
+    return tuple(find_scheme(target, each, images=True) for each in names)
 
 
 def check_cache(target: Target, cache: str) -> None:

@@ -23,6 +23,8 @@ EPILOG = """
 
   fmedge export ./stable-diffusion out/images --quantize int8 --adapter ./style.safetensors
 
+  fmedge export ./stable-diffusion out/images --quantize auto
+
   fmedge export ./kandinsky-decoder out/images --prior ./kandinsky-prior
 
   fmedge export ./model.Q4_0.gguf out/bundle --quantize int4
@@ -42,7 +44,10 @@ def command(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = ExportOptions.revision,
     target: Annotated[str, typer.Option(help="cpu or cuda.")] = ExportOptions.target,
     quantize: Annotated[
-        str, typer.Option(help="none, int8 or int4; for images on the CPU fp16 and bf16, too.")
+        str,
+        typer.Option(
+            help="none, int8 or int4; for images on the CPU fp16, bf16 and auto (the fastest that holds), too."
+        ),
     ] = ExportOptions.quantize,
     block_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale (16 to 256), for int4 and for int8 on CUDA.")

@@ -165,10 +165,10 @@ class Evidence(_Record):
 
     Text: `weights` (which of a quantized source's codes it has), `graph`, `cache` (what a quantized cache does to the
     output), `full`, `layout`. Images: `parts` (each graph against its module), `image` (the pipeline's images against
-    the source's).
+    the source's), `speed` (by which measurement the parts' quantizations were chosen).
     """
 
-    name: Literal["weights", "graph", "cache", "full", "layout", "parts", "image"]
+    name: Literal["weights", "graph", "cache", "full", "layout", "parts", "image", "speed"]
     what: str
     passed: bool
     figures: dict[str, float | int | str | bool]
