@@ -21,6 +21,7 @@ from fmedge_converters.quantize import Quantization, quantize
 from fmedge_converters.recording import LayerCache, LayerState
 from fmedge_converters.repeated_layers import trace_by_layers
 from fmedge_converters.schemes.scheme import Scheme
+from fmedge_converters.schemes.stored_floats import store_weights
 from fmedge_converters.targets import Target
 from fmedge_converters.weight import Weight
 from fmedge_converters.writer import WrittenGraph, write_graph
@@ -52,6 +53,8 @@ class BuildOptions:
     layout: Layout | None = None
     """Another runtime that must be able to run the graph, too."""
     prepare: Prepare = as_they_are
+    bits: float | None = None
+    """A budget of bits per weight, for roundings whose costs `prepare` gives; None: as the scheme has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,9 @@ def build_decoder(
         progress("rewriting", 0, 0)
         for rewrite in target.passes:
             rewrite(graph, options.context)
-        quantization = quantize(graph, options.scheme, options.block_size)
+        quantization = quantize(graph, options.scheme, options.block_size, options.bits)
+        if options.scheme.storage is not None:
+            store_weights(graph, options.scheme.storage)
         stage = "weights"
         if checkpoint.source_format is not None:
             stage = f"weights ({quantization.kept} of {quantization.matrices} matrices keep their codes)"

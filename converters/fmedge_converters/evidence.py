@@ -142,6 +142,27 @@ def weights_evidence(built: BuiltDecoder, scheme: Scheme) -> Evidence:
     )
 
 
+def mixture_evidence(built: BuiltDecoder, tokens: int) -> Evidence:
+    """What was expected of the mixture of roundings, and of the scheme without one."""
+    mixture = built.quantization.mixture
+    if mixture is None:
+        raise RuntimeError("a decoder that was built without a budget")
+    return Evidence(
+        name="mixture",
+        what=(
+            f"what the roundings that were chosen for {len(mixture.matrices)} matrices cost, to second order, on "
+            f"{tokens} tokens of text; beside it the scheme without --bits"
+        ),
+        passed=True,
+        figures={
+            "bits_per_weight": mixture.bits_per_weight,
+            "estimated_kl": mixture.cost,
+            "usual_bits_per_weight": mixture.usual.bits_per_weight,
+            "usual_estimated_kl": mixture.usual.cost,
+        },
+    )
+
+
 def _generate(built: BuiltDecoder, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """What a graph continues the prompts with, in one ragged batch."""
     session = OnnxRuntimeSession(built.written.graph, "cpu", None)

@@ -7,6 +7,8 @@ export(ExportOptions("path/to/model", Path("out/bundle"), quantize="int4"))
 
 from __future__ import annotations
 
+import functools
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from fmedge_runtimes.bundle import (
     Golden,
     GraphFacts,
     ImageBundle,
+    MatrixFacts,
     SamplingFacts,
     SourceFacts,
     TextFacts,
@@ -36,7 +39,7 @@ from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.tokenizer import Tokenizer
 from transformers import GenerationConfig
 
-from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder
+from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, as_they_are, build_decoder
 from fmedge_converters.checkpoint import Checkpoint
 from fmedge_converters.decoder import empty_model, quiet_libraries, text_config
 from fmedge_converters.evidence import (
@@ -47,20 +50,32 @@ from fmedge_converters.evidence import (
     full_evidence,
     graph_evidence,
     layout_evidence,
+    mixture_evidence,
     text_facts,
     weights_evidence,
 )
-from fmedge_converters.export_checks import check_block_size, check_disk, check_output, graph_facts, judge, made_by
+from fmedge_converters.export_checks import (
+    check_bits,
+    check_block_size,
+    check_disk,
+    check_output,
+    graph_facts,
+    judge,
+    made_by,
+)
 from fmedge_converters.export_options import LONGEST_DEFAULT, ExportOptions
 from fmedge_converters.first_line import first_line
 from fmedge_converters.int8_cache import CALIBRATION_TOKENS, quantize_cache
 from fmedge_converters.layouts import find_layout
 from fmedge_converters.layouts.layout import Finished, Layout
+from fmedge_converters.mixed_precision import candidates
 from fmedge_converters.output_folder import flush, sweep, written_aside
-from fmedge_converters.reference import open_reference, require_memory
-from fmedge_converters.schemes.scheme import Scheme
+from fmedge_converters.pieces import NotLoadedError
+from fmedge_converters.reference import open_reference, open_streamed, require_memory
+from fmedge_converters.schemes.scheme import Scheme, WeightOptions
+from fmedge_converters.sensitivity import Sensitivities, measure_sensitivities
 from fmedge_converters.source import Source, is_pipeline, open_source
-from fmedge_converters.targets import check_cache, find_scheme, find_target
+from fmedge_converters.targets import check_cache, find_scheme, find_target, with_options
 from fmedge_converters.tokenizer_files import TokenizerFacts, write_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
@@ -103,13 +118,15 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     source). Whatever it raises, the output is as it was before.
     """
     target = find_target(options.target)
-    scheme = find_scheme(target, options.quantize)
+    weights = WeightOptions(symmetric=not options.asymmetric, head_bits=options.head_bits)
+    scheme = with_options(target, find_scheme(target, options.quantize), weights)
     layout = find_layout(target, options.layout)
     source = open_source(options.source, options.revision, adapter=options.adapter, allow_pickle=options.allow_pickle)
     parameters = _require_weights(source)
     context = _context(source, options)
     check_block_size(scheme, options)
-    check_disk(options.output, parameters, scheme.bits)
+    check_bits(scheme, options)
+    check_disk(options.output, parameters, scheme.bits if options.bits is None else math.ceil(options.bits))
     if options.verify == "full":
         require_memory(source, parameters, scheme.bits)
     evaluation_text = _evaluation_text(options.text)
@@ -122,12 +139,13 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
         if layout is not None and tokenizer is not None:
             layout.check_tokenizer(folder / tokenizer.tokenizer)
         generation = _generation_config(source, folder)
-        build = BuildOptions(target, scheme, options.block_size, context, layout)
+        found = _sensitivities(source, folder, tokenizer, evaluation_text, context, options, progress)
+        prepare = as_they_are if found is None else found.attach
+        build = BuildOptions(target, scheme, options.block_size, context, layout, prepare, options.bits)
         built = build_decoder(source.config, source.files, folder, build, progress)
-        if built.source_format is not None:
-            evidence.insert(0, weights_evidence(built, scheme))
+        evidence[:0] = _of_weights(built, scheme, found)
         facts = _text_facts(source, built, tokenizer, generation, context)
-        tokens = _evaluation_tokens(evaluation_text, folder, facts)
+        tokens = _evaluation_tokens(evaluation_text, folder, facts.tokenizer, facts.vocabulary, context)
         if options.cache == "int8":
             facts, proof = quantize_cache(built, facts, tokens.calibration, tokens.text, progress)
             evidence.append(proof)
@@ -159,6 +177,8 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
             target=target.name,
             precision=scheme.name,
             block_size=built.quantization.block_size,
+            bits_per_weight=built.quantization.bits_per_weight,
+            matrices=_matrices(built),
             graphs=graphs,
             text=facts,
             evidence=tuple(evidence),
@@ -298,16 +318,18 @@ def _recommended(generation: GenerationConfig) -> SamplingFacts:
     )
 
 
-def _evaluation_tokens(evaluation_text: str, folder: Path, facts: TextFacts) -> _Tokens:
+def _evaluation_tokens(
+    evaluation_text: str, folder: Path, tokenizer_file: str | None, vocabulary: int, context: int
+) -> _Tokens:
     """Fixed prompts, and a text, as token ids; random ids for a model without a tokenizer."""
     most = TEXT_TOKENS + CALIBRATION_TOKENS
-    if facts.tokenizer is None:
+    if tokenizer_file is None:
         random = np.random.default_rng(0)
-        draw = [random.integers(0, facts.vocabulary, length).tolist() for length in (1, 17, 5, 30)]
-        ids = random.integers(0, facts.vocabulary, most).tolist()
+        draw = [random.integers(0, vocabulary, length).tolist() for length in (1, 17, 5, 30)]
+        ids = random.integers(0, vocabulary, most).tolist()
         return _Tokens(draw, ids[:TEXT_TOKENS], ids[TEXT_TOKENS:])
-    tokenizer = Tokenizer(folder / facts.tokenizer)
-    longest = max(1, facts.context // 2)
+    tokenizer = Tokenizer(folder / tokenizer_file)
+    longest = max(1, context // 2)
     prompts = [tokenizer.encode(prompt)[:longest] for prompt in PROMPTS]
     ids = tokenizer.encode(evaluation_text)[:most]
     if len(ids) < 2:
@@ -315,6 +337,55 @@ def _evaluation_tokens(evaluation_text: str, folder: Path, facts: TextFacts) -> 
     text = ids[:TEXT_TOKENS]
     rest = ids[TEXT_TOKENS:]
     return _Tokens([prompt for prompt in prompts if prompt], text, rest if len(rest) >= TEXT_TOKENS else text)
+
+
+def _sensitivities(
+    source: Source,
+    folder: Path,
+    tokenizer: TokenizerFacts | None,
+    text: str,
+    context: int,
+    options: ExportOptions,
+    progress: Progress,
+) -> Sensitivities | None:
+    """What each rounding of each matrix costs on other text than the comparison's, if that is long enough; None where
+    nothing is to be chosen."""
+    if options.bits is None:
+        return None
+    stage = "measuring what each matrix's rounding costs"
+    progress(stage, 0, 0)
+    roundings = candidates(symmetric=not options.asymmetric)
+    name = tokenizer.tokenizer if tokenizer else None
+    try:
+        with open_streamed(source, context) as streamed, quiet_libraries():
+            vocabulary = streamed.model.get_output_embeddings().weight.shape[0]
+            tokens = _evaluation_tokens(text, folder, name, vocabulary, context).calibration
+            return measure_sensitivities(streamed, tokens, roundings, functools.partial(progress, stage))
+    except NotLoadedError as error:
+        raise SourceError(
+            f"PyTorch cannot compute this model layer by layer: a layer uses the weights of another ({error}); leave "
+            "--bits out."
+        ) from error
+
+
+def _of_weights(built: BuiltDecoder, scheme: Scheme, found: Sensitivities | None) -> list[Evidence]:
+    """What became of the weights, where that is not the same for all."""
+    kept = [] if built.source_format is None else [weights_evidence(built, scheme)]
+    return kept if found is None else [*kept, mixture_evidence(built, found.tokens)]
+
+
+def _matrices(built: BuiltDecoder) -> dict[str, MatrixFacts] | None:
+    """What was chosen for each matrix, if there was a choice."""
+    mixture = built.quantization.mixture
+    if mixture is None:
+        return None
+    return {
+        matrix.name: MatrixFacts(
+            bits=option.rounding.bits, block_size=option.rounding.block_size, symmetric=option.rounding.symmetric
+        )
+        for matrix, option in zip(mixture.matrices, mixture.chosen, strict=True)
+        if option.rounding is not None
+    }
 
 
 def _evaluation_text(path: Path | None) -> str:

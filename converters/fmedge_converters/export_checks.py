@@ -47,6 +47,14 @@ def check_block_size(scheme: Scheme, options: ExportOptions) -> None:
         )
 
 
+def check_bits(scheme: Scheme, options: ExportOptions) -> None:
+    """Raise ExportError for a budget of bits where there are no blocks."""
+    if options.bits is not None and scheme.vary is None:
+        raise ExportError(
+            f"--bits means nothing to --quantize {scheme.name} for {options.target}; use --quantize int4."
+        )
+
+
 def check_disk(output: Path, parameters: int, bits: int) -> None:
     """Raise ExportError when the disk has too little room for so many parameters."""
     parent = output.absolute().parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,6 +12,7 @@ from fmedge_runtimes.errors import ExportError
 Verify = Literal["full", "graph", "none"]
 Cache = Literal["float", "int8"]
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+HEAD_BITS = (4, 8)
 LONGEST_DEFAULT = 32768
 """Longer contexts are exported when asked for: the tables of the rotary embedding grow with them."""
 
@@ -29,6 +31,12 @@ class ExportOptions:
     quantize: str = "none"
     block_size: int | None = None
     """Weights that share a scale, for schemes with blocks; None takes the scheme's default."""
+    asymmetric: bool = False
+    """Give each block a zero point of its own, for schemes with blocks."""
+    head_bits: int | None = None
+    """Of the head and the token embedding, 4 or 8, for schemes with blocks; None takes the scheme's default."""
+    bits: float | None = None
+    """Choose the bits and blocks of each matrix so that all take so many bits per weight, scales included."""
     context: int | None = None
     """Tokens that a row can hold; None takes the model's maximum, at most LONGEST_DEFAULT."""
     cache: Cache = "float"
@@ -60,6 +68,13 @@ class ExportOptions:
             )
         if self.block_size is not None and self.block_size not in BLOCK_SIZES:
             raise ExportError(f"--block-size is {self.block_size}; it must be one of {BLOCK_SIZES}.")
+        if self.head_bits not in (None, *HEAD_BITS):
+            raise ExportError(f"--head-bits is {self.head_bits}; it must be one of {HEAD_BITS}.")
+        if self.bits is not None and not 0 < self.bits < math.inf:
+            raise ExportError(f"--bits is {self.bits}; it must be a number of bits per weight, like 4.5.")
+        for name, given in (("--block-size", self.block_size), ("--head-bits", self.head_bits)):
+            if self.bits is not None and given is not None:
+                raise ExportError(f"--bits chooses for every matrix what {name} says for all; leave one of them out.")
         if self.context is not None and self.context < 2:
             raise ExportError(f"--context is {self.context}; it must be at least 2.")
         if self.text is not None and self.verify != "full" and self.cache == "float":

@@ -39,8 +39,8 @@ from fmedge_converters.parts.part import Asked, Call
 from fmedge_converters.pipeline_files import check_part_files, write_instruction, write_part_files
 from fmedge_converters.pipeline_source import PartSource, PipelineSource, empty_part, loaded_part, open_pipeline
 from fmedge_converters.schemes.floating import FLOATING
-from fmedge_converters.schemes.scheme import Scheme
-from fmedge_converters.targets import AUTO, Target, find_image_schemes, find_target
+from fmedge_converters.schemes.scheme import Scheme, WeightOptions
+from fmedge_converters.targets import AUTO, Target, find_image_schemes, find_target, with_options
 
 Progress = Callable[[str, int, int], None]
 FORMS = ".forms"
@@ -54,7 +54,8 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     module). Whatever it raises, the output is as it was before.
     """
     target = find_target(options.target)
-    schemes = find_image_schemes(target, options.quantize)
+    weights = WeightOptions(symmetric=not options.asymmetric)
+    schemes = tuple(with_options(target, scheme, weights) for scheme in find_image_schemes(target, options.quantize))
     _check_options(options)
     for scheme in schemes:
         check_block_size(scheme, options)

@@ -63,9 +63,7 @@ class Pieces(TorchFunctionMode):
         weight = self._weight(matrix)
         if weight is None:
             return torch.nn.functional.linear(x, matrix, bias)
-        product = x.new_empty((*x.shape[:-1], weight.shape[0]))  # [..., N]
-        for (start, stop), block in zip(weight.ranges(), weight.blocks(), strict=True):
-            product[..., start:stop] = torch.nn.functional.linear(x, torch.from_numpy(block))
+        product: torch.Tensor = _Product.apply(x, weight)
         if bias is None:
             return product
         added = self._weight(bias)
@@ -79,6 +77,28 @@ class Pieces(TorchFunctionMode):
                 "a product with, or a lookup in, something that was made of a parameter without values"
             )
         return self._weights[parameter]
+
+
+class _Product(torch.autograd.Function):
+    """x [..., K] times the transpose of a matrix [N, K] that is read piece by piece, there and back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: Weight) -> torch.Tensor:  # noqa: ANN401 - torch's
+        """As torch.autograd.Function says."""
+        ctx.weight = weight
+        product = x.new_empty((*x.shape[:-1], weight.shape[0]))  # [..., N]
+        for (start, stop), block in zip(weight.ranges(), weight.blocks(), strict=True):
+            product[..., start:stop] = torch.nn.functional.linear(x, torch.from_numpy(block))
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN401 - torch's
+        """As torch.autograd.Function says."""
+        weight: Weight = ctx.weight
+        back = gradient.new_zeros((*gradient.shape[:-1], weight.shape[1]))  # [..., K]
+        for (start, stop), block in zip(weight.ranges(), weight.blocks(), strict=True):
+            back += gradient[..., start:stop] @ torch.from_numpy(block)
+        return back, None
 
 
 def _is_empty(item: object) -> bool:

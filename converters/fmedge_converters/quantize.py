@@ -1,18 +1,27 @@
-"""Spell every weight of a graph by a scheme: the experts, the linears, the head, the token embedding."""
+"""Spell every weight of a graph by a scheme: the experts, the linears, the head, the token embedding.
+
+With a budget of bits, linears whose roundings have known costs get the mixture that costs least.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fmedge_runtimes.errors import ExportError
 
 from fmedge_converters.graph import DecoderGraph
+from fmedge_converters.mixed_precision import Matrix, Mixture, Option, mix
 from fmedge_converters.passes.experts import expand_experts
-from fmedge_converters.passes.linear import linears
+from fmedge_converters.passes.linear import Linear, linears
 from fmedge_converters.passes.mixture import expert_linears, mixtures
+from fmedge_converters.rounding import Rounding
 from fmedge_converters.schemes.floating import FLOATING
-from fmedge_converters.schemes.scheme import Embedding, Scheme
+from fmedge_converters.schemes.scheme import Embedding, RoundsWeight, Scheme
+from fmedge_converters.weight import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +33,18 @@ class Quantization:
     """Those that have the codes of their source."""
     block_size: int | None
     """Weights that share a scale, in most of them; None for a scheme without blocks."""
+    bits_per_weight: float | None
+    """In the file, scales and zero points included; None for a scheme without blocks."""
+    mixture: Mixture | None
+    """What was chosen for each matrix, if there was a budget."""
 
 
-def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None) -> Quantization:
+def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None, bits: float | None = None) -> Quantization:
     """Replace mixtures of experts, Linear nodes and the lookup of tokens. The last Linear of a decoder is its head.
 
-    `block_size` None takes the scheme's own, and what the source has. Raises ExportError when a size is asked for, and
-    matrices that keep the codes of their source have another.
+    `block_size` None takes the scheme's own, and what the source has; `bits` is a budget per weight. Raises ExportError
+    when a size is asked for, and matrices that keep the codes of their source have another, and when no mixture has
+    that budget.
     """
     size = block_size or scheme.block_size
     experts = {item.name: item.weight for item in expert_linears(graph)}
@@ -54,7 +68,24 @@ def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None) -> Qua
             f"--block-size {block_size} contradicts the source: it is quantized already, and its matrices keep their "
             f"codes, in blocks of {' and '.join(map(str, sorted(sizes)))}; leave the option out."
         )
-    sizes[size] += len(weights) - len(kept)
+    mixture = bits_per_weight = None
+    if scheme.rounding is not None:
+        matrices = [
+            *_kernels(graph, list(experts.values())),
+            *_matrices(graph, scheme.rounding, [linear for linear in projections if not linear.exact], head, size),
+            *_lookups(graph, scheme.rounding, embeddings, head, size),
+        ]
+        if bits is not None:
+            mixture = mix(matrices, bits)
+            for matrix, option in zip(mixture.matrices, mixture.chosen, strict=True):
+                if option.rounding is not None:
+                    graph.weights[matrix.name] = dataclasses.replace(
+                        graph.weights[matrix.name], rounding=option.rounding
+                    )
+                    sizes[option.rounding.block_size] += 1
+        as_is = Mixture(tuple(matrices), tuple(matrix.options[0] for matrix in matrices))
+        bits_per_weight = (mixture or as_is).bits_per_weight
+    sizes[size] += len(weights) - sizes.total()
     # Last first: what a Linear reads may be the output of another, which is replaced in its turn.
     for linear in reversed(projections):
         spell = FLOATING.linear if linear.exact else scheme.linear
@@ -62,7 +93,61 @@ def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None) -> Qua
     for embedding in embeddings:
         scheme.embedding(graph, embedding, tied=tied[embedding.node], block_size=size)
     graph.remove_unused()
-    return Quantization(len(weights), len(kept), sizes.most_common(1)[0][0] or None if sizes else None)
+    return Quantization(
+        len(weights), len(kept), sizes.most_common(1)[0][0] or None if sizes else None, bits_per_weight, mixture
+    )
+
+
+def _kernels(graph: DecoderGraph, experts: Sequence[Weight]) -> Iterator[Matrix]:
+    """The experts that kernels have, all as one; their codes, scales and zero points are the inputs of rank 3."""
+    inputs = [graph.weight(value) for node in graph.graph if node.op_type == "QMoE" for value in node.inputs]
+    size = sum(weight.nbytes for weight in inputs if weight is not None and len(weight.shape) == 3)
+    if size:
+        yield Matrix("experts", sum(math.prod(weight.shape) for weight in experts), (Option(None, size * 8, 0.0),))
+
+
+def _matrices(
+    graph: DecoderGraph, rounds: RoundsWeight, projections: Sequence[Linear], head: Linear | None, block_size: int
+) -> Iterator[Matrix]:
+    """Each weight of a Linear once. The first option is the scheme's own."""
+    seen = set()
+    for linear in projections:
+        if linear.name in seen:
+            continue
+        seen.add(linear.name)
+        weight = graph.weights[linear.name]
+        usual = rounds(weight, is_head=linear is head, block_size=block_size)
+        yield Matrix(linear.name, math.prod(weight.shape), _options(weight, usual))
+
+
+def _lookups(
+    graph: DecoderGraph,
+    rounds: RoundsWeight,
+    embeddings: Sequence[Embedding],
+    head: Linear | None,
+    block_size: int,
+) -> Iterator[Matrix]:
+    """Embeddings that have a matrix of their own."""
+    for name in dict.fromkeys(str(embedding.weight.name) for embedding in embeddings):
+        if head is None or head.name != name:
+            weight = graph.weights[name]
+            usual = rounds(weight, is_head=True, block_size=block_size)
+            yield Matrix(name, math.prod(weight.shape), _options(dataclasses.replace(weight, costs=()), usual))
+
+
+def _options(weight: Weight, usual: Rounding) -> tuple[Option, ...]:
+    scale_bits = weight.dtype.itemsize * 8
+    packed = weight.packed
+    if packed is not None:
+        kept = Rounding(packed.bits, packed.block_size, symmetric=packed.zero_points is None)
+        return (Option(None, kept.stored_bits(*weight.shape, scale_bits), 0.0),)
+    costs = {cost.rounding: cost.divergence for cost in weight.costs}
+    roundings = [usual, *(rounding for rounding in costs if rounding != usual)] if costs else [usual]
+    return tuple(
+        Option(rounding, rounding.stored_bits(*weight.shape, scale_bits), costs.get(rounding, 0.0))
+        for rounding in roundings
+        if rounding in costs or not costs
+    )
 
 
 def _embeddings(graph: DecoderGraph) -> list[Embedding]:

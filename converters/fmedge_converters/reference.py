@@ -87,12 +87,19 @@ def open_reference(source: Source, parameters: int, context: int) -> Iterator[Re
     if is_resident(source, parameters):
         yield ResidentReference(load_model(source.folder), context)
         return
+    with open_streamed(source, context) as model:
+        yield StreamedReference(model)
+
+
+@contextmanager
+def open_streamed(source: Source, context: int) -> Iterator[StreamedModel]:
+    """The source in fp32, layer by layer, for texts of up to `context` tokens. Raises SourceError."""
     model = _skeleton(source.config)
     freeze_rope(model, context)
     with Checkpoint(source.files, np.dtype(np.float32)) as checkpoint:
         for name, value in checkpoint.buffers(model).items():
             model.get_buffer(name).copy_(value)
-        yield StreamedReference(StreamedModel(model, checkpoint.weights(model)))
+        yield StreamedModel(model, checkpoint.weights(model))
 
 
 def is_resident(source: Source, parameters: int) -> bool:

@@ -50,6 +50,15 @@ class Rounding:
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What a rounding of a matrix does to the output of its model."""
+
+    rounding: Rounding
+    divergence: float
+    """KL divergence, in nats per token."""
+
+
+@dataclass(frozen=True, slots=True)
 class RoundedBlocks:
     """Rows [n, K] as codes, K filled up with zeros to whole blocks."""
 

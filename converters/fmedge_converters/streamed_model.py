@@ -5,6 +5,8 @@ another one does. Every pass over the parts reads the whole checkpoint, so all r
 model's own forward in a thread that waits in front of every part, and the parts are loaded one after the other. One
 thread runs at a time, each row alone in its batch: the numbers are those of the ordinary model. Embeddings and heads
 of large vocabularies are never loaded: their lookups and products read them piece by piece (pieces.py).
+
+Gradients go the same way back: a part keeps its input only, and runs again, with its weights, when its gradient is due.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fmedge_converters.layers import layer_list
@@ -27,6 +30,10 @@ PIECES_BYTES = 256 << 20
 
 Consume = Callable[[int, torch.Tensor], None]
 """Takes the number of a row and its logits [S, V], which are gone afterwards."""
+
+
+Visit = Callable[[torch.Tensor, torch.Tensor], None]
+"""Takes the input of a product [B, S, K] and the gradient of its output [B, S, N]."""
 
 
 class StreamedModel:
@@ -52,6 +59,64 @@ class StreamedModel:
             # Something outside the layers uses the weights of a module without running it, or in ways of its own.
             self._divide(layers, layers)
             self._pass(rows, consume)
+
+    def run_back(
+        self,
+        rows: torch.Tensor,
+        gradient: Callable[[torch.Tensor], torch.Tensor],
+        visits: Mapping[torch.nn.Module, Visit],
+    ) -> None:
+        """Run rows [B, S] together and back. `gradient` says, given the logits [B, S, V], what goes back into them;
+        `visits` are told, for each module, what went in and what comes back. Raises as `run` does."""
+        try:
+            self._pass_back(rows, gradient, visits)
+        except NotLoadedError:
+            layers = _layers(self._model)
+            if len(layers) == len(self._parts):
+                raise
+            self._divide(layers, layers)
+            self._pass_back(rows, gradient, visits)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The modules; most parameters are on the meta device."""
+        return self._model
+
+    @property
+    def weights(self) -> Mapping[str, Weight]:
+        """Where to read the parameters, by their names."""
+        return self._weights
+
+    def _pass_back(
+        self,
+        rows: torch.Tensor,
+        gradient: Callable[[torch.Tensor], torch.Tensor],
+        visits: Mapping[torch.nn.Module, Visit],
+    ) -> None:
+        embeddings = self._model.get_input_embeddings()
+        begin = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+        try:
+            with contextlib.ExitStack() as stack:
+                for module, visit in visits.items():
+                    stack.enter_context(_replaced_forward(module, _visited(module, visit)))
+                for part in self._parts:
+                    stack.enter_context(_replaced_forward(part, self._run_again(part)))
+                with torch.enable_grad():
+                    with Pieces(self._pieces):
+                        logits = self._model(input_ids=rows, use_cache=False).logits
+                    logits.backward(gradient(logits.detach()))
+        finally:
+            begin.remove()
+
+    def _run_again(self, part: torch.nn.Module) -> Callable[..., Any]:
+        """The forward of a part, with its weights, once for its output and once more for its gradient."""
+        forward = part.forward
+
+        def with_weights(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of any module
+            with self._loaded(part), Pieces(self._pieces):
+                return forward(*args, **kwargs)
+
+        return lambda *args, **kwargs: checkpoint(with_weights, *args, use_reentrant=False, **kwargs)
 
     def _divide(self, found: list[torch.nn.Module], later: list[torch.nn.Module]) -> None:
         """Load these parts one by one, and now what is not in a module of `later`."""
@@ -113,6 +178,43 @@ class StreamedModel:
                 full = f"{self._names[id(module)]}.{name}".removeprefix(".")
                 module.register_parameter(name, _read(self._weights[full]))
         return before
+
+
+@contextlib.contextmanager
+def _replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module while it has another forward."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+def _visited(module: torch.nn.Module, visit: Visit) -> Callable[..., Any]:
+    forward = module.forward
+    return lambda x, *args, **kwargs: _Visited.apply(x, forward(x, *args, **kwargs), visit)
+
+
+class _Visited(torch.autograd.Function):
+    """The output of a product, unchanged; when its gradient is due, a visit."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, output: torch.Tensor, visit: Visit) -> torch.Tensor:  # noqa: ANN401 - torch's
+        """As torch.autograd.Function says."""
+        ctx.save_for_backward(x)
+        ctx.visit = visit
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None]:  # noqa: ANN401 - torch's
+        """As torch.autograd.Function says."""
+        (x,) = ctx.saved_tensors
+        ctx.visit(x.detach(), gradient)
+        return None, gradient, None
 
 
 class _Worker(threading.Thread):

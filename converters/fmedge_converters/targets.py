@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -16,7 +17,7 @@ from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.int8_convolution import spell_convolution
 from fmedge_converters.schemes.qmoe import qmoe
-from fmedge_converters.schemes.scheme import Scheme, SpellMixture
+from fmedge_converters.schemes.scheme import USUAL, Scheme, SpellMixture, WeightOptions
 from fmedge_converters.schemes.stored_floats import BF16, FP16
 from fmedge_converters.schemes.weight_only import weight_only
 
@@ -42,16 +43,30 @@ class Target:
     """Why keys and values cannot be kept in int8; None if they can."""
 
 
-def _int4(accuracy_level: int, experts: SpellMixture, keeps: tuple[int, ...]) -> Scheme:
-    summary = "4-bit weights, 8-bit head"
-    return weight_only(
-        "int4", summary, bits=4, head_bits=8, accuracy_level=accuracy_level, mixture=experts, keeps=keeps
+def _int4(
+    accuracy_level: int,
+    experts: Callable[[bool], SpellMixture],
+    keeps: tuple[int, ...],
+    options: WeightOptions = USUAL,
+) -> Scheme:
+    """`experts` gives the mixtures for symmetric rounding, or for the other."""
+    head_bits = options.head_bits or 8
+    scheme = weight_only(
+        "int4",
+        f"4-bit weights, {head_bits}-bit head",
+        bits=4,
+        head_bits=head_bits,
+        accuracy_level=accuracy_level,
+        mixture=experts(options.symmetric),
+        keeps=keeps,
+        symmetric=options.symmetric,
     )
+    return replace(scheme, vary=functools.partial(_int4, accuracy_level, experts, keeps))
 
 
-CPU_INT4 = _int4(4, qmoe(4, 4, zero_points=True), (2, 4, 8))
+CPU_INT4 = _int4(4, lambda symmetric: qmoe(4, 4, zero_points=True, symmetric=symmetric), (2, 4, 8))
 CPU_INT8_IMAGES = replace(DYNAMIC_INT8, convolution=spell_convolution)
-CUDA_INT4 = _int4(0, qmoe(4), (4, 8))
+CUDA_INT4 = _int4(0, lambda _: qmoe(4), (4, 8))
 CUDA_INT8 = weight_only("int8", "8-bit weights", 8, head_bits=8, accuracy_level=0, mixture=qmoe(8), keeps=(8,))
 
 
@@ -67,7 +82,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dialect=ORT,
             passes=ORT_PASSES,
             dtype=torch.float32,
-            schemes=_by_name(FLOATING, DYNAMIC_INT8, CPU_INT4),
+            schemes=_by_name(FLOATING, FP16, BF16, DYNAMIC_INT8, CPU_INT4),
             image_schemes=_by_name(FLOATING, FP16, BF16, CPU_INT8_IMAGES, CPU_INT4),
             automatic=(FLOATING.name, BF16.name, CPU_INT8_IMAGES.name),
             read_first=frozenset(("LinearAttention", "CausalConvWithState")),
@@ -95,6 +110,12 @@ PLANNED: Mapping[str, str] = MappingProxyType(
 """Targets that people ask for and that are not there yet, with the reason."""
 
 
+ELSEWHERE: Mapping[str, str] = MappingProxyType(
+    {"fp8": "ONNX Runtime multiplies no fp8 weights, neither on the CPU nor on CUDA; engines of TensorRT do"}
+)
+"""Quantizations that people ask for and that only other targets could have, with the reason."""
+
+
 def find_target(name: str) -> Target:
     """The row of a name. Raises ExportError when there is none."""
     if name in PLANNED:
@@ -116,6 +137,10 @@ def find_scheme(target: Target, name: str, *, images: bool = False) -> Scheme:
             f"--quantize auto measures pipelines that make images on this machine's CPU; {why}; choose one of "
             f"{', '.join(schemes)}."
         )
+    if name not in schemes and name in ELSEWHERE:
+        raise ExportError(
+            f"target {target.name} has no quantization {name}: {ELSEWHERE[name]}; choose one of {', '.join(schemes)}."
+        )
     if name not in schemes:
         raise ExportError(f"target {target.name} has no quantization {name}; choose one of {', '.join(schemes)}.")
     return schemes[name]
@@ -128,6 +153,20 @@ def find_image_schemes(target: Target, name: str) -> tuple[Scheme, ...]:
     """
     names = target.automatic if name == AUTO and target.automatic else (name,)
     return tuple(find_scheme(target, each, images=True) for each in names)
+
+
+def with_options(target: Target, scheme: Scheme, options: WeightOptions) -> Scheme:
+    """The scheme with a person's options. Raises ExportError when it has none."""
+    if options == USUAL:
+        return scheme
+    if scheme.vary is None:
+        names = [name for name, other in target.schemes.items() if other.vary is not None]
+        asked = f"--head-bits {options.head_bits}" if options.symmetric else "--asymmetric"
+        raise ExportError(
+            f"{asked} means nothing to --quantize {scheme.name} for {target.name}; leave it out, or use --quantize "
+            f"{' or '.join(names)}."
+        )
+    return scheme.vary(options)
 
 
 def check_cache(target: Target, cache: str) -> None:

@@ -22,6 +22,8 @@ class Tolerance:
 TOLERANCES = {
     ("float32", "none"): Tolerance(near_tie=1e-3, mean_kl=1e-5, perplexity_ratio=1.0005),
     ("float16", "none"): Tolerance(near_tie=5e-2, mean_kl=1e-3, perplexity_ratio=1.01),
+    ("float32", "fp16"): Tolerance(near_tie=5e-2, mean_kl=1e-3, perplexity_ratio=1.01),
+    ("float32", "bf16"): Tolerance(near_tie=0.1, mean_kl=5e-3, perplexity_ratio=1.02),
     ("float32", "int8"): Tolerance(near_tie=0.25, mean_kl=0.05, perplexity_ratio=1.05),
     ("float16", "int8"): Tolerance(near_tie=0.25, mean_kl=0.05, perplexity_ratio=1.05),
     ("float32", "int4"): Tolerance(near_tie=0.25, mean_kl=0.35, perplexity_ratio=1.35),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fmedge_converters.rounding import Rounding
+from fmedge_converters.rounding import Cost, Rounding
 
 Array = npt.NDArray[Any]
 Read = Callable[[int, int], Array]
@@ -78,6 +78,8 @@ class Weight:
     matrices [E, N, K]. None: all alike. It says nothing of the axes of this tensor, which may be transposed."""
     rounding: Rounding | None = None
     """How a scheme that rounds in blocks is to round this one; None: as it rounds others."""
+    costs: tuple[Cost, ...] = ()
+    """What roundings of this matrix have been found to cost."""
 
     @property
     def identity(self) -> Read:
@@ -158,9 +160,18 @@ def concatenated(weights: Sequence[Weight], axis: int = 0) -> Weight:
     packed = _joined(weights, axis) if rows_stay else None
     importance = _joined_importance(weights, axis) if rows_stay else None
     rounding = first.rounding if all(weight.rounding == first.rounding for weight in weights) else None
+    made = Weight(
+        shape,
+        first.dtype,
+        _below([weight.read for weight in weights], [weight.rows for weight in weights]),
+        packed,
+        _step(weights),
+        importance=importance,
+        rounding=rounding,
+        costs=_joined_costs(weights) if rows_stay else (),
+    )
     if axis == 0:
-        read_below = _below([weight.read for weight in weights], [weight.rows for weight in weights])
-        return Weight(shape, first.dtype, read_below, packed, _step(weights), importance=importance, rounding=rounding)
+        return made
 
     def read(start: int, stop: int) -> Array:
         result = np.empty((stop - start, *shape[1:]), first.dtype)
@@ -171,7 +182,18 @@ def concatenated(weights: Sequence[Weight], axis: int = 0) -> Weight:
             place = end
         return result
 
-    return Weight(shape, first.dtype, read, packed, _step(weights), importance=importance, rounding=rounding)
+    return replace(made, read=read)
+
+
+def _joined_costs(weights: Sequence[Weight]) -> tuple[Cost, ...]:
+    """The sums, for roundings that were tried with all of them."""
+    common = [cost.rounding for cost in weights[0].costs]
+    found = [{cost.rounding: cost.divergence for cost in weight.costs} for weight in weights]
+    return tuple(
+        Cost(rounding, sum(costs[rounding] for costs in found))
+        for rounding in common
+        if all(rounding in costs for costs in found)
+    )
 
 
 def _joined_importance(weights: Sequence[Weight], axis: int) -> Array | None:
@@ -289,7 +311,8 @@ def permuted(weight: Weight, axes: Sequence[int]) -> Weight:
             row += len(block)
         return result
 
-    turned = Weight(shape, weight.dtype, read_rows, None, weight.step, None, weight.importance, weight.rounding)
+    # Whose columns are the input features may change; what is known of these does not.
+    turned = replace(weight, shape=shape, read=read_rows, packed=None, original=None)
     if first == 0:
         return turned
     row_bytes = weight.nbytes // max(1, shape[0])
@@ -323,7 +346,8 @@ def reshaped(weight: Weight, shape: Sequence[int]) -> Weight:
     rows_stay = shape[-1:] == weight.shape[-1:]
     packed, importance = (weight.packed, weight.importance) if rows_stay else (None, None)
     step = None if weight.step is None else max(1, weight.step * old_row // max(1, new_row))
-    return Weight(shape, weight.dtype, read, packed, step, weight.identity, importance, weight.rounding)
+    made = Weight(shape, weight.dtype, read, packed, step, weight.identity, importance, weight.rounding)
+    return replace(made, costs=weight.costs) if rows_stay else made
 
 
 def selected(weight: Weight, axis: int, indices: Array) -> Weight:

@@ -15,6 +15,8 @@ EPILOG = """
 
   fmedge export owner/name out/bundle --revision main --context 4096
 
+  fmedge export out/model out/bundle --quantize int4 --bits 4.5
+
   fmedge export out/model out/bundle --quantize int4 --cache int8
 
   fmedge export out/model out/bundle --adapter ./lora
@@ -46,12 +48,25 @@ def command(
     quantize: Annotated[
         str,
         typer.Option(
-            help="none, int8 or int4; for images on the CPU fp16, bf16 and auto (the fastest that holds), too."
+            help="none, int8 or int4; on the CPU fp16 and bf16, too, and for images auto (the fastest that holds)."
         ),
     ] = ExportOptions.quantize,
     block_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale (16 to 256), for int4 and for int8 on CUDA.")
     ] = ExportOptions.block_size,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="Give each block a zero point of its own, for int4.")
+    ] = ExportOptions.asymmetric,
+    head_bits: Annotated[
+        int | None, typer.Option(help="Bits of the head and the token embedding, for int4: 8 unless given, or 4.")
+    ] = ExportOptions.head_bits,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="For int4: a size in bits per weight, scales included; what each matrix gets is chosen by measuring "
+            "what it does to the output."
+        ),
+    ] = ExportOptions.bits,
     context: Annotated[
         int | None, typer.Option(help="Tokens that a row can hold; unless given the model's maximum, up to 32768.")
     ] = ExportOptions.context,
@@ -104,6 +119,9 @@ def command(
         target=target,
         quantize=quantize,
         block_size=block_size,
+        asymmetric=asymmetric,
+        head_bits=head_bits,
+        bits=bits,
         context=context,
         cache=cache,
         verify=verify,

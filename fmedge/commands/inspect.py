@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fmedge_runtimes.bundle import Bundle, Evidence, ImageBundle
+    from fmedge_runtimes.bundle import Bundle, Evidence, ImageBundle, MatrixFacts
 
 
 def command(
@@ -65,10 +65,13 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
     sizes = {None: 4 if text.cache_dtype == "float32" else 2, "int8": 1}
     cache = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) * sizes[layer.quantization] for layer in text.caches)
     codes = ", in int8" if any(layer.quantization for layer in text.caches) else ""
-    block = f", blocks of {manifest.block_size}" if manifest.block_size else ""
+    block = f", blocks of {manifest.block_size}" if manifest.block_size and not manifest.matrices else ""
+    if manifest.bits_per_weight is not None:
+        block += f", {manifest.bits_per_weight:.3f} bits per weight with scales"
     model = [
         ("model", f"{source.architecture}, {len(text.caches)} layers, vocabulary {text.vocabulary}"),
         ("target", f"{manifest.target}, quantization {manifest.precision}{block}"),
+        *_mixture(manifest.matrices or {}),
         ("context", f"{text.context} tokens; the cache takes {cache / 1024:.0f} KiB for each{codes}"),
         ("chat", "has a chat template" if text.chat_template else "no chat template"),
     ]
@@ -80,6 +83,15 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
             ("evidence", "none, and no checksums: it is foreign to fmedge, which has compared it with nothing"),
         ]
     return _framed(bundle, model)
+
+
+def _mixture(matrices: dict[str, MatrixFacts]) -> list[tuple[str, str]]:
+    """A row for each rounding and the matrices that have it."""
+    names: dict[str, list[str]] = {}
+    for name, facts in sorted(matrices.items(), key=lambda item: (item[1].bits, -item[1].block_size)):
+        zeros = "" if facts.symmetric else ", zero points"
+        names.setdefault(f"{facts.bits} bits, blocks of {facts.block_size}{zeros}", []).append(name)
+    return [("matrices", f"{rounding}: {', '.join(having)}") for rounding, having in names.items()]
 
 
 def _framed(bundle: Bundle | ImageBundle, model: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -160,15 +160,26 @@ class ImageGolden(_Record):
     """Largest mean absolute difference of a pixel's channel, in levels of 0 to 255."""
 
 
+class MatrixFacts(_Record):
+    """How a matrix was rounded."""
+
+    bits: Positive
+    block_size: Positive
+    """Weights that share a scale."""
+    symmetric: bool
+    """False if each block has a zero point of its own."""
+
+
 class Evidence(_Record):
     """One comparison of the bundle with its source.
 
-    Text: `weights` (which of a quantized source's codes it has), `graph`, `cache` (what a quantized cache does to the
+    Text: `weights` (which of a quantized source's codes it has), `mixture` (what the roundings that were chosen for its
+    matrices are expected to cost), `graph`, `cache` (what a quantized cache does to the
     output), `full`, `layout`. Images: `parts` (each graph against its module), `image` (the pipeline's images against
     the source's), `speed` (by which measurement the parts' quantizations were chosen).
     """
 
-    name: Literal["weights", "graph", "cache", "full", "layout", "parts", "image", "speed"]
+    name: Literal["weights", "mixture", "graph", "cache", "full", "layout", "parts", "image", "speed"]
     what: str
     passed: bool
     figures: dict[str, float | int | str | bool]
@@ -219,6 +230,11 @@ class TextManifest(Manifest):
     kind: Literal["text"]
     text: TextFacts
     golden: tuple[Golden, ...]
+    bits_per_weight: float | None = None
+    """Of all matrices together, scales and zero points included; None where weights are not rounded in blocks, and in
+    bundles of versions that did not say."""
+    matrices: dict[str, MatrixFacts] | None = None
+    """How each matrix was rounded, where that was chosen for each (--bits)."""
 
 
 class ImageManifest(Manifest):

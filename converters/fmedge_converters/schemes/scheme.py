@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,8 @@ from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.passes.convolution import Convolution
 from fmedge_converters.passes.linear import Linear
 from fmedge_converters.passes.mixture import Mixture
+from fmedge_converters.rounding import Rounding
+from fmedge_converters.weight import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,25 @@ class SpellConvolution(Protocol):
     def __call__(self, graph: DecoderGraph, convolution: Convolution) -> None: ...
 
 
+class RoundsWeight(Protocol):
+    """How a scheme rounds a matrix [N, K] in blocks."""
+
+    def __call__(self, weight: Weight, *, is_head: bool, block_size: int) -> Rounding: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WeightOptions:
+    """What a person may want otherwise of a scheme that rounds in blocks."""
+
+    symmetric: bool = True
+    """False gives each block a zero point of its own."""
+    head_bits: int | None = None
+    """Of the head and the token embedding; None: as the scheme has it."""
+
+
+USUAL = WeightOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """A row of a target's table of quantizations."""
@@ -68,3 +90,7 @@ class Scheme:
     """The type that weights have in the file, if it is not the one that is computed with."""
     keeps: tuple[int, ...] = ()
     """Bits of the weights that are written with the codes of a source that is quantized already."""
+    rounding: RoundsWeight | None = None
+    """None for a scheme without blocks."""
+    vary: Callable[[WeightOptions], Scheme] | None = None
+    """The same scheme with other options; None if it has none."""

@@ -135,8 +135,9 @@ class _WeightOnly:
     search: bool
     accuracy_level: int
 
-    def rounding(self, weight: Weight, bits: int, block_size: int) -> Rounding:
+    def rounding(self, weight: Weight, *, is_head: bool, block_size: int) -> Rounding:
         """The weight's own, or the scheme's."""
+        bits = self.head_bits if is_head else self.bits
         return weight.rounding or Rounding(bits, block_size, self.symmetric, self.search)
 
     def linear(self, graph: DecoderGraph, linear: Linear, *, is_head: bool, block_size: int) -> None:
@@ -145,7 +146,7 @@ class _WeightOnly:
         if weight.packed is not None:
             spell_kept_linear(graph, linear, weight.packed, self.accuracy_level)
             return
-        rounding = self.rounding(weight, self.head_bits if is_head else self.bits, block_size)
+        rounding = self.rounding(weight, is_head=is_head, block_size=block_size)
         made = _add_quantized(graph, linear.name, weight, rounding)
         inputs: list[ir.Value | None] = [linear.x, made.codes, made.scales, made.zero_points]
         if linear.bias is not None:
@@ -178,7 +179,7 @@ class _WeightOnly:
             block_size = packed.block_size
             rows = kept_embedding_rows(graph, embedding, packed)
         else:
-            rounding = self.rounding(weight, self.head_bits, block_size)
+            rounding = self.rounding(weight, is_head=True, block_size=block_size)
             block_size = rounding.block_size
             rows = _embedding_rows(graph, embedding, weight, rounding)
         padded = -(-size // block_size) * block_size
@@ -234,4 +235,5 @@ def weight_only(
         block_size=BLOCK_SIZE,
         mixture=mixture,
         keeps=keeps,
+        rounding=shared.rounding,
     )
