@@ -6,13 +6,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from fmedge_runtimes.decoder import Decoder
+from fmedge_runtimes.likelihood import Sums
 
 from fmedge_converters.reference import Logits
-
-POSITIONS = 32
-"""Distributions that are compared at once: each takes megabytes for a large vocabulary."""
 
 
 def pieces_of(text: Sequence[int], window: int) -> list[list[int]]:
@@ -26,28 +23,16 @@ class Divergence:
 
     def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], pieces: Sequence[Sequence[int]]) -> None:
         self.pieces = pieces
-        self.tokens = 0
         self._decoder = decoder
         self._cache = decoder.new_cache()
         self._prompts = prompts
-        self._kl = self._nats = self._source_nats = 0.0
-        self._agree = self._predicted = 0
+        self._sums = Sums()
         self._largest_difference = 0.0
 
     def add_piece(self, number: int, logits: Logits) -> None:
         """Compare a piece, given the reference's logits [S, V]."""
         piece = self.pieces[number]
-        scored = self._decoder.score(self._cache, piece)  # [S, V]
-        for start in range(0, len(piece), POSITIONS):
-            part = slice(start, start + POSITIONS)
-            ours, theirs = _log_softmax(scored[part]), _log_softmax(logits[part])  # [P, V]
-            self._kl += float((np.exp(theirs) * (theirs - ours)).sum())
-            self._agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-            following = np.asarray(piece[start + 1 : start + POSITIONS + 1])
-            self._nats -= float(ours[np.arange(len(following)), following].sum())
-            self._source_nats -= float(theirs[np.arange(len(following)), following].sum())
-        self.tokens += len(piece)
-        self._predicted += len(piece) - 1
+        self._sums.add(self._decoder.score(self._cache, piece), piece[1:], logits)
 
     def add_prompt(self, number: int, logits: Logits) -> None:
         """Compare the last logits of a prompt, given the reference's logits [S, V] of a row that begins with it."""
@@ -58,24 +43,34 @@ class Divergence:
         self._largest_difference = max(self._largest_difference, difference)
 
     @property
+    def tokens(self) -> int:
+        """Tokens of the pieces compared so far."""
+        return self._sums.compared
+
+    @property
+    def not_finite(self) -> int:
+        """Positions of the text where the decoder gives logits that are not finite."""
+        return self._sums.not_finite
+
+    @property
     def mean_kl(self) -> float:
         """Mean KL divergence of the reference's distribution from ours, in nats per token."""
-        return _finite(self._kl / self.tokens)
+        return _finite(self._sums.mean_kl)
 
     @property
     def top1_agreement(self) -> float:
         """How often both have the same best token."""
-        return self._agree / self.tokens
+        return self._sums.top1_agreement
 
     @property
     def perplexity(self) -> float:
         """Of the decoder."""
-        return _finite(math.exp(min(self._nats / self._predicted, 700.0)))
+        return _finite(self._sums.perplexity)
 
     @property
     def source_perplexity(self) -> float:
         """Of the reference."""
-        return _finite(math.exp(min(self._source_nats / self._predicted, 700.0)))
+        return _finite(self._sums.other_perplexity)
 
     def figures(self) -> dict[str, float | int | str | bool]:
         """What was found, as evidence has it."""
@@ -92,9 +87,3 @@ class Divergence:
 def _finite(value: float) -> float:
     """JSON has no infinity; a non-finite figure is far beyond every tolerance either way."""
     return value if math.isfinite(value) else 1e30
-
-
-def _log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)  # [S, V]
-    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result

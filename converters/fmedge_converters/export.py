@@ -40,6 +40,7 @@ from fmedge_runtimes.tokenizer import Tokenizer
 from transformers import GenerationConfig
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, as_they_are, build_decoder
+from fmedge_converters.builtin_text import builtin_text
 from fmedge_converters.checkpoint import Checkpoint
 from fmedge_converters.decoder import empty_model, quiet_libraries, text_config
 from fmedge_converters.evidence import (
@@ -173,6 +174,7 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
                 licence=source.licence,
                 adapter=source.adapter,
                 quantization=built.source_format,
+                parameters=parameters,
             ),
             target=target.name,
             precision=scheme.name,
@@ -390,9 +392,7 @@ def _matrices(built: BuiltDecoder) -> dict[str, MatrixFacts] | None:
 
 def _evaluation_text(path: Path | None) -> str:
     if path is None:
-        from pydoc_data.topics import topics
-
-        return str(topics["typesseq"])
+        return builtin_text()
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

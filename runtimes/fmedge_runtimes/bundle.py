@@ -47,6 +47,8 @@ class SourceFacts(_Record):
     """The LoRA that was merged into it: a hub id, or the name of a folder."""
     quantization: str | None = None
     """The format that the source was quantized in; None if it was not."""
+    parameters: Positive | None = None
+    """Numbers in its weights, those of tied matrices once; None where they were not counted."""
 
 
 class TensorFacts(_Record):
@@ -176,10 +178,13 @@ class Evidence(_Record):
     Text: `weights` (which of a quantized source's codes it has), `mixture` (what the roundings that were chosen for its
     matrices are expected to cost), `graph`, `cache` (what a quantized cache does to the
     output), `full`, `layout`. Images: `parts` (each graph against its module), `image` (the pipeline's images against
-    the source's), `speed` (by which measurement the parts' quantizations were chosen).
+    the source's), `speed` (by which measurement the parts' quantizations were chosen). `output`: what a text bundle's own
+    graph writes, where nothing was compared with the source. `eval`: what `fmedge eval --record` measured afterwards.
     """
 
-    name: Literal["weights", "mixture", "graph", "cache", "full", "layout", "parts", "image", "speed"]
+    name: Literal[
+        "weights", "mixture", "graph", "cache", "full", "output", "layout", "parts", "image", "speed", "eval"
+    ]
     what: str
     passed: bool
     figures: dict[str, float | int | str | bool]
@@ -422,8 +427,13 @@ def sha256_of(path: Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: TextManifest | ImageManifest) -> None:
-    """Write fmedge.json."""
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
+    """Write fmedge.json, aside first: whoever reads it meanwhile, or afterwards, finds a whole one. Raises OSError."""
+    aside = folder / f".{MANIFEST}.partial"
+    try:
+        aside.write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
+        aside.replace(folder / MANIFEST)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def list_files(folder: Path, known: Mapping[Path, str] = MappingProxyType({})) -> dict[str, FileFacts]:

@@ -8,7 +8,7 @@ logits = decoder.decode(cache, [7])                           # [1, V]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,22 @@ class Decoder:
         try:
             chunks = (tokens[start : start + PREFILL_CHUNK] for start in range(0, len(tokens), PREFILL_CHUNK))
             return np.concatenate([self.verify(cache, 0, chunk) for chunk in chunks])  # [S, V]
+        finally:
+            cache.clear()
+
+    def predict(self, cache: RowCache, tokens: Sequence[int], first: int) -> Iterator[npt.NDArray[np.floating]]:
+        """The logits [P, V] that predict tokens[first:], chunk by chunk, in a cache that is empty before and after.
+
+        What stands before tokens[first - 1] is context, for which no logits are made; `first` is at least 1.
+        """
+        cache.reserve(1, len(tokens))
+        cache.start(0)
+        context, end = first - 1, len(tokens) - 1
+        try:
+            for start in range(0, context, PREFILL_CHUNK):
+                self.extend(cache, 0, tokens[start : min(start + PREFILL_CHUNK, context)])
+            for start in range(context, end, PREFILL_CHUNK):
+                yield self.verify(cache, 0, tokens[start : min(start + PREFILL_CHUNK, end)])
         finally:
             cache.clear()
 

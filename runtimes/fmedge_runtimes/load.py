@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fmedge_runtimes.backends import open_session
 from fmedge_runtimes.bundle import Bundle, TextManifest, open_bundle, open_image_bundle, read_manifest
+from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.engine import DEFAULTS, EngineOptions
 from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.foreign import find_foreign, open_foreign
@@ -117,6 +118,23 @@ def load_text(
         graph = bundle.file(bundle.manifest.graphs["decoder"].file)
         session = open_session(graph, device or bundle.manifest.target, threads)
     return TextModel(bundle, session, options)
+
+
+def open_decoder(
+    path: Path, *, device: str | None = None, threads: int | None = None, checksums: bool = True
+) -> tuple[Bundle, Decoder]:
+    """The decoder of a text bundle, or of another exporter's folder, without an engine around it.
+
+    Close its session at the end. Raises BundleError and BackendError as `load_text` does.
+    """
+    foreign = find_foreign(path)
+    if foreign is None:
+        bundle = open_bundle(path, checksums=checksums)
+        graph = bundle.file(bundle.manifest.graphs["decoder"].file)
+        session = open_session(graph, device or bundle.manifest.target, threads)
+    else:
+        bundle, session = open_foreign(foreign, device, threads)
+    return bundle, Decoder(session, bundle.manifest.text)
 
 
 def load_image(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import tokenizers
 
 from fmedge_runtimes.errors import BundleDamagedError, RequestError
@@ -60,6 +61,28 @@ class Tokenizer:
             return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
         except Exception as error:  # the library raises nothing more specific
             raise RequestError(f"the prompt cannot be tokenized ({error}); it must be valid Unicode.") from error
+
+    def encode_with_bytes(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of a text without special tokens around it, and for how many of its UTF-8 bytes each one stands.
+
+        What a normalizer drops in front of a token counts as the token's. Raises RequestError.
+        """
+        try:
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+            points = np.frombuffer(text.encode("utf-32-le"), np.uint32)  # [C]
+        except Exception as error:  # the library raises nothing more specific
+            raise RequestError(f"the text cannot be tokenized ({error}); it must be valid Unicode.") from error
+        sizes = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF).astype(np.int64)  # [C]
+        before = np.concatenate([[0], np.cumsum(sizes)])  # [C + 1]
+        ends = np.maximum.accumulate(before[[end for _, end in found.offsets]]) if found.ids else before[:0]  # [S]
+        return list(found.ids), np.diff(ends, prepend=0).tolist()
+
+    def prefix(self) -> list[int]:
+        """The special tokens (BOS, ...) that the tokenizer puts before a text."""
+        bare = self.encode("a", special=False)
+        whole = self.encode("a")
+        starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+        return whole[: next(starts, 0)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids without special tokens. Raises RequestError for an id that cannot be one.
