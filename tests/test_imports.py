@@ -40,6 +40,16 @@ def test_generating_needs_no_torch(bundle: Path) -> None:
     assert not found & {*HEAVY, "llguidance"}
 
 
+def test_evaluating_needs_no_torch(bundle: Path) -> None:
+    arguments = ["eval", str(bundle), "--against", str(bundle), "--tokens", "20"]
+    code = (
+        f"from fmedge.cli import app\ntry:\n    app({arguments!r})\nexcept SystemExit as end:\n    assert end.code == 0"
+    )
+    found = loaded(code)
+    assert "onnxruntime" in found
+    assert not found & {*HEAVY, "matplotlib"}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from fmedge_runtimes.bundle import CacheFacts, Evidence, Golden, SamplingFacts, StateFacts, TextFacts
 from fmedge_runtimes.decoder import Decoder
@@ -25,6 +26,7 @@ from transformers import PretrainedConfig
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder, numpy_dtype
 from fmedge_converters.checkpoint import Files
+from fmedge_converters.degenerate import degeneration
 from fmedge_converters.divergence import Divergence, pieces_of
 from fmedge_converters.recording import LayerState
 from fmedge_converters.reduced import reduced_config, write_random_model
@@ -186,6 +188,8 @@ class _Greedy:
         self.near_ties = 0
         self.worst = 0.0
         """The largest lead, in PyTorch's logits, of its own choice over ours."""
+        self.leads: list[npt.NDArray[np.floating]] = [np.zeros(0)] * len(prompts)
+        """Of each row: that of every token [T]."""
         self._prompts = prompts
         self._completions = completions
         self._near_tie = near_tie
@@ -198,9 +202,10 @@ class _Greedy:
     def add(self, number: int, logits: Logits) -> None:
         """Compare a row, given PyTorch's logits [S, V]."""
         asked = logits[len(self._prompts[number]) - 1 :]  # [T, V]
-        for row, token in zip(asked, self._completions[number], strict=True):
+        tokens = np.asarray(self._completions[number])  # [T]
+        self.leads[number] = asked.max(-1) - asked[np.arange(len(tokens)), tokens]  # [T]
+        for lead in self.leads[number].tolist():
             self.tokens += 1
-            lead = float(row.max() - row[token])
             self.worst = max(self.worst, lead)
             if lead == 0.0:
                 self.equal += 1
@@ -239,8 +244,8 @@ def full_evidence(
 ) -> FullEvidence:
     """Compare the bundle's decoder with the source on the real weights.
 
-    `precision` is (compute type, quantization). In fp32 every greedy token must be PyTorch's own; otherwise the KL
-    divergence and the perplexity must stay within TOLERANCES.
+    In fp32 every greedy token must be PyTorch's own; otherwise the KL divergence and the perplexity must stay within
+    TOLERANCES, and no continuation may degenerate where the source's would not (degenerate.py).
     """
     tolerance = tolerance_of(decoder.facts, quantize)
     steps = min(FULL_STEPS, decoder.facts.context - max(len(prompt) for prompt in prompts))
@@ -252,15 +257,14 @@ def full_evidence(
     greedy = _Greedy(prompts, tokens, tolerance.near_tie)
     window = min(TEXT_WINDOW, decoder.facts.context)
     divergence = Divergence(decoder, prompts, pieces_of(text, window))
-    texts = [*(greedy.rows if exact else prompts), *divergence.pieces]
+    texts = [*greedy.rows, *divergence.pieces]
 
     def compare(number: int, logits: Logits) -> None:
         if number >= len(prompts):
             divergence.add_piece(number - len(prompts), logits)
         else:
             divergence.add_prompt(number, logits)
-            if exact:
-                greedy.add(number, logits)
+            greedy.add(number, logits)
         progress("comparing with PyTorch", number + 1, len(texts))
 
     reference.each_logits(texts, compare)
@@ -273,7 +277,15 @@ def full_evidence(
             "greedy_near_ties": greedy.near_ties,
         }
         passed = greedy.equal == greedy.tokens
+    degenerate = degeneration(tokens, greedy.leads)
     figures |= divergence.figures()
+    figures |= {
+        "not_finite": divergence.not_finite,
+        "loops": degenerate.loops,
+        "loops_alone": degenerate.loops_alone,
+        "constant": degenerate.constant,
+    }
+    passed = passed and not divergence.not_finite and degenerate.passed
     passed = passed and divergence.mean_kl <= tolerance.mean_kl
     passed = passed and divergence.perplexity <= divergence.source_perplexity * tolerance.perplexity_ratio
     # In a batch of their own, as they will be replayed: with int8 the rows of a batch influence each other.
@@ -286,6 +298,25 @@ def full_evidence(
     passed = passed and all(result.mismatch is None for result in replay(decoder, goldens))
     what = f"the exported weights against {reference.how}: {len(prompts)} prompts, {divergence.tokens} tokens of text"
     return FullEvidence(Evidence(name="full", what=what, passed=passed, figures=figures), goldens)
+
+
+def output_evidence(decoder: Decoder, prompts: Sequence[Sequence[int]], progress: Progress) -> Evidence:
+    """What the written graph says by itself: whether its logits are finite and depend on the prompt.
+
+    Nothing is known of the source here, so loops prove nothing: small models repeat themselves.
+    """
+    progress("running the graph", 0, 0)
+    cache = decoder.new_cache()
+    logits = [decoder.score(cache, prompt)[-1] for prompt in prompts]  # [V] each
+    not_finite = sum(not bool((row < np.inf).all()) for row in logits)
+    different = len({tuple(prompt) for prompt in prompts}) > 1
+    constant = different and all(np.array_equal(row, logits[0]) for row in logits)
+    return Evidence(
+        name="output",
+        what=f"the written graph alone, {len(prompts)} prompts: logits that are finite and not the same for all",
+        passed=not not_finite and not constant,
+        figures={"not_finite": not_finite, "constant": constant},
+    )
 
 
 def layout_evidence(name: str, session: Session, facts: TextFacts, goldens: Sequence[Golden]) -> Evidence:

@@ -34,6 +34,7 @@ from fmedge_runtimes.bundle import (
 )
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import ExportError, RequestError, SourceError
+from fmedge_runtimes.memory import available_bytes
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.tokenizer import Tokenizer
@@ -52,6 +53,7 @@ from fmedge_converters.evidence import (
     graph_evidence,
     layout_evidence,
     mixture_evidence,
+    output_evidence,
     text_facts,
     weights_evidence,
 )
@@ -80,6 +82,8 @@ from fmedge_converters.targets import check_cache, find_scheme, find_target, wit
 from fmedge_converters.tokenizer_files import TokenizerFacts, write_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
+ROOM = 3
+"""How many times a written graph must fit into free memory to be run where nothing asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,9 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
             evidence.append(full.evidence)
             goldens = full.goldens
             judge(full.evidence, options)
+        elif options.verify == "graph" and _fits(built):
+            evidence.append(_run(built, facts, tokens.prompts, progress))
+            judge(evidence[-1], options)
         graphs = {"decoder": graph_facts(built.model, built.written.graph)}
         if layout is not None:
             finished = Finished(folder, built.written.graph, source.config, generation, facts, target)
@@ -236,6 +243,21 @@ def _compare(
         full = full_evidence(decoder, reference, tokens.prompts, tokens.text, scheme.name, progress)
         session.close()
     return full
+
+
+def _fits(built: BuiltDecoder) -> bool:
+    """Whether memory is free for the written graph several times over: --verify graph is for small machines, too."""
+    free = available_bytes()
+    return free is None or built.written.weight_bytes * ROOM < free
+
+
+def _run(built: BuiltDecoder, facts: TextFacts, prompts: Sequence[Sequence[int]], progress: Progress) -> Evidence:
+    """What the written graph says by itself."""
+    session = OnnxRuntimeSession(built.written.graph, "cpu", None)
+    try:
+        return output_evidence(Decoder(session, facts), prompts, progress)
+    finally:
+        session.close()
 
 
 def _lay_out(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -144,21 +144,28 @@ def _template(bundle: Bundle) -> ChatTemplate:
 def _of_text(asked: TextEval, bundle: Bundle, decoder: Decoder, tokenizer: Tokenizer, report: Report) -> TextQuality:
     prefix = tokenizer.prefix()
     cut = _cut(asked, bundle, len(prefix))
-    pieces = iter([builtin_text()]) if asked.data is None else read_pieces(asked.data)
-    tokens = token_stream(pieces, tokenizer, asked.tokens)
     of = 0
     if asked.data is None:
         of = len(builtin_text().encode())
     elif asked.data != STDIN and asked.data.is_file():
         of = asked.data.stat().st_size
-    with _original(asked, bundle, tokenizer, len(prefix) + cut.length) as original:
-        return evaluate_text(
-            bundle,
-            decoder,
-            TextInWindows(tokens, cut, prefix),
-            original,
-            lambda scored, nbytes: report(nbytes, of) if asked.tokens is None else report(scored, asked.tokens),
-        )
+
+    def told(scored: int, nbytes: int) -> None:
+        report(*((nbytes, of) if asked.tokens is None else (scored, asked.tokens)))
+
+    with (
+        closing(_pieces(asked.data)) as pieces,
+        _original(asked, bundle, tokenizer, len(prefix) + cut.length) as original,
+    ):
+        text = TextInWindows(token_stream(pieces, tokenizer, asked.tokens), cut, prefix)
+        return evaluate_text(bundle, decoder, text, original, told)
+
+
+def _pieces(data: Path | None) -> Generator[str, None, None]:
+    if data is None:
+        yield builtin_text()
+    else:
+        yield from read_pieces(data)
 
 
 def _cut(asked: TextEval, bundle: Bundle, before: int) -> Cut:

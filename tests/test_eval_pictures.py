@@ -1,4 +1,4 @@
-"""fmedge eval, on painters that are known to be right or wrong."""
+"""fmedge eval of what makes images, on painters that are known to be right or wrong."""
 
 import json
 from types import SimpleNamespace
@@ -110,10 +110,18 @@ def test_pictures_that_cannot_be_judged_are_refused(tmp_path):
         raise run(tmp_path).exception
     with pytest.raises(SourceError, match="there is no such folder"):
         raise run(tmp_path / "nowhere").exception
+    for arguments, words in (
+        ((tmp_path, "--against", tmp_path), "--against is for bundles that write text"),
+        ((tmp_path, tmp_path), "what makes images is evaluated alone"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert words in " ".join(result.output.replace("\u2502", " ").split())
 
 
 def test_a_bundle_is_asked_with_the_options_given(tmp_path, monkeypatch):
     (tmp_path / "fmedge.json").write_text("{}")
+    monkeypatch.setattr("fmedge_runtimes.load.kind_of", lambda _: "image")
     asked = []
 
     def generate(prompts, options):
