@@ -89,15 +89,15 @@ def all_forms(block_sizes: Sequence[int]) -> Iterator[Form]:
     for quantize, block_size in (("none", None), ("int8", None), *(("int4", size) for size in block_sizes)):
         precision = quantize if block_size is None else f"{quantize}-{block_size}"
         options = ["--quantize", quantize, *([] if block_size is None else ["--block-size", str(block_size)])]
-        build = _export_fmedge(options)
+        build = export_fmedge(options)
         for peer, mode in ((FMEDGE, "generate"), ("fmedge-decoder", "decoder")):
             server = "serve_fmedge.py" if peer == FMEDGE else ""
             yield Form(peer, precision, "run_fmedge.py", build, FMEDGE, mode, f"fmedge-{precision}", server)
     for precision, options in GENAI_OPTIONS.items():
-        yield Form("genai", precision, "run_genai.py", _build_genai(options), "genai", server="serve_genai.py")
+        yield Form("genai", precision, "run_genai.py", build_genai(options), "genai", server="serve_genai.py")
     for precision in ("Q4_0", "Q8_0"):
-        yield Form("llamacpp", precision, "run_llamacpp.py", _write_gguf(precision), "llamacpp")
-    yield Form("llamaserver", "Q4_0", "", _write_gguf("served"), "llamaserver", server="serve_llamacpp.py")
+        yield Form("llamacpp", precision, "run_llamacpp.py", write_gguf(precision), "llamacpp")
+    yield Form("llamaserver", "Q4_0", "", write_gguf("served"), "llamaserver", server="serve_llamacpp.py")
     for precision in ("int4", "int8"):
         yield Form("openvino", precision, "run_openvino.py", _export_openvino(precision), "openvino")
 
@@ -111,7 +111,9 @@ GENAI_OPTIONS = MappingProxyType(
 """Extra options of onnxruntime-genai's model builder; the first are its defaults."""
 
 
-def _export_fmedge(options: Sequence[str]) -> Build:
+def export_fmedge(options: Sequence[str]) -> Build:
+    """A bundle, by the command line; the comparison with PyTorch is left out."""
+
     def command(python: Path, model: Path, output: Path) -> Sequence[str]:
         arguments = ["-m", "fmedge", "export", str(model), str(output), "--verify", "none"]
         return [str(python), *arguments, *options]
@@ -119,7 +121,9 @@ def _export_fmedge(options: Sequence[str]) -> Build:
     return command
 
 
-def _build_genai(options: Sequence[str]) -> Build:
+def build_genai(options: Sequence[str]) -> Build:
+    """A folder of onnxruntime-genai's model builder."""
+
     def command(python: Path, model: Path, output: Path) -> Sequence[str]:
         arguments = ["-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(output)]
         arguments += ["-c", str(output.with_name("genai-cache")), "-p", "int4", "-e", "cpu"]
@@ -128,7 +132,9 @@ def _build_genai(options: Sequence[str]) -> Build:
     return command
 
 
-def _write_gguf(precision: str) -> Build:
+def write_gguf(precision: str) -> Build:
+    """A GGUF file that llama.cpp has quantized."""
+
     return lambda python, model, output: [
         str(python), str(HERE / "gguf_file.py"), str(model), str(output), precision
     ]  # fmt: skip

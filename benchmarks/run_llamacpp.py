@@ -44,6 +44,16 @@ class Llama:
 
     def next_tokens(self, rows: list[list[int]], position: int) -> list[int]:
         """Append tokens to each sequence at the same position; the most likely token behind each."""
+        last = self._append(rows, position, only_last=True)
+        return [int(self._logits(index).argmax()) for index in last]
+
+    def all_logits(self, tokens: list[int]) -> np.ndarray:
+        """Fill an empty context with one sequence [S]; the logits [S, V] behind every token."""
+        self._append([tokens], 0, only_last=False)
+        return np.stack([self._logits(index).copy() for index in range(len(tokens))])
+
+    def _append(self, rows: list[list[int]], position: int, *, only_last: bool) -> list[int]:
+        """The places, in the batch, of the last token of each sequence."""
         batch, last = self._batch, []
         batch.n_tokens = 0
         for row, tokens in enumerate(rows):
@@ -51,17 +61,18 @@ class Llama:
                 index = batch.n_tokens
                 batch.token[index], batch.pos[index] = token, position + offset
                 batch.n_seq_id[index], batch.seq_id[index][0] = 1, row
-                batch.logits[index] = offset == len(tokens) - 1
+                batch.logits[index] = not only_last or offset == len(tokens) - 1
                 batch.n_tokens += 1
             last.append(batch.n_tokens - 1)
         code = llama_cpp.llama_decode(self._context, batch)
         if code:
             raise SystemExit(f"llama_decode failed with code {code}")
-        return [self._best(index) for index in last]
+        return last
 
-    def _best(self, index: int) -> int:
+    def _logits(self, index: int) -> np.ndarray:
+        """The logits [V] behind a token of the last batch, in llama.cpp's own memory."""
         logits = llama_cpp.llama_get_logits_ith(self._context, index)
-        return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
+        return np.ctypeslib.as_array(logits, (self._vocabulary,))
 
 
 def steps(llama: Llama, prompts: list[list[int]], new: int) -> Iterator[None]:

@@ -1,0 +1,66 @@
+"""How many bytes the matrices of a model take in each form, scales, minima and zero points with them.
+
+Norms, biases and tables of rotary embeddings are left out; what a file holds once is counted once.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+GATHERS = ("Gather", "GatherBlockQuantized")
+
+
+def parameters_of_matrices(folder: Path) -> int:
+    """Numbers in the matrices of a folder of transformers, a tied one once."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="np") as reader:
+            shapes = [reader.get_slice(name).get_shape() for name in tuple(reader.keys())]
+        total += sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+    return total
+
+
+def onnx_matrix_bytes(folder: Path) -> int:
+    """Of the decoder of a bundle, or of another exporter's folder."""
+    import onnx
+
+    (path,) = folder.glob("*.onnx")
+    graph = onnx.load(path, load_external_data=False).graph
+    initializers = {item.name: item for item in graph.initializer}
+    seen: dict[object, int] = {}
+    for node in graph.node:
+        given = [initializers[name] for name in node.input if name in initializers]
+        if not any(len(item.dims) >= 2 for item in given) or not _is_product(node):
+            continue
+        for item in given:
+            if item.dims:
+                where = {entry.key: entry.value for entry in item.external_data}
+                seen[where.get("offset", item.name)] = _nbytes(item)
+    return sum(seen.values())
+
+
+def _is_product(node: object) -> bool:
+    """Whether a node multiplies by a matrix, or looks rows of one up by token."""
+    kind, inputs = node.op_type, node.input  # type: ignore[attr-defined]
+    return "MatMul" in kind or kind in ("Gemm", "DequantizeLinear") or (kind in GATHERS and "input_ids" in inputs)
+
+
+def _nbytes(item: object) -> int:
+    import onnx
+
+    kind, dims = item.data_type, item.dims  # type: ignore[attr-defined]
+    if kind in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4):
+        return -(-math.prod(dims) // 2)
+    return math.prod(dims) * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize
+
+
+def gguf_matrix_bytes(path: Path) -> int:
+    """Of a GGUF file."""
+    import gguf
+
+    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) == 2)
