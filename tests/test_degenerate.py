@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,21 +103,21 @@ def test_a_loop_that_only_decoding_has_stops_the_export(
 def test_rounding_that_loses_the_weights_stops_the_export(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rounded = weight_only.quantize_blocks
+    rounded = weight_only.round_blocks
 
     def spoilt(value: float) -> Any:
-        def quantize(rows: Any, *others: Any) -> Any:
-            codes, scales, *more = rounded(rows, *others)
-            return codes, np.full_like(scales, value), *more
+        def spoil(*arguments: Any) -> Any:
+            blocks = rounded(*arguments)
+            return replace(blocks, scales=torch.full_like(blocks.scales, value))
 
-        return quantize
+        return spoil
 
-    monkeypatch.setattr(weight_only, "quantize_blocks", spoilt(np.nan))
+    monkeypatch.setattr(weight_only, "round_blocks", spoilt(np.nan))
     assert refused(llama, tmp_path / "nan")["not_finite"] == 1024
     figures = refused(llama, tmp_path / "output", verify="graph")
     assert figures == {"not_finite": 8, "constant": False}
     # All products are zero: every prompt has the same logits, and the same text behind it.
-    monkeypatch.setattr(weight_only, "quantize_blocks", spoilt(0.0))
+    monkeypatch.setattr(weight_only, "round_blocks", spoilt(0.0))
     figures = refused(llama, tmp_path / "zero")
     assert figures["constant"]
     assert figures["loops_alone"] == 8
@@ -144,11 +145,11 @@ def test_a_model_that_repeats_itself_is_not_refused_for_it(quantize: str, tmp_pa
     assert figures["constant"] is False
 
 
+@pytest.mark.medium
+@pytest.mark.usefixtures("trusted", "traced_once")
 def test_the_output_of_a_graph_is_looked_at_where_nothing_is_compared(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passed = Evidence(name="graph", what="", passed=True, figures={})
-    monkeypatch.setattr(export_module, "graph_evidence", lambda *_: passed)
     _, output = export(ExportOptions(str(llama), tmp_path / "bundle", verify="graph")).manifest.evidence
     assert (output.name, output.passed, output.figures) == ("output", True, {"not_finite": 0, "constant": False})
     monkeypatch.setattr(export_module, "available_bytes", lambda: 1000)  # a machine smaller than the bundle
