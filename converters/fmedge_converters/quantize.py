@@ -136,15 +136,15 @@ def _lookups(
 
 
 def _options(weight: Weight, usual: Rounding) -> tuple[Option, ...]:
-    scale_bits = weight.dtype.itemsize * 8
+    rows, size = weight.shape
     packed = weight.packed
     if packed is not None:
         kept = Rounding(packed.bits, packed.block_size, symmetric=packed.zero_points is None)
-        return (Option(None, kept.stored_bits(*weight.shape, scale_bits), 0.0),)
+        return (Option(None, kept.stored_bits(rows, size, weight.dtype.itemsize * 8), 0.0),)
     costs = {cost.rounding: cost.divergence for cost in weight.costs}
     roundings = [usual, *(rounding for rounding in costs if rounding != usual)] if costs else [usual]
     return tuple(
-        Option(rounding, rounding.stored_bits(*weight.shape, scale_bits), costs.get(rounding, 0.0))
+        Option(rounding, rounding.stored_bits(rows, size), costs.get(rounding, 0.0))
         for rounding in roundings
         if rounding in costs or not costs
     )

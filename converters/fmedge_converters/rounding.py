@@ -42,7 +42,7 @@ class Rounding:
     search: bool = True
     """Minimise the error; else take the extremes of each block."""
 
-    def stored_bits(self, rows: int, size: int, scale_bits: int = 32) -> int:
+    def stored_bits(self, rows: int, size: int, scale_bits: int = 16) -> int:
         """Bits of a matrix [rows, size] in a file: codes of whole blocks, scales, zero points in whole bytes."""
         blocks = -(-size // self.block_size)
         zeros = 0 if self.symmetric else -(-blocks * self.bits // 8) * 8

@@ -121,7 +121,7 @@ class _Matrix:
             rows = torch.from_numpy(block)  # [n, K]
             fisher = outputs[:, start:stop].T @ inputs  # [n, K]
             for rounding in self._costs:
-                change = round_blocks(rows, rounding, importance).dequantized(rows.shape[1]) - rows
+                change = round_blocks(rows, rounding, importance, torch.bfloat16).dequantized(rows.shape[1]) - rows
                 total = (change.square_() * fisher).sum(dtype=torch.float64)
                 self._costs[rounding] += float(total) / (2 * self._all_tokens)
 

@@ -22,7 +22,7 @@ from fmedge_converters.passes.mixture import ExpertLinear, Mixture, expert_linea
 from fmedge_converters.passes.sign import never_negative
 from fmedge_converters.rounding import Rounding
 from fmedge_converters.schemes.scheme import SpellMixture
-from fmedge_converters.schemes.weight_only import BLOCK_SIZE, QuantizedMatrix, joined_blocks
+from fmedge_converters.schemes.weight_only import BLOCK_SIZE, QuantizedMatrix, add_scales, joined_blocks
 from fmedge_converters.weight import Array, PackedMatrix, Read, Weight, selected
 
 SMALLEST_BLOCK = 16
@@ -154,7 +154,7 @@ def _weights(
             zeros = _by_expert(packed.zero_points, byte, (experts, rows, -(-blocks * bits // 8)))
     return [
         graph.add_weight(f"{stem}.codes", codes),
-        graph.add_weight(f"{stem}.scales", scales),
+        add_scales(graph, f"{stem}.scales", scales, weight.dtype),
         None if bias is None else graph.add_weight(f"{linear.name}.bias", bias),
         None if zeros is None else graph.add_weight(f"{stem}.zero_points", zeros),
     ]

@@ -1,6 +1,8 @@
 """Weight-only rounding in blocks: MatMulNBits, and GatherBlockQuantized for the embedding.
 
-How blocks are rounded is in rounding.py. The operators take 2 ** (bits - 1) as zero point when none is given.
+How blocks are rounded is in rounding.py. The operators take 2 ** (bits - 1) as zero point when none is given. They want
+scales in the type of the activations; for fp32 these lie in the file as bf16, to which the codes are fitted, and ONNX
+Runtime casts them once, when it opens the graph. bf16 has the range of fp32, so no scale is too small for it.
 Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md (MatMulNBits,
 GatherBlockQuantized).
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -33,6 +36,7 @@ class QuantizedMatrix:
 
     def __init__(self, weight: Weight, rounding: Rounding) -> None:
         self._weight = weight
+        self._scale_dtype = scale_dtype(weight)
         self._rounding = rounding
         self._scales_kept: dict[tuple[int, int], Array] = {}
         self._zeros_kept: dict[tuple[int, int], Array] = {}
@@ -46,8 +50,8 @@ class QuantizedMatrix:
 
     @property
     def scales(self) -> Weight:
-        """Scales [..., N, blocks] in the dtype of the matrix."""
-        return self._part((self._blocks,), self._weight.dtype, self._scales)
+        """Scales [..., N, blocks]."""
+        return self._part((self._blocks,), self._scale_dtype, self._scales)
 
     @property
     def zero_points(self) -> Weight | None:
@@ -63,7 +67,7 @@ class QuantizedMatrix:
         rows = self._weight.read(start, stop)
         made = self._rounded(rows, start)
         lead = rows.shape[:-1]
-        self._scales_kept[start, stop] = made.scales.numpy().astype(self._weight.dtype).reshape(*lead, -1)
+        self._scales_kept[start, stop] = made.scales.numpy().astype(self._scale_dtype).reshape(*lead, -1)
         zeros = made.packed_zero_points()
         if zeros is not None:
             self._zeros_kept[start, stop] = zeros.numpy().reshape(*lead, -1)
@@ -74,7 +78,7 @@ class QuantizedMatrix:
         """Rows [n, K], or matrices [n, N, K], of which each may have its own importance."""
         importance = self._weight.importance
         size = rows.shape[-1]
-        dtype = torch.from_numpy(np.empty(0, self._weight.dtype)).dtype
+        dtype = torch.float16 if self._scale_dtype == np.float16 else torch.bfloat16
         if importance is None or importance.shape[-1] != size:
             return round_blocks(torch.from_numpy(rows.reshape(-1, size)), self._rounding, None, dtype)
         if importance.ndim == 1:
@@ -100,6 +104,24 @@ class QuantizedMatrix:
         return self._zeros_kept.pop((start, stop))
 
 
+def scale_dtype(weight: Weight) -> np.dtype[np.generic]:
+    """In which the scales of a matrix are stored: 16 bits."""
+    return np.dtype(np.float16) if weight.dtype == np.float16 else np.dtype(ml_dtypes.bfloat16)
+
+
+def add_scales(graph: DecoderGraph, name: str, scales: Weight, dtype: np.dtype[np.generic]) -> ir.Value:
+    """An initializer for scales, and what casts it, once, to the type of the activations."""
+    stored = graph.add_weight(name, scales)
+    if scales.dtype == dtype:
+        return stored
+    for user, _ in stored.uses():
+        if user.op_type == "Cast":
+            return user.outputs[0]
+    wide = ir.DataType.from_numpy(dtype)
+    (cast,) = graph.insert(graph.graph[0], "Cast", (stored,), [(wide, stored.shape)], {"to": int(wide)})
+    return cast
+
+
 def joined_blocks(codes: Weight) -> Weight:
     """Codes [..., N, blocks, bytes] as [..., N, blocks * bytes]; the bytes are the same."""
     return reshaped(codes, (*codes.shape[:-2], codes.shape[-2] * codes.shape[-1]))
@@ -120,7 +142,7 @@ def _add_quantized(graph: DecoderGraph, name: str, weight: Weight, rounding: Rou
     zeros = matrix.zero_points
     return _Quantized(
         graph.add_weight(f"{stem}.codes", matrix.codes),
-        graph.add_weight(f"{stem}.scales", matrix.scales),
+        add_scales(graph, f"{stem}.scales", matrix.scales, weight.dtype),
         None if zeros is None else graph.add_weight(f"{stem}.zero_points", zeros),
     )
 
