@@ -30,10 +30,6 @@ FAST: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["sliding_attention"] * 2,
     },
-}
-MORE: dict[str, dict[str, Any]] = {
-    "qwen2": {"num_hidden_layers": 6},  # biases
-    "mixtral": {"num_hidden_layers": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     # Told apart by the number of the layer: the first two are dense, the others mixtures.
     "deepseek_v3": {
         "num_hidden_layers": 8,
@@ -51,10 +47,14 @@ MORE: dict[str, dict[str, Any]] = {
         "v_head_dim": 16,
         "head_dim": 8,
     },
+    "lfm2": {"num_hidden_layers": 8, "layer_types": (["conv"] * 2 + ["full_attention"]) * 2 + ["conv"] * 2},
+}
+MORE: dict[str, dict[str, Any]] = {
+    "qwen2": {"num_hidden_layers": 6},  # biases
+    "mixtral": {"num_hidden_layers": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "smollm3": {"num_hidden_layers": 8, "pad_token_id": 0},  # no rotation in every fourth layer
     "gpt_neo": {"num_hidden_layers": 8, "attention_types": [[["global", "local"], 4]], "window_size": 16},
     "phi": {"num_hidden_layers": 6},  # attention and MLP side by side
-    "lfm2": {"num_hidden_layers": 8, "layer_types": (["conv"] * 2 + ["full_attention"]) * 2 + ["conv"] * 2},
 }
 
 
@@ -163,7 +163,7 @@ def test_copied_layers_are_traced_layers(model_type: str, monkeypatch: pytest.Mo
     check(model_type, FAST[model_type], monkeypatch)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MORE)
 def test_copied_layers_are_traced_layers_more(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(model_type, MORE[model_type], monkeypatch)
