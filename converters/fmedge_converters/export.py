@@ -57,6 +57,7 @@ from fmedge_converters.int8_cache import CALIBRATION_TOKENS, quantize_cache
 from fmedge_converters.layouts import find_layout
 from fmedge_converters.layouts.layout import Finished, Layout
 from fmedge_converters.output_folder import flush, sweep, written_aside
+from fmedge_converters.candidates_graph import write_candidates
 from fmedge_converters.reference import open_reference, require_memory
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.source import Source, is_pipeline, open_source
@@ -139,6 +140,9 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
             goldens = full.goldens
             judge(full.evidence, options)
         graphs = {"decoder": graph_facts(built.model, built.written.graph)}
+        if target.summarises:
+            logits = next(output for output in graphs["decoder"].outputs if output.name == "logits")
+            graphs["candidates"] = graph_facts(*write_candidates(folder, facts.vocabulary, logits.dtype))
         if layout is not None:
             finished = Finished(folder, built.written.graph, source.config, generation, facts, target)
             graphs[layout.name], proofs = _lay_out(layout, finished, goldens, progress)

@@ -13,7 +13,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from operator import getitem
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,7 @@ import numpy.typing as npt
 from fmedge_runtimes import decoder as decoders
 from fmedge_runtimes.completion import FinishReason
 from fmedge_runtimes.decoder import Decoder
+from fmedge_runtimes.device_logits import DeviceLogits
 from fmedge_runtimes.errors import BackendError, CacheMemoryError, FmedgeError, QueueFullError, RequestError
 from fmedge_runtimes.fair_queue import FairQueue
 from fmedge_runtimes.generation import Generation, light
@@ -319,7 +322,8 @@ class Engine:
                 self._verify(slot, draft)
             return
         try:
-            logits = self._decoder.decode(self._slots.cache, [slot.served.tokens[-1] for slot in slots])  # [R, V]
+            last = [slot.served.tokens[-1] for slot in slots]
+            logits = self._decoder.decode_in_place(self._slots.cache, last)  # [R, V]
         except FmedgeError as error:
             self._fail(slots, error)
             return
@@ -356,7 +360,7 @@ class Engine:
             right = token == guess
             generation.lookup.accepted += right
             taken += right
-            finished = generation.take(token, row, now)
+            finished = generation.take(token, partial(np.asarray, row), now)
             if finished or not right:
                 break
         cache.cut(slot.row, length + 1 + taken)
@@ -364,11 +368,15 @@ class Engine:
         if finished:
             self._leave(slot)
 
-    def _take(self, slots: Sequence[Slot], logits: npt.NDArray[np.floating]) -> None:
+    def _take(self, slots: Sequence[Slot], logits: npt.NDArray[np.floating] | DeviceLogits) -> None:
         """Choose a token for each row from logits [R, V]; those that finish leave."""
         generations = [slot.served for slot in slots]
-        chosen = choose(logits, [generation.sampler_row for generation in generations])
+        try:
+            chosen = choose(logits, [generation.sampler_row for generation in generations])
+        except FmedgeError as error:  # from the device
+            self._fail(slots, error)
+            return
         now = time.perf_counter()
-        for slot, generation, token, row in zip(slots, generations, chosen.tolist(), logits, strict=True):
-            if generation.take(token, row, now):
+        for number, (slot, generation, token) in enumerate(zip(slots, generations, chosen.tolist(), strict=True)):
+            if generation.take(token, partial(getitem, logits, number), now):
                 self._leave(slot)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,13 +76,16 @@ class Generation:
             )
         return self.state
 
-    def take(self, token: int, logits: npt.NDArray[np.floating], now: float) -> bool:
-        """Take the token chosen from logits [V] and give out what text is certain; whether that was the last one."""
+    def take(self, token: int, logits: Callable[[], npt.NDArray[np.floating]], now: float) -> bool:
+        """Take the token chosen from logits [V] and give out what text is certain; whether that was the last one.
+
+        The logits are asked for only where they are needed: they may be on a device.
+        """
         if token == NO_TOKEN:
-            self.finish("error", sampler.fault(logits, self.sampler_row))
+            self.finish("error", sampler.fault(logits(), self.sampler_row))
             return True
         if self.sampling.logprobs is not None or self.rivals is not None:
-            self.logprobs.append(sampler.logprob_of(logits, token, self.sampling.logprobs or 0))
+            self.logprobs.append(sampler.logprob_of(logits(), token, self.sampling.logprobs or 0))
         ended = self.sampler_row.ends(token)
         self.sampler_row.record(token)
         self.tokens.append(token)

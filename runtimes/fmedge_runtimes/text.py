@@ -47,7 +47,14 @@ Prompt = str | Sequence[int]
 class TextModel:
     """A decoder with its tokenizer; `load` makes it. May be called from several threads."""
 
-    def __init__(self, bundle: Bundle, session: Session, options: EngineOptions = DEFAULTS) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        session: Session,
+        options: EngineOptions = DEFAULTS,
+        candidates: Session | None = None,
+    ) -> None:
+        """`candidates` summarises logits on the device of `session`; without it they come to the host."""
         facts = bundle.manifest.text
         self.bundle = bundle
         self.context = facts.context
@@ -66,7 +73,7 @@ class TextModel:
         template = bundle.chat_template()
         self._template = None if template is None else ChatTemplate(template, facts.special_tokens)
         self._constraints = Constraints(self.tokenizer, facts.vocabulary) if self.tokenizer else None
-        self._decoder = Decoder(session, facts)
+        self._decoder = Decoder(session, facts, candidates)
         self._engine = Engine(self._decoder, self.options)
         # The engine's thread ends with the model, closed or forgotten, and before the interpreter does.
         self._end = weakref.finalize(self, self._engine.close)
@@ -178,7 +185,7 @@ class TextModel:
     def close(self) -> None:
         """End what is unfinished, and give the model's memory back; it cannot be used afterwards."""
         self._end()
-        self._decoder.session.close()
+        self._decoder.close()
 
     def _check_open(self) -> None:
         if not self._end.alive:
