@@ -37,6 +37,7 @@ from fmedge_runtimes.tokenizer import Tokenizer
 from transformers import GenerationConfig
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder
+from fmedge_converters.candidates_graph import write_candidates
 from fmedge_converters.checkpoint import Checkpoint
 from fmedge_converters.decoder import empty_model, quiet_libraries, text_config
 from fmedge_converters.evidence import (
@@ -57,7 +58,6 @@ from fmedge_converters.int8_cache import CALIBRATION_TOKENS, quantize_cache
 from fmedge_converters.layouts import find_layout
 from fmedge_converters.layouts.layout import Finished, Layout
 from fmedge_converters.output_folder import flush, sweep, written_aside
-from fmedge_converters.candidates_graph import write_candidates
 from fmedge_converters.reference import open_reference, require_memory
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.source import Source, is_pipeline, open_source

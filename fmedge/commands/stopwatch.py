@@ -71,9 +71,7 @@ class _TimedBinding:
     binding: Binding
     steps: list[Step]
 
-    def run(
-        self, feeds: Mapping[str, Array], results: Mapping[str, Array | Buffer], *, steady: bool = False
-    ) -> object:
+    def run(self, feeds: Mapping[str, Array], results: Mapping[str, Array | Buffer], *, steady: bool = False) -> object:
         start = time.perf_counter()
         returned = self.binding.run(feeds, results, steady=steady)
         rows, tokens = feeds["input_ids"].shape

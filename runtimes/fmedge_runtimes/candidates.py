@@ -145,7 +145,7 @@ def keeps_all(sampling: Sampling, vocabulary: int) -> bool:
 
 
 def divisor(sampling: Sampling) -> float:
-    """What logits are divided by. The temperature, kept where float32 can divide by it; beyond, the limits are reached long since."""
+    """The temperature, kept where float32 can divide by it; beyond, the limits are reached long since."""
     return min(max(sampling.temperature, 1e-30), 1e30)
 
 

@@ -66,7 +66,7 @@ SIGNATURES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "cuGetErrorName": (c_int, POINTER(c_char_p)),
         "cuDeviceGetCount": (POINTER(c_int),),
         "cuDeviceGet": (POINTER(c_int), c_int),
-        "cuDeviceGetName": (c_char_p, c_int, c_int),
+        "cuDeviceGetName": (c_void_p, c_int, c_int),
         "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
         "cuCtxSetCurrent": (c_void_p,),
         "cuMemGetInfo_v2": (POINTER(c_size_t), POINTER(c_size_t)),
@@ -114,14 +114,18 @@ class CudaDriver:
             there = "cuda" if count.value == 1 else f"cuda to cuda:{count.value - 1}"
             raise BackendError(
                 f"there is no device {device}: the driver sees "
-                + (f"{count.value} GPU{'s' * (count.value > 1)}, {there}." if count.value else "no GPU; use --device cpu.")
+                + (
+                    f"{count.value} GPU{'s' * (count.value > 1)}, {there}."
+                    if count.value
+                    else "no GPU; use --device cpu."
+                )
             )
-        handle, context, name = c_int(), c_void_p(), ctypes.create_string_buffer(256)
+        handle, context, written = c_int(), c_void_p(), ctypes.create_string_buffer(256)
         self._call("cuDeviceGet", handle, device.index)
-        self._call("cuDeviceGetName", name, len(name), handle.value)
+        self._call("cuDeviceGetName", written, len(written), handle.value)
         self._call("cuDevicePrimaryCtxRetain", context, handle.value)
         self._context = context
-        self.name = name.value.decode("utf-8", "replace")
+        self.name = written.value.decode("utf-8", "replace")
         """The GPU's name, as its maker has it."""
 
     def _call(self, function: str, *arguments: Any) -> None:  # noqa: ANN401 - as the function takes them

@@ -6,8 +6,8 @@ of scalars, which operators read on the host, are a part of what tells steps apa
 for total_sequence_length while steps are recorded, and each row's own length on the GPU.
 
 ONNX Runtime runs a step that it records more than once. That does no harm where a step only writes what it has written
-already - keys and values at their positions - and would in rolling windows and states that are updated in place: whoever
-binds the graph says whether steps may be recorded.
+already - keys and values at their positions - and would in rolling windows and states that are updated in place:
+whoever runs a step says whether it may be recorded.
 
 Recorded steps are gone with their binding, hence when the cache is given other memory. ONNX Runtime keeps its record of
 them until the session is closed, so there is a largest number.
@@ -88,7 +88,7 @@ class RecordedSteps:
 
 
 class RecordedStep:
-    """A step with fixed memory on the GPU for its inputs and outputs: recorded by its first run, replayed by the others."""
+    """A step with fixed memory on the GPU for what goes in and out: its first run is recorded, the others replay it."""
 
     def __init__(
         self,

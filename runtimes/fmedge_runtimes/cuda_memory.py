@@ -43,7 +43,7 @@ class CudaBuffer:
 
 
 class CudaMemory:
-    """The memory of one GPU; see `session.Session` for what the methods do. `moved` counts bytes to and from the host."""
+    """The memory of one GPU; `session.Session` has what the methods do. `moved` counts bytes to and from the host."""
 
     def __init__(self, driver: CudaDriver) -> None:
         self.driver = driver

@@ -121,7 +121,7 @@ class Decoder:
         self, cache: RowCache, first: int, ids: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.floating]:
         """One step for the rows first : first + R with token ids [R, S]; logits [N, V] of the wanted of R * S."""
-        rows, length = ids.shape
+        length = ids.shape[1]
         if self._one_token and length > 1:
             # Several tokens are one row's, and this graph takes them one by one.
             asked = (wanted[wanted == token] * 0 for token in range(length))

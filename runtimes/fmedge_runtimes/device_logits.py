@@ -1,8 +1,8 @@
 """Logits that stay on the device that computed them: the host gets a summary of each row, and a row where it must.
 
-    logits = DeviceLogits(session, buffer, summariser)     # logits [R, V]
-    logits.summaries(temperatures)                         # a Summary for each row, kilobytes in all
-    logits[3]                                              # the logits [V] of a row
+logits = DeviceLogits(session, buffer, summariser)     # logits [R, V]
+logits.summaries(temperatures)                         # a Summary for each row, kilobytes in all
+logits[3]                                              # the logits [V] of a row
 """
 
 from __future__ import annotations

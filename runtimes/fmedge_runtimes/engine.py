@@ -11,11 +11,10 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from operator import getitem
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,14 @@ from fmedge_runtimes import decoder as decoders
 from fmedge_runtimes.completion import FinishReason
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.device_logits import DeviceLogits
-from fmedge_runtimes.errors import BackendError, CacheMemoryError, FmedgeError, QueueFullError, RequestError
+from fmedge_runtimes.errors import (
+    BackendError,
+    CacheMemoryError,
+    DeviceMemoryError,
+    FmedgeError,
+    QueueFullError,
+    RequestError,
+)
 from fmedge_runtimes.fair_queue import FairQueue
 from fmedge_runtimes.generation import Generation, light
 from fmedge_runtimes.request import Request
@@ -66,9 +72,13 @@ DEFAULTS = EngineOptions()
 class Engine:
     """Serves requests with one decoder. `submit`, `cancel` and `close` may be called from any thread."""
 
-    def __init__(self, decoder: Decoder, options: EngineOptions) -> None:
+    def __init__(
+        self, decoder: Decoder, options: EngineOptions, what_fits: Callable[[int, int], str] = lambda *_: ""
+    ) -> None:
+        """`what_fits`: what to say of so many rows, and so many bytes of cache, when a GPU is out of memory."""
         self._decoder = decoder
         self._options = options
+        self._what_fits = what_fits
         # Shared between threads, under the lock.
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -182,6 +192,11 @@ class Engine:
     def _fail(self, slots: Sequence[Slot], error: FmedgeError) -> None:
         """End the requests of the rows of a step that failed; what these rows hold is not to be trusted."""
         requests = {slot.served.request for slot in slots}
+        if isinstance(error, DeviceMemoryError):
+            cache = self._slots.cache
+            error = DeviceMemoryError(
+                f"{error} {self._what_fits(len(slots), cache.nbytes(cache.rows, cache.capacity))}"
+            )
         for slot in slots:
             self._leave(slot, keep=False)
         for request in requests:
@@ -378,5 +393,5 @@ class Engine:
             return
         now = time.perf_counter()
         for number, (slot, generation, token) in enumerate(zip(slots, generations, chosen.tolist(), strict=True)):
-            if generation.take(token, partial(getitem, logits, number), now):
+            if generation.take(token, partial(logits.__getitem__, number), now):
                 self._leave(slot)

@@ -41,9 +41,7 @@ class Buffer(Protocol):
 class Binding(Protocol):
     """A session with its buffers bound, once for many steps: what changes from step to step is given to `run`."""
 
-    def run(
-        self, feeds: Mapping[str, Array], results: Mapping[str, Array | Buffer], *, steady: bool = False
-    ) -> object:
+    def run(self, feeds: Mapping[str, Array], results: Mapping[str, Array | Buffer], *, steady: bool = False) -> object:
         """Run the graph once with the inputs that are not bound; the outputs that are not bound fill arrays or buffers.
 
         `steady` says that steps of these shapes come again and again, and that to run one twice does no harm: then the

@@ -1,9 +1,9 @@
 """What a row of logits comes to: few numbers that a device computes beside them, from which most choices can be made.
 
 The graph `candidates` of a bundle (docs/bundle.md) gives the largest logits, and the weights exp((logit - best) /
-temperature) summed over runs of RUN tokens. `pick` chooses from these what `sampler.choose` chooses from the logits, the
-same token by the same number - or says that it cannot: too few of the likeliest tokens are known, or the rounding of
-the sums could decide. Then the logits themselves are fetched.
+temperature) summed over runs of RUN tokens. `pick` chooses from these what `sampler.choose` chooses from the logits,
+the same token by the same number - or says that it cannot: too few of the likeliest tokens are known, or the rounding
+of the sums could decide. Then the logits themselves are fetched.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RUN = 256
 """Tokens whose weights the graph gives as one sum."""
 
 UNSURE = 4e-6
-"""To so much of the whole weight sums are trusted: in another order, and of another exp in float32, they differ by less."""
+"""Sums are trusted to this part of the whole weight: another order, and another exp in float32, change less."""
 
 
 @dataclass(frozen=True, slots=True)

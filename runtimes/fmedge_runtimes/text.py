@@ -34,6 +34,7 @@ from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.engine import DEFAULTS, Engine, EngineOptions
 from fmedge_runtimes.errors import BundleError, BundleFormatError, FmedgeError, RequestError
 from fmedge_runtimes.generation import Generation, refuse
+from fmedge_runtimes.plan import what_fits
 from fmedge_runtimes.request import Request
 from fmedge_runtimes.sampler import fresh_seed
 from fmedge_runtimes.sampling import Sampling
@@ -74,7 +75,13 @@ class TextModel:
         self._template = None if template is None else ChatTemplate(template, facts.special_tokens)
         self._constraints = Constraints(self.tokenizer, facts.vocabulary) if self.tokenizer else None
         self._decoder = Decoder(session, facts, candidates)
-        self._engine = Engine(self._decoder, self.options)
+
+        def said(rows: int, cache_bytes: int) -> str:
+            free = session.free_memory()
+            return what_fits(bundle, rows, None if free is None else free + cache_bytes + bundle.nbytes)
+
+        # Not a method: the engine's thread must not keep the model.
+        self._engine = Engine(self._decoder, self.options, said)
         # The engine's thread ends with the model, closed or forgotten, and before the interpreter does.
         self._end = weakref.finalize(self, self._engine.close)
 
