@@ -133,7 +133,13 @@ def main(options: Options) -> None:
         traffic = {"threads": options.threads, "requests": options.requests, "slots": options.slots}
         print(serving_line(served, {**traffic, "rounds": options.rounds, "left_out": left_out}))
         return
-    facts = {"threads": options.threads, "device": options.device, "prompt": options.prompt, "new": options.new, "rounds": options.rounds}
+    facts = {
+        "threads": options.threads,
+        "device": options.device,
+        "prompt": options.prompt,
+        "new": options.new,
+        "rounds": options.rounds,
+    }
     print(json_line(rows, {**facts, "repeats": options.repeats, "left_out": left_out}))
 
 

@@ -9,8 +9,9 @@ import pytest
 from fmedge_runtimes.device_logits import DeviceLogits, Summariser
 from fmedge_runtimes.host_memory import HostBuffer
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
-from fmedge_runtimes.sampler import NO_TOKEN, Row, choose
+from fmedge_runtimes.sampler import NO_TOKEN, Row, choose, logprob_of
 from fmedge_runtimes.sampling import Sampling
+from fmedge_runtimes.summary import logprob_from
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -140,3 +141,33 @@ def test_a_draw_from_a_summary_has_the_distribution_of_the_logits(sessions):
     expected = weights / weights.sum() * counts.sum()
     # Chi squared of 99 degrees of freedom: above 161 once in 10 000.
     assert ((counts - expected) ** 2 / expected).sum() < 161
+
+
+@settings(max_examples=40)
+@given(
+    vocabulary=st.sampled_from(VOCABULARIES),
+    top=st.sampled_from([0, 1, 5, 128, 200]),
+    ties=st.booleans(),
+    dtype=st.sampled_from(["float32", "float16"]),
+    seed=st.integers(0, 2**32),
+)
+def test_log_probabilities_are_those_of_the_logits(sessions, vocabulary, top, ties, dtype, seed):
+    random = np.random.default_rng(seed)
+    logits = drawn(random, 2, vocabulary, 3.0, ties, dtype)
+    left, _ = on_device(sessions, logits)
+    left.summaries([0.5, 1.0])
+    for number in range(2):
+        order = np.argsort(-logits[number], kind="stable")
+        for rank in (0, 40, 99):
+            token = int(order[rank])
+            found = logprob_from(left.row(number).summary, token, top)
+            if found is None:
+                # The token, or one of the likeliest, is not known for certain.
+                border = np.sort(logits[number])[-min(128, vocabulary)]
+                few = np.count_nonzero(logits[number] > border) if vocabulary > 128 else vocabulary
+                assert top > few or logits[number][token] <= border
+                continue
+            expected = logprob_of(logits[number], token, top)
+            assert found.logprob == pytest.approx(expected.logprob, abs=1e-6)
+            assert [one for one, _ in found.top] == [one for one, _ in expected.top]
+            assert [value for _, value in found.top] == pytest.approx([value for _, value in expected.top], abs=1e-6)

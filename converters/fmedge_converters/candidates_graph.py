@@ -19,7 +19,7 @@ FILE = "candidates.onnx"
 _TEXT = """
 <ir_version: 10, opset_import: ["" : 20]>
 candidates ({dtype}[rows, {vocabulary}] logits, float[rows] temperatures)
-    => (float[rows, {most}] top_logits, int32[rows, {most}] top_ids, float[rows, {runs}] weights)
+    => (float[rows, {most}] top_logits, int32[rows, {most}] top_ids, float[rows, {runs}] weights, float[rows] totals)
     <int64[1] most = {{{most}}}, int64[1] first = {{0}}, int64[1] last_axis = {{2}}, int64[1] row_axis = {{1}},
      int64[4] missing = {{0, 0, 0, {missing}}}, int64[3] in_runs = {{0, {runs}, {run}}}>
 {{
@@ -36,6 +36,10 @@ candidates ({dtype}[rows, {vocabulary}] logits, float[rows] temperatures)
     cut = Reshape (precise, in_runs)
     sums = ReduceSum <keepdims = 0> (cut, last_axis)
     weights = Cast <to = 1> (sums)
+    plain = Exp (gaps)
+    plainly = Cast <to = 11> (plain)
+    whole = ReduceSum <keepdims = 0> (plainly, row_axis)
+    totals = Cast <to = 1> (whole)
 }}
 """
 

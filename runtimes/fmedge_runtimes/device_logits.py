@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fmedge_runtimes.errors import BackendError
 from fmedge_runtimes.session import Array, Binding, Buffer, Session
-from fmedge_runtimes.summary import Summary
+from fmedge_runtimes.summary import LogitsRow, Summary
 
 
 class Summariser:
@@ -38,6 +38,7 @@ class Summariser:
             "top_logits": np.empty((rows, int(self._known)), np.float32),  # [R, K]
             "top_ids": np.empty((rows, int(self._known)), np.int32),  # [R, K]
             "weights": np.empty((rows, int(self._runs)), np.float32),  # [R, V / RUN]
+            "totals": np.empty((rows,), np.float32),  # [R]
         }
         binding.run({"temperatures": temperatures}, found, steady=True)
         return found
@@ -57,6 +58,7 @@ class DeviceLogits:
         self._rows = rows
         self._summariser = summariser
         self._fetched: dict[int, Array] = {}
+        self._summaries: list[Summary] = []
 
     def __len__(self) -> int:
         return self._rows
@@ -78,9 +80,13 @@ class DeviceLogits:
         if len(temperatures) != self._rows:
             raise BackendError(f"{len(temperatures)} temperatures for {self._rows} rows of logits")
         found = self._summariser(self._buffer, np.array(temperatures, np.float32))
-        return [
-            Summary(ids, logits, runs, self._buffer.shape[1], partial(self._part, row))
-            for row, (ids, logits, runs) in enumerate(
-                zip(found["top_ids"], found["top_logits"], found["weights"], strict=True)
-            )
+        parts = zip(*(found[name] for name in ("top_ids", "top_logits", "weights", "totals")), strict=True)
+        self._summaries = [
+            Summary(ids, logits, runs, float(total), self._buffer.shape[1], partial(self._part, row))
+            for row, (ids, logits, runs, total) in enumerate(parts)
         ]
+        return self._summaries
+
+    def row(self, row: int) -> LogitsRow:
+        """A row with what it came to, if that was asked for."""
+        return LogitsRow(partial(self.__getitem__, row), self._summaries[row] if self._summaries else None)

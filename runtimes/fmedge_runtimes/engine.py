@@ -36,6 +36,7 @@ from fmedge_runtimes.generation import Generation, light
 from fmedge_runtimes.request import Request
 from fmedge_runtimes.sampler import choose
 from fmedge_runtimes.slots import NO_TOKENS, Slot, Slots
+from fmedge_runtimes.summary import LogitsRow
 
 SHARED_CHUNK = 64
 """Tokens of prompts that go through between two steps of other requests' rows: the fewest at nearly full speed."""
@@ -375,7 +376,7 @@ class Engine:
             right = token == guess
             generation.lookup.accepted += right
             taken += right
-            finished = generation.take(token, partial(np.asarray, row), now)
+            finished = generation.take(token, LogitsRow(partial(np.asarray, row)), now)
             if finished or not right:
                 break
         cache.cut(slot.row, length + 1 + taken)
@@ -391,7 +392,11 @@ class Engine:
         except FmedgeError as error:  # from the device
             self._fail(slots, error)
             return
+        rows = [
+            logits.row(number) if isinstance(logits, DeviceLogits) else LogitsRow(partial(logits.__getitem__, number))
+            for number in range(len(slots))
+        ]
         now = time.perf_counter()
         for number, (slot, generation, token) in enumerate(zip(slots, generations, chosen.tolist(), strict=True)):
-            if generation.take(token, partial(logits.__getitem__, number), now):
+            if generation.take(token, rows[number], now):
                 self._leave(slot)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import platform
+import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -238,8 +239,9 @@ def _import_onnxruntime(device: Device) -> Any:  # noqa: ANN401 - a module
             f"the installed onnxruntime has no {provider}: pip uninstall onnxruntime, pip install 'fmedge[gpu]'."
         )
     if device.kind == "cuda":
-        # The CUDA libraries of pip's nvidia packages, where there are any.
-        onnxruntime.preload_dlls()
+        # The CUDA libraries of pip's nvidia packages, where there are any. It prints what it does not find.
+        with redirect_stdout(sys.stderr):
+            onnxruntime.preload_dlls()
     return onnxruntime
 
 

@@ -8,6 +8,7 @@ of the sums could decide. Then the logits themselves are fetched.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from fmedge_runtimes.candidates import (
     locate,
     remaining,
 )
+from fmedge_runtimes.completion import TokenLogprob
 from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.session import Array
 
@@ -41,6 +43,8 @@ class Summary:
     """Theirs [K], descending."""
     runs: npt.NDArray[np.float32]
     """Sums of weights [V / RUN], at the row's temperature."""
+    total: float
+    """The sum of exp(logit - largest) over the vocabulary: at temperature 1."""
     vocabulary: int
     part: Callable[[int, int], Array]
     """Fetches the logits of the tokens start:stop."""
@@ -49,6 +53,28 @@ class Summary:
     def floor(self) -> float:
         """Above this all logits are known; below all, if none is missing."""
         return float(self.logits[-1]) if len(self.ids) < self.vocabulary else -np.inf
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsRow:
+    """The logits of one row, wherever they are."""
+
+    whole: Callable[[], npt.NDArray[np.floating]]
+    """Fetches all of them [V]."""
+    summary: Summary | None = None
+    """What they come to, if they are on a device."""
+
+
+def logprob_from(summary: Summary, token: int, top: int) -> TokenLogprob | None:
+    """What `sampler.logprob_of` gives, to rounding; None if that cannot be told."""
+    known = summary.logits > summary.floor
+    (place,) = np.nonzero(summary.ids == token)
+    if top > np.count_nonzero(known) or not len(place) or not np.isfinite(summary.total):
+        return None
+    whole = float(summary.logits[0]) + math.log(summary.total)
+    order = np.lexsort((summary.ids[known], -summary.logits[known]))[:top]  # of a tie, the lowest id first
+    likeliest = tuple((int(summary.ids[at]), float(summary.logits[at]) - whole) for at in order)
+    return TokenLogprob(token, float(summary.logits[place[0]]) - whole, likeliest)
 
 
 def pick(summary: Summary, sampling: Sampling, at: Callable[[], float]) -> int | None:
