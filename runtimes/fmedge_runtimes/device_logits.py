@@ -68,12 +68,8 @@ class DeviceLogits:
         if not 0 <= row < self._rows:
             raise IndexError(row)
         if row not in self._fetched:
-            self._fetched[row] = self._part(row, 0, self._buffer.shape[1]).copy()
+            self._fetched[row] = _part(self._session, self._buffer, row, 0, self._buffer.shape[1]).copy()
         return self._fetched[row]
-
-    def _part(self, row: int, start: int, stop: int) -> Array:
-        first = row * self._buffer.shape[1]
-        return self._session.read(self._buffer, first + start, first + stop)
 
     def summaries(self, temperatures: Sequence[float]) -> list[Summary]:
         """What each row comes to at its temperature, which is above 0. Raises BackendError."""
@@ -82,7 +78,9 @@ class DeviceLogits:
         found = self._summariser(self._buffer, np.array(temperatures, np.float32))
         parts = zip(*(found[name] for name in ("top_ids", "top_logits", "weights", "totals")), strict=True)
         self._summaries = [
-            Summary(ids, logits, runs, float(total), self._buffer.shape[1], partial(self._part, row))
+            Summary(
+                ids, logits, runs, float(total), self._buffer.shape[1], partial(_part, self._session, self._buffer, row)
+            )
             for row, (ids, logits, runs, total) in enumerate(parts)
         ]
         return self._summaries
@@ -90,3 +88,9 @@ class DeviceLogits:
     def row(self, row: int) -> LogitsRow:
         """A row with what it came to, if that was asked for."""
         return LogitsRow(partial(self.__getitem__, row), self._summaries[row] if self._summaries else None)
+
+
+def _part(session: Session, buffer: Buffer, row: int, start: int, stop: int) -> Array:
+    """Some logits of a row. Not a method: summaries that point back would keep the memory until a collection."""
+    first = row * buffer.shape[1]
+    return session.read(buffer, first + start, first + stop)
