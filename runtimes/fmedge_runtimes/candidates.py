@@ -37,6 +37,9 @@ _TINY = 1e-30
 _SLACK = 1e-4
 """So much beyond a bound a coarse look keeps tokens: well above the error of float32, and few tokens more."""
 
+_SURER = 1e-3
+"""Tokens at least this likely are looked at before those: there are fewer of them, and they often suffice."""
+
 _SURE = 1e-4
 """Tokens at least this likely are looked at first; where they hold what top_p keeps, no others matter."""
 
@@ -63,9 +66,10 @@ def draw(scores: npt.NDArray[np.float32], sampling: Sampling, at: float) -> int:
         return locate(weights, at)
     if sampling.top_p < 1.0:
         total = _total(weights)
-        likely = weights >= max(total * _SURE, sampling.min_p) * (1.0 - _SLACK)
-        if np.count_nonzero(likely) <= _FEW:
-            ids = np.flatnonzero(likely)  # [N]
+        for floor in (_SURER, _SURE):
+            ids = np.flatnonzero(weights >= max(total * floor, sampling.min_p) * (1.0 - _SLACK))  # [N]
+            if len(ids) > _FEW:
+                break
             held = float(weights[ids].sum(dtype=np.float64))
             if held >= sampling.top_p * total * (1.0 + _SLACK):
                 ids, weights = remaining(ids, scores[ids], total - held, sampling)
