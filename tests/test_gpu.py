@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused_and_the_model_goes_on(cuda_bundle: Path) -
         (first,) = model.generate(PROMPTS[0], Sampling(max_new_tokens=4, ignore_eos=True))
         # All but what the cache's reserve asks for.
         hoard = memory.allocate((memory.driver.free_bytes - (48 << 20),), np.dtype(np.uint8))
-        (refused,) = model.generate([7] * 400, Sampling(max_new_tokens=100, ignore_eos=True))
+        (refused,) = model.generate([7] * 200, Sampling(max_new_tokens=40, ignore_eos=True))
         assert isinstance(refused.error, CacheMemoryError)
         assert "are free" in str(refused.error)
         del hoard
