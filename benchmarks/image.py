@@ -46,6 +46,7 @@ class Options:
     rounds: int
     repeats: int
     threads: int
+    device: str
     peers: Path
     work: Path
     keep_bundles: bool
@@ -80,6 +81,7 @@ def options_from_arguments(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="measured runs in each process")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", default="cpu", help="of fmedge's bundles: cpu or cuda")
     parser.add_argument("--peers", type=Path, default=Path("out/peers"), help="environments of the peers")
     parser.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="pipelines in all their forms")
     parser.add_argument("--keep-bundles", action="store_true", help="do not export fmedge's bundles again")
@@ -89,7 +91,7 @@ def options_from_arguments(arguments: Sequence[str] | None = None) -> Options:
 
 def main(options: Options) -> None:
     """Make what is missing, measure, report."""
-    forms = [item for item in image_forms(options.quantize) if item.form.name.startswith(options.only)]
+    forms = [item for item in image_forms(options.quantize, options.device) if item.form.name.startswith(options.only)]
     if options.install_peers:
         install(options.peers, sorted({item.form.environment for item in forms} - {FMEDGE}))
         return
@@ -156,6 +158,8 @@ def case_workloads(options: Options, case: str, item: ImageForm) -> Iterator[Ima
     shape = SHAPES.get(case, SHAPES[PIXELS])
     common = {"form": "", "side": shape.side, "context": shape.context, "threads": options.threads}
     common |= {"repeats": options.repeats, "mode": item.form.mode, "steps": options.steps}
+    # diffusers computes on the CPU what outputs are compared with.
+    common |= {"device": options.device if item.form.peer == FMEDGE else "cpu"}
     for unit in options.units:
         if unit in shape.units and unit in item.units:
             for batch in options.batches if unit == IMAGES else (1,):

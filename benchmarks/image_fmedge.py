@@ -24,7 +24,7 @@ def run_graph(workload: ImageWorkload) -> None:
     started = time.perf_counter()
     name, output = PARTS[workload.unit]
     bundle = open_image_bundle(Path(workload.form), checksums=False)
-    session = open_session(bundle.file(bundle.manifest.graphs[name].file), "cpu", workload.threads)
+    session = open_session(bundle.file(bundle.manifest.graphs[name].file), workload.device, workload.threads)
     load_s = time.perf_counter() - started
     feeds = workload.step_inputs() if workload.unit == STEP else workload.decode_inputs()
     measure(workload, load_s, lambda: session.run(feeds, {})[output])
@@ -54,7 +54,7 @@ def run_images(workload: ImageWorkload) -> None:
     """Through ImageModel.generate, as a user runs it."""
     counted = InGraphs()
     started = time.perf_counter()
-    model = fmedge.load(workload.form, threads=workload.threads)
+    model = fmedge.load(workload.form, device=workload.device, threads=workload.threads)
     load_s = time.perf_counter() - started
     options = Diffusion(steps=workload.steps, guidance=1.0, seed=7, height=workload.side, width=workload.side)
     prompts = workload.prompts()

@@ -25,14 +25,16 @@ class ImageForm:
     units: tuple[str, ...]
 
 
-def image_forms(quantizations: Sequence[str] = QUANTIZATIONS) -> Iterator[ImageForm]:
-    """Every form of every peer; diffusers, with which outputs are compared, first."""
+def image_forms(quantizations: Sequence[str] = QUANTIZATIONS, device: str = "cpu") -> Iterator[ImageForm]:
+    """Every form of every peer; diffusers on the CPU, with which outputs are compared, first."""
+    target = device.partition(":")[0]
     for mode in ("eager", "compiled"):
         form = Form("diffusers", mode, "image_diffusers.py", _nothing, FMEDGE, mode, "diffusers")
         yield ImageForm(form, EVERY)
     for quantize in quantizations:
         units = EVERY if quantize in ("none", "bf16") else (STEP, IMAGES)  # autoencoders are never quantized
-        yield ImageForm(Form(FMEDGE, quantize, "image_fmedge.py", _export_fmedge(quantize), FMEDGE), units)
+        build, output = _export_fmedge(quantize, target), "" if target == "cpu" else f"fmedge-{target}-{quantize}"
+        yield ImageForm(Form(FMEDGE, quantize, "image_fmedge.py", build, FMEDGE, output=output), units)
     for precision, mode in (("f32", "f32"), ("default", "")):
         # OpenVINO GenAI has no pipeline for what `fmedge train image` makes.
         form = Form("openvino", precision, "image_openvino.py", _export_openvino, "openvino-runtime", mode, "openvino")
@@ -44,10 +46,10 @@ def _nothing(python: Path, model: Path, output: Path) -> Sequence[str]:
     return [str(python), "-c", ""]
 
 
-def _export_fmedge(quantize: str) -> Build:
+def _export_fmedge(quantize: str, target: str) -> Build:
     def command(python: Path, model: Path, output: Path) -> Sequence[str]:
         arguments = ["-m", "fmedge", "export", str(model), str(output), "--verify", "none", "--quantize", quantize]
-        return [str(python), *arguments]
+        return [str(python), *arguments, "--target", target]
 
     return command
 

@@ -42,6 +42,7 @@ class ImageWorkload:
     repeats: int = 3
     mode: str = ""
     """Which way through the peer is measured, for those that have several."""
+    device: str = "cpu"
 
     def step_inputs(self) -> dict[str, Any]:
         """Of a UNet: sample [B, 4, S / 8, S / 8], timestep [1], encoder_hidden_states [B, 77, D]."""

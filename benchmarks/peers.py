@@ -84,15 +84,19 @@ class Form:
         aside.rename(output)
 
 
-def all_forms(block_sizes: Sequence[int]) -> Iterator[Form]:
-    """Every form of every peer, fmedge first."""
+def all_forms(block_sizes: Sequence[int], device: str = "cpu") -> Iterator[Form]:
+    """Every form of every peer that runs on the device, fmedge first; the peers' packages are those for the CPU."""
+    target = device.partition(":")[0]
+    aside = "" if target == "cpu" else f"-{target}"
     for quantize, block_size in (("none", None), ("int8", None), *(("int4", size) for size in block_sizes)):
         precision = quantize if block_size is None else f"{quantize}-{block_size}"
         options = ["--quantize", quantize, *([] if block_size is None else ["--block-size", str(block_size)])]
-        build = export_fmedge(options)
+        build = export_fmedge([*options, "--target", target])
         for peer, mode in ((FMEDGE, "generate"), ("fmedge-decoder", "decoder")):
             server = "serve_fmedge.py" if peer == FMEDGE else ""
-            yield Form(peer, precision, "run_fmedge.py", build, FMEDGE, mode, f"fmedge-{precision}", server)
+            yield Form(peer, precision, "run_fmedge.py", build, FMEDGE, mode, f"fmedge{aside}-{precision}", server)
+    if target != "cpu":
+        return
     for precision, options in GENAI_OPTIONS.items():
         yield Form("genai", precision, "run_genai.py", build_genai(options), "genai", server="serve_genai.py")
     for precision in ("Q4_0", "Q8_0"):

@@ -22,6 +22,7 @@ def run_generate(workload: Workload) -> None:
     # Every prompt and every token is computed: rounds repeat the same prompts, and texts repeat themselves.
     model = fmedge.load(
         workload.form,
+        device=workload.device,
         threads=workload.threads,
         max_batch=workload.batch,
         prefix_reuse=False,
@@ -44,7 +45,7 @@ def run_decoder(workload: Workload) -> None:
     started = time.perf_counter()
     bundle = open_bundle(Path(workload.form))
     graph = bundle.file(bundle.manifest.graphs["decoder"].file)
-    decoder = Decoder(open_session(graph, "cpu", workload.threads), bundle.manifest.text)
+    decoder = Decoder(open_session(graph, workload.device, workload.threads, True), bundle.manifest.text)
     load_s = time.perf_counter() - started
     cache = decoder.new_cache()
 

@@ -18,6 +18,7 @@ def run(traffic: Traffic) -> None:
     # Every prompt and every token is computed: random prompts share nothing, and random models repeat themselves.
     model = fmedge.load(
         traffic.form,
+        device=traffic.device,
         threads=traffic.threads,
         max_batch=traffic.slots,
         prefix_reuse=False,

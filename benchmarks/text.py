@@ -3,6 +3,7 @@
     python benchmarks/text.py --only fmedge
     python benchmarks/text.py --install-peers          # once; llama.cpp is compiled, which takes long
     python benchmarks/text.py --models smol135 --batches 1,8 --rounds 3
+    python benchmarks/text.py --models smol135 --device cuda
     python benchmarks/text.py --models smol135 --rates 0.5,2 --only fmedge/int4-128,genai/int4-best,llamaserver
 
 Every measurement is a process of its own; peers take turns within a round. The last line is one JSON document.
@@ -48,6 +49,7 @@ class Options:
     prompt: int
     new: int
     threads: int
+    device: str
     peers: Path
     work: Path
     keep_bundles: bool
@@ -88,6 +90,7 @@ def options_from_arguments() -> Options:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens generated for each prompt")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", default="cpu", help="cpu; or cuda, for fmedge's own forms")
     parser.add_argument("--peers", type=Path, default=Path("out/peers"), help="environments of the peers")
     parser.add_argument("--work", type=Path, default=Path("out/benchmarks"), help="models in all their forms")
     parser.add_argument("--keep-bundles", action="store_true", help="do not export fmedge's bundles again")
@@ -97,7 +100,7 @@ def options_from_arguments() -> Options:
 
 def main(options: Options) -> None:
     """Make what is missing, measure, report."""
-    forms = [form for form in all_forms(options.block_sizes) if form.name.startswith(options.only)]
+    forms = [form for form in all_forms(options.block_sizes, options.device) if form.name.startswith(options.only)]
     if not options.install_peers:
         forms = [form for form in forms if (form.server if options.rates else form.runner)]
     if options.install_peers:
@@ -130,7 +133,13 @@ def main(options: Options) -> None:
         traffic = {"threads": options.threads, "requests": options.requests, "slots": options.slots}
         print(serving_line(served, {**traffic, "rounds": options.rounds, "left_out": left_out}))
         return
-    facts = {"threads": options.threads, "prompt": options.prompt, "new": options.new, "rounds": options.rounds}
+    facts = {
+        "threads": options.threads,
+        "device": options.device,
+        "prompt": options.prompt,
+        "new": options.new,
+        "rounds": options.rounds,
+    }
     print(json_line(rows, {**facts, "repeats": options.repeats, "left_out": left_out}))
 
 
@@ -161,7 +170,7 @@ def workloads(options: Options, model: str, form: Form, path: Path) -> Iterator[
     """What a form of a model is asked to do: batches of each size, or requests at each rate."""
     vocabulary, threads = SHAPES[model].vocabulary, options.threads
     for rate in options.rates:
-        yield Traffic(str(path), vocabulary, rate, options.requests, options.slots, threads)
+        yield Traffic(str(path), vocabulary, rate, options.requests, options.slots, threads, options.device)
     for batch in () if options.rates else options.batches:
         yield Workload(
             form=str(path),
@@ -172,6 +181,7 @@ def workloads(options: Options, model: str, form: Form, path: Path) -> Iterator[
             threads=threads,
             repeats=options.repeats,
             mode=form.mode,
+            device=options.device,
         )
 
 

@@ -50,6 +50,7 @@ class Traffic:
     slots: int
     """Requests that a peer may serve together."""
     threads: int
+    device: str = "cpu"
 
     def arrivals(self) -> list[Arrival]:
         """A Poisson process: exponential gaps; lengths uniform within short and long."""

@@ -40,6 +40,7 @@ class Workload:
     repeats: int = 3
     mode: str = ""
     """Which way through the peer is measured, for those that have several."""
+    device: str = "cpu"
 
     def prompts(self, repeat: int) -> list[list[int]]:
         """Token ids; other ones in every repeat, so that no prefix cache helps."""

@@ -9,10 +9,10 @@ import time
 
 import pytest
 from fake_session import CONTEXT, FakeSession, make_bundle
+from fmedge_runtimes import load
 from fmedge_runtimes.bundle import write_manifest
 from fmedge_runtimes.errors import RequestError
 
-from fmedge.commands import measurement
 from fmedge.commands.measurement import Workload, measure, memory_bandwidth
 
 DELAY = 0.01
@@ -28,7 +28,7 @@ class Slow(FakeSession):
 def fake(tmp_path, monkeypatch):
     bundle = make_bundle(tmp_path / "bundle")
     write_manifest(bundle.folder, bundle.manifest)
-    monkeypatch.setattr(measurement, "open_session", lambda *_: Slow())
+    monkeypatch.setattr(load, "open_session", lambda *_: Slow())
     return bundle
 
 

@@ -490,3 +490,29 @@ def test_a_graph_of_one_token_takes_a_prompt_token_by_token(layers):
     for any_number, one in zip(*found, strict=True):
         np.testing.assert_array_equal(any_number, one)
     assert session.runs == 2 * len(tokens)
+
+
+@pytest.mark.parametrize(("layers", "repeatable"), [(PLAIN, True), (WINDOWED, False), (HYBRID, False)])
+def test_only_steps_that_may_run_twice_are_recorded(layers, repeatable):
+    assert RowCache(FakeSession(layers=layers), text_facts(layers)).repeatable is repeatable
+
+
+def test_recorded_steps_have_the_same_scalars_until_the_cache_grows():
+    asked = []
+
+    class Noted(FakeSession):
+        def _check(self, feeds, results):
+            asked.append((feeds["input_ids"].shape[1], int(feeds["total_sequence_length"])))
+            super()._check(feeds, results)
+
+    session = Noted(captures=True)
+    decoder = Decoder(session, text_facts())
+    cache = decoder.new_cache()
+    logits = decoder.prefill(cache, 0, [1, 2, 3])
+    tokens = [1, 2, 3]
+    for _ in range(70):
+        assert (logits == logits_of(tuple(tokens))).all()
+        tokens.append(int(logits.argmax()))
+        (logits,) = decoder.decode(cache, tokens[-1:])
+    totals = [total for length, total in asked if length == 1]
+    assert totals == [64] * 61 + [cache.capacity] * 9

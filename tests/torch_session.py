@@ -25,6 +25,7 @@ class TorchSession:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     window_slack: bool = True
+    captures: bool = False
     closed: bool = False
     rows: list[int] = field(default_factory=list)
     """Of each run."""
@@ -60,7 +61,7 @@ class TorchSession:
         """Not needed by images."""
         raise NotImplementedError
 
-    copy = bind = allocate
+    copy = bind = read = allocate
 
     def free_memory(self) -> None:
         """Unknown."""

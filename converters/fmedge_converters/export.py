@@ -42,6 +42,7 @@ from transformers import GenerationConfig
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, as_they_are, build_decoder
 from fmedge_converters.builtin_text import builtin_text
+from fmedge_converters.candidates_graph import write_candidates
 from fmedge_converters.checkpoint import Checkpoint
 from fmedge_converters.decoder import empty_model, quiet_libraries, text_config
 from fmedge_converters.evidence import (
@@ -165,6 +166,9 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
             evidence.append(_run(built, facts, tokens.prompts, progress))
             judge(evidence[-1], options)
         graphs = {"decoder": graph_facts(built.model, built.written.graph)}
+        if target.summarises:
+            logits = next(output for output in graphs["decoder"].outputs if output.name == "logits")
+            graphs["candidates"] = graph_facts(*write_candidates(folder, facts.vocabulary, logits.dtype))
         if layout is not None:
             finished = Finished(folder, built.written.graph, source.config, generation, facts, target)
             graphs[layout.name], proofs = _lay_out(layout, finished, goldens, progress)

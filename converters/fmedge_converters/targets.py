@@ -39,6 +39,8 @@ class Target:
     """Operators that may write a recurrent state over the one they read; tests/test_kernels.py has the proof."""
     automatic: tuple[str, ...] = ()
     """Image schemes of which --quantize auto takes the fastest on this machine, the most precise first."""
+    summarises: bool = False
+    """Whether bundles carry the graph that summarises logits, which stay on the device then."""
     no_int8_cache: str | None = None
     """Why keys and values cannot be kept in int8; None if they can."""
 
@@ -96,6 +98,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4),
             image_schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4),
             read_first=frozenset(),
+            summarises=True,
             no_int8_cache="ONNX Runtime's CUDA kernel has int8 caches, but none has run on a GPU here yet",
         ),
     }

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from fmedge_runtimes.errors import BackendError, BundleError
 
+from fmedge.commands.device_options import DEVICE_HELP, GRAPHS_HELP
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -41,8 +43,9 @@ def command(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
     new: Annotated[int, typer.Option(min=2, help="Tokens that each row generates.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each batch size; medians are shown.")] = 3,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's target unless given.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU; all cores unless given.")] = None,
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help=GRAPHS_HELP)] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON line.")] = False,
 ) -> None:
     """Measure how fast bundles write text on this machine. Prompts are random tokens, the same for every bundle.
@@ -53,7 +56,7 @@ def command(
 
     from fmedge.commands.measurement import Workload, memory_bandwidth
 
-    workload = Workload(_batches(batch), prompt, new, repeats, device, threads)
+    workload = Workload(_batches(batch), prompt, new, repeats, device, threads, cuda_graphs)
     for bundle in bundles:
         if kind_of(bundle) == "image":
             raise BundleError(

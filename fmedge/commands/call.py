@@ -20,3 +20,4 @@ class Call:
     max_batch: int | None
     threads: int | None
     memory: int | None
+    cuda_graphs: bool

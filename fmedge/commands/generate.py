@@ -11,6 +11,7 @@ from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.sampling import checked
 
 from fmedge.commands.byte_size import parse_bytes
+from fmedge.commands.device_options import DEVICE_HELP, GRAPHS_HELP
 from fmedge.commands.kinds import parse_size, refuse_others
 
 EPILOG = """
@@ -279,7 +280,7 @@ def command(
             rich_help_panel=IMAGES,
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's target unless given.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Rows that are decoded, or images that are denoised, together at most.")
     ] = None,
@@ -292,6 +293,7 @@ def command(
             help="What all of it may take (6GiB): weights, working memory, cache; what is free, if not given.",
         ),
     ] = None,
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help=GRAPHS_HELP)] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line for each completion.")] = False,
 ) -> None:
     """Complete prompts, or make images of them. Options that are not given are the bundle's own.
@@ -305,7 +307,9 @@ def command(
 
     from fmedge.commands.call import Call
 
-    call = Call(bundle, tuple(prompts or ()), source, output, force, as_json, device, max_batch, threads, memory)
+    call = Call(
+        bundle, tuple(prompts or ()), source, output, force, as_json, device, max_batch, threads, memory, cuda_graphs
+    )
     makes_images = kind_of(bundle) == "image"
     texts = {str(parameter.name) for parameter in ctx.command.params} - IMAGE_OPTIONS - BOTH_OPTIONS
     refuse_others(ctx, bundle, makes_images=makes_images, others=texts if makes_images else IMAGE_OPTIONS)

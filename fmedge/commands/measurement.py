@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from fmedge_runtimes.backends import open_session
 from fmedge_runtimes.bundle import Bundle, open_bundle
 from fmedge_runtimes.engine import EngineOptions
 from fmedge_runtimes.errors import RequestError
+from fmedge_runtimes.load import open_graphs
 from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.text import TextModel
 
@@ -36,6 +36,7 @@ class Workload:
     repeats: int
     device: str | None
     threads: int | None
+    cuda_graphs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +72,12 @@ def measure(folder: Path, workload: Workload) -> list[Measured]:
             "give less with --prompt and --new."
         )
     device = workload.device or bundle.manifest.target
-    graph = bundle.file(bundle.manifest.graphs["decoder"].file)
-    stopwatch = Stopwatch(open_session(graph, device, workload.threads))
+    session, candidates = open_graphs(bundle, device, workload.threads, workload.cuda_graphs)
+    stopwatch = Stopwatch(session)
     # Prompts and texts are random: neither what they share nor what they repeat may help.
     options = EngineOptions(max_batch=max(workload.batches), prefix_reuse=False, prompt_lookup=False)
     generator = np.random.default_rng(SEED)
-    with TextModel(bundle, stopwatch, options) as model:
+    with TextModel(bundle, stopwatch, options, candidates) as model:
         return [
             _at_batch(model, stopwatch, workload, batch, device, generator) for batch in sorted(set(workload.batches))
         ]

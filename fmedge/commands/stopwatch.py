@@ -40,11 +40,18 @@ class Stopwatch:
     def window_slack(self) -> bool:
         return self._session.window_slack
 
+    @property
+    def captures(self) -> bool:
+        return self._session.captures
+
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Buffer:
         return self._session.allocate(shape, dtype)
 
     def copy(self, source: Buffer, target: Buffer, shape: tuple[int, ...] | None = None) -> None:
         self._session.copy(source, target, shape)
+
+    def read(self, buffer: Buffer, start: int = 0, stop: int | None = None) -> Array:
+        return self._session.read(buffer, start, stop)
 
     def free_memory(self) -> int | None:
         return self._session.free_memory()
@@ -64,9 +71,9 @@ class _TimedBinding:
     binding: Binding
     steps: list[Step]
 
-    def run(self, feeds: Mapping[str, Array], results: Mapping[str, Array]) -> object:
+    def run(self, feeds: Mapping[str, Array], results: Mapping[str, Array | Buffer], *, steady: bool = False) -> object:
         start = time.perf_counter()
-        returned = self.binding.run(feeds, results)
+        returned = self.binding.run(feeds, results, steady=steady)
         rows, tokens = feeds["input_ids"].shape
         self.steps.append(Step(rows, tokens, start, time.perf_counter()))
         return returned

@@ -53,6 +53,7 @@ def generate_texts(call: Call, changes: Mapping[str, Any], *, resume: bool, chat
             max_batch=DEFAULTS.max_batch if call.max_batch is None else call.max_batch,
             threads=call.threads,
             memory=call.memory,
+            cuda_graphs=call.cuda_graphs,
         ) as model,
     ):
         base = replace(model.default_sampling, **changes)

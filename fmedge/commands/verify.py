@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from fmedge.commands.device_options import DEVICE_HELP
+
 
 def command(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's target unless given.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON line.")] = False,
 ) -> None:
     """Check every byte of a bundle and replay its golden continuations, or images, on this machine."""

@@ -6,21 +6,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from fmedge_runtimes.device import parse_device
 from fmedge_runtimes.errors import BackendError, RequestError
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from fmedge_runtimes.session import Session
 
-Open = Callable[[Path, str, int | None], Session]
-"""Opens a graph on a device with a number of threads (None: as the backend likes)."""
+Open = Callable[[Path, str, int | None, bool], Session]
+"""Opens a graph on a device with a number of threads (None: as the backend likes), with CUDA graphs or without."""
 
 BACKENDS: Mapping[str, Open] = MappingProxyType({"cpu": OnnxRuntimeSession, "cuda": OnnxRuntimeSession})
-"""By device."""
+"""By kind of device."""
 
 
-def open_session(graph: Path, device: str, threads: int | None) -> Session:
-    """Open a graph. Raises BackendError, and RequestError for a number of threads that cannot be."""
+def open_session(graph: Path, device: str, threads: int | None, cuda_graphs: bool = False) -> Session:
+    """Open a graph on a device such as "cpu" or "cuda:1"; `cuda_graphs` lets a GPU record steady steps.
+
+    Raises BackendError, and RequestError for a number of threads that cannot be.
+    """
     if threads is not None and threads < 1:
         raise RequestError(f"threads is {threads}; it must be at least 1.")
-    if device not in BACKENDS:
+    kind = parse_device(device).kind
+    if kind not in BACKENDS:
         raise BackendError(f"there is no device {device}; choose one of {', '.join(BACKENDS)}.")
-    return BACKENDS[device](graph, device, threads)
+    return BACKENDS[kind](graph, device, threads, cuda_graphs)

@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fmedge_runtimes.bundle import TextFacts
+from fmedge_runtimes.device_logits import DeviceLogits, Summariser
+from fmedge_runtimes.errors import CacheMemoryError
 from fmedge_runtimes.row_cache import RowCache
-from fmedge_runtimes.session import Array, Session
+from fmedge_runtimes.session import Array, Buffer, Session
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]
 
@@ -26,9 +28,12 @@ PREFILL_CHUNK = 256
 class Decoder:
     """Runs the steps of a decoder; what is kept between them is in the cache."""
 
-    def __init__(self, session: Session, facts: TextFacts) -> None:
+    def __init__(self, session: Session, facts: TextFacts, candidates: Session | None = None) -> None:
+        """`candidates`: a graph that summarises logits on the same device, where `decode` leaves them then."""
         self.session = session
         self.facts = facts
+        self._summarise = None if candidates is None else Summariser(candidates)
+        self._logits: Buffer | None = None
         self._inputs = {spec.name for spec in session.inputs}
         self._one_token = any(spec.name == "input_ids" and spec.shape[1:] == (1,) for spec in session.inputs)
         self._logits_dtype = next(spec.dtype for spec in session.outputs if spec.name == "logits")
@@ -74,6 +79,34 @@ class Decoder:
         ids = np.asarray(tokens, np.int64)[:, None]  # [R, 1]
         return self._run(cache, 0, ids, np.arange(rows, dtype=np.int64))
 
+    def decode_in_place(self, cache: RowCache, tokens: Sequence[int]) -> npt.NDArray[np.floating] | DeviceLogits:
+        """The same; where there is a graph to summarise them, the logits stay on the device until the next call."""
+        if self._summarise is None:
+            return self.decode(cache, tokens)
+        rows = len(tokens)
+        cache.reserve(rows, int(cache.lengths[:rows].max()) + 1)
+        ids = np.asarray(tokens, np.int64)[:, None]  # [R, 1]
+        buffer = self._buffer(cache, rows)
+        self._step(cache, 0, ids, np.arange(rows, dtype=np.int64), buffer.rows(0, rows))
+        return DeviceLogits(self.session, buffer, rows, self._summarise)
+
+    def _buffer(self, cache: RowCache, rows: int) -> Buffer:
+        """Memory on the device for the logits of so many rows, and of all that the cache has."""
+        if self._logits is None or self._logits.shape[0] < rows:
+            shape = (max(rows, cache.rows), self.facts.vocabulary)
+            try:
+                self._logits = self.session.allocate(shape, np.dtype(self._logits_dtype))
+            except MemoryError as error:
+                raise CacheMemoryError(f"there is no memory for the logits of {shape[0]} rows.") from error
+        return self._logits
+
+    def close(self) -> None:
+        """Give the memory of the sessions back."""
+        self._logits = None
+        if self._summarise is not None:
+            self._summarise.close()
+        self.session.close()
+
     def score(self, cache: RowCache, tokens: Sequence[int]) -> npt.NDArray[np.floating]:
         """The logits [S, V] at every position of a text, in a cache that is empty before and after."""
         cache.reserve(1, len(tokens))
@@ -104,21 +137,36 @@ class Decoder:
         self, cache: RowCache, first: int, ids: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.floating]:
         """One step for the rows first : first + R with token ids [R, S]; logits [N, V] of the wanted of R * S."""
-        rows, length = ids.shape
+        length = ids.shape[1]
         if self._one_token and length > 1:
             # Several tokens are one row's, and this graph takes them one by one.
             asked = (wanted[wanted == token] * 0 for token in range(length))
             return np.concatenate([self._run(cache, first, ids[:, [token]], part) for token, part in enumerate(asked)])
+        logits: npt.NDArray[np.floating] = np.empty((len(wanted), self.facts.vocabulary), self._logits_dtype)  # [N, V]
+        self._step(cache, first, ids, wanted, logits)
+        return logits
+
+    def _step(
+        self,
+        cache: RowCache,
+        first: int,
+        ids: npt.NDArray[np.int64],
+        wanted: npt.NDArray[np.int64],
+        logits: npt.NDArray[np.floating] | Buffer,
+    ) -> None:
+        """One run of the graph for the rows first : first + R with token ids [R, S], into logits [N, V]."""
+        rows, length = ids.shape
         past = cache.lengths[first : first + rows]  # [R]
+        # Any length from the longest row's to the capacity is right; one that stays lets a device record the step.
+        steady = length == 1 and cache.repeatable and self.session.captures
+        total = cache.capacity if steady else int(past.max()) + length
         step: dict[str, Array] = {
             "input_ids": ids,
             "position_ids": past[:, None].astype(np.int64) + np.arange(length),  # [R, S]
             "logits_indices": wanted,
             "seqlens_k": past + np.int32(length - 1),  # [R]
-            "total_sequence_length": np.array(int(past.max()) + length, np.int32),
+            "total_sequence_length": np.array(total, np.int32),
         }
         feeds = {name: array for name, array in step.items() if name in self._inputs}
-        logits: npt.NDArray[np.floating] = np.empty((len(wanted), self.facts.vocabulary), self._logits_dtype)  # [N, V]
-        cache.bound(first, first + rows).run(feeds, {"logits": logits})
+        cache.bound(first, first + rows).run(feeds, {"logits": logits}, steady=steady)
         cache.append(first, ids)
-        return logits

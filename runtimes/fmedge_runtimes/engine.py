@@ -11,8 +11,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -21,12 +22,21 @@ import numpy.typing as npt
 from fmedge_runtimes import decoder as decoders
 from fmedge_runtimes.completion import FinishReason
 from fmedge_runtimes.decoder import Decoder
-from fmedge_runtimes.errors import BackendError, CacheMemoryError, FmedgeError, QueueFullError, RequestError
+from fmedge_runtimes.device_logits import DeviceLogits
+from fmedge_runtimes.errors import (
+    BackendError,
+    CacheMemoryError,
+    DeviceMemoryError,
+    FmedgeError,
+    QueueFullError,
+    RequestError,
+)
 from fmedge_runtimes.fair_queue import FairQueue
 from fmedge_runtimes.generation import Generation, light
 from fmedge_runtimes.request import Request
 from fmedge_runtimes.sampler import choose
 from fmedge_runtimes.slots import NO_TOKENS, Slot, Slots
+from fmedge_runtimes.summary import LogitsRow
 
 SHARED_CHUNK = 64
 """Tokens of prompts that go through between two steps of other requests' rows: the fewest at nearly full speed."""
@@ -63,9 +73,13 @@ DEFAULTS = EngineOptions()
 class Engine:
     """Serves requests with one decoder. `submit`, `cancel` and `close` may be called from any thread."""
 
-    def __init__(self, decoder: Decoder, options: EngineOptions) -> None:
+    def __init__(
+        self, decoder: Decoder, options: EngineOptions, what_fits: Callable[[int, int], str] = lambda *_: ""
+    ) -> None:
+        """`what_fits`: what to say of so many rows, and so many bytes of cache, when a GPU is out of memory."""
         self._decoder = decoder
         self._options = options
+        self._what_fits = what_fits
         # Shared between threads, under the lock.
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -179,6 +193,11 @@ class Engine:
     def _fail(self, slots: Sequence[Slot], error: FmedgeError) -> None:
         """End the requests of the rows of a step that failed; what these rows hold is not to be trusted."""
         requests = {slot.served.request for slot in slots}
+        if isinstance(error, DeviceMemoryError):
+            cache = self._slots.cache
+            error = DeviceMemoryError(
+                f"{error} {self._what_fits(len(slots), cache.nbytes(cache.rows, cache.capacity))}"
+            )
         for slot in slots:
             self._leave(slot, keep=False)
         for request in requests:
@@ -319,7 +338,8 @@ class Engine:
                 self._verify(slot, draft)
             return
         try:
-            logits = self._decoder.decode(self._slots.cache, [slot.served.tokens[-1] for slot in slots])  # [R, V]
+            last = [slot.served.tokens[-1] for slot in slots]
+            logits = self._decoder.decode_in_place(self._slots.cache, last)  # [R, V]
         except FmedgeError as error:
             self._fail(slots, error)
             return
@@ -356,7 +376,7 @@ class Engine:
             right = token == guess
             generation.lookup.accepted += right
             taken += right
-            finished = generation.take(token, row, now)
+            finished = generation.take(token, LogitsRow(partial(np.asarray, row)), now)
             if finished or not right:
                 break
         cache.cut(slot.row, length + 1 + taken)
@@ -364,11 +384,19 @@ class Engine:
         if finished:
             self._leave(slot)
 
-    def _take(self, slots: Sequence[Slot], logits: npt.NDArray[np.floating]) -> None:
+    def _take(self, slots: Sequence[Slot], logits: npt.NDArray[np.floating] | DeviceLogits) -> None:
         """Choose a token for each row from logits [R, V]; those that finish leave."""
         generations = [slot.served for slot in slots]
-        chosen = choose(logits, [generation.sampler_row for generation in generations])
+        try:
+            chosen = choose(logits, [generation.sampler_row for generation in generations])
+        except FmedgeError as error:  # from the device
+            self._fail(slots, error)
+            return
+        rows = [
+            logits.row(number) if isinstance(logits, DeviceLogits) else LogitsRow(partial(logits.__getitem__, number))
+            for number in range(len(slots))
+        ]
         now = time.perf_counter()
-        for slot, generation, token, row in zip(slots, generations, chosen.tolist(), logits, strict=True):
-            if generation.take(token, row, now):
+        for number, (slot, generation, token) in enumerate(zip(slots, generations, chosen.tolist(), strict=True)):
+            if generation.take(token, rows[number], now):
                 self._leave(slot)

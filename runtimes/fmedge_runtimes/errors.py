@@ -7,6 +7,7 @@ A message says what is wrong, where, and what to do next.
     │   ├── BundleFormatError    the manifest does not follow the format
     │   └── BundleDamagedError   a file is missing, or its bytes differ
     ├── BackendError         a backend is missing, or refused the graph
+    │   └── DeviceMemoryError    the memory of a GPU does not suffice
     ├── RequestError         a prompt or an option that cannot be served
     │   ├── CacheMemoryError     the KV cache does not fit in the memory left
     │   └── QueueFullError       too many requests wait already
@@ -37,6 +38,10 @@ class BundleDamagedError(BundleError):
 
 class BackendError(FmedgeError):
     """The backend is not installed, or refused the graph."""
+
+
+class DeviceMemoryError(BackendError):
+    """The memory of a GPU does not suffice for weights, or for a step."""
 
 
 class RequestError(FmedgeError):

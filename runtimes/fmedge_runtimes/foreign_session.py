@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fmedge_runtimes.bundle import CacheFacts
-from fmedge_runtimes.onnxruntime_session import HostBuffer
+from fmedge_runtimes.host_memory import HostBuffer
 from fmedge_runtimes.session import Array, Binding, Buffer, Session, TensorSpec
 
 Ids = npt.NDArray[np.int64]
@@ -78,6 +78,8 @@ class ForeignSession:
         self._dtypes = {spec.name: np.dtype(spec.dtype) for spec in (*session.inputs, *session.outputs)}
         self._parts = tuple(_parts(graph))
         self.window_slack = session.window_slack
+        # A step is several runs where the graph wants it so.
+        self.captures = False
         self.inputs = (
             TensorSpec("input_ids", "int64", ("batch", "sequence")),
             TensorSpec("logits_indices", "int64", ("logits",)),
@@ -104,6 +106,10 @@ class ForeignSession:
             return
         block = tuple(map(slice, map(min, source.shape, target.shape) if shape is None else shape))
         _host(target)[block] = _host(source)[block]
+
+    def read(self, buffer: Buffer, start: int = 0, stop: int | None = None) -> Array:
+        """The elements start:stop of a flattened buffer, on the host."""
+        return self._session.read(buffer, start, stop) if self.graph.in_place else _host(buffer).reshape(-1)[start:stop]
 
     def free_memory(self) -> int | None:
         """Bytes that `allocate` can still hand out; where the caches grow, a step needs more beside each."""
@@ -146,9 +152,12 @@ class ForeignBinding:
         self._buffers = buffers
         self._bound: dict[tuple[int, int], Binding] = {}
 
-    def run(self, feeds: Mapping[str, Array], results: Mapping[str, Array]) -> None:
+    def run(self, feeds: Mapping[str, Array], results: Mapping[str, Array | Buffer], *, steady: bool = False) -> None:
         """Run one step of a bundle's decoder, in as many runs of the graph as it needs. Raises BackendError."""
+        del steady
         ids, logits = feeds["input_ids"], results["logits"]  # [B, S], [N, V]
+        if not isinstance(logits, np.ndarray):
+            raise TypeError("the logits of a foreign graph are put together on the host")
         length = ids.shape[1]
         past = feeds["seqlens_k"].astype(np.int64) + 1 - length  # [B]
         row, column = np.divmod(feeds["logits_indices"], length)  # [N], [N]

@@ -6,9 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
 from fmedge_runtimes import sampler
 from fmedge_runtimes.best_of import BestOf
 from fmedge_runtimes.bundle import TextFacts
@@ -19,6 +16,7 @@ from fmedge_runtimes.prompt_lookup import PromptLookup
 from fmedge_runtimes.request import Request
 from fmedge_runtimes.sampler import NO_TOKEN
 from fmedge_runtimes.sampling import Sampling
+from fmedge_runtimes.summary import LogitsRow, logprob_from
 from fmedge_runtimes.tokenizer import TextStream
 
 
@@ -76,13 +74,18 @@ class Generation:
             )
         return self.state
 
-    def take(self, token: int, logits: npt.NDArray[np.floating], now: float) -> bool:
-        """Take the token chosen from logits [V] and give out what text is certain; whether that was the last one."""
+    def take(self, token: int, logits: LogitsRow, now: float) -> bool:
+        """Take the token chosen from logits [V] and give out what text is certain; whether that was the last one.
+
+        All logits are fetched only where they are needed: they may be on a device.
+        """
         if token == NO_TOKEN:
-            self.finish("error", sampler.fault(logits, self.sampler_row))
+            self.finish("error", sampler.fault(logits.whole(), self.sampler_row))
             return True
         if self.sampling.logprobs is not None or self.rivals is not None:
-            self.logprobs.append(sampler.logprob_of(logits, token, self.sampling.logprobs or 0))
+            top = self.sampling.logprobs or 0
+            known = None if logits.summary is None else logprob_from(logits.summary, token, top)
+            self.logprobs.append(known or sampler.logprob_of(logits.whole(), token, top))
         ended = self.sampler_row.ends(token)
         self.sampler_row.record(token)
         self.tokens.append(token)

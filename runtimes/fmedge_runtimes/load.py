@@ -9,12 +9,13 @@ from typing import Any, Literal
 from fmedge_runtimes.backends import open_session
 from fmedge_runtimes.bundle import Bundle, TextManifest, open_bundle, open_image_bundle, read_manifest
 from fmedge_runtimes.decoder import Decoder
+from fmedge_runtimes.device import parse_device
 from fmedge_runtimes.engine import DEFAULTS, EngineOptions
-from fmedge_runtimes.errors import RequestError
+from fmedge_runtimes.errors import DeviceMemoryError, RequestError
 from fmedge_runtimes.foreign import find_foreign, open_foreign
 from fmedge_runtimes.image import ImageModel
 from fmedge_runtimes.parts import MODES, MemoryMode, Parts
-from fmedge_runtimes.plan import plan
+from fmedge_runtimes.plan import plan, what_fits
 from fmedge_runtimes.session import Session
 from fmedge_runtimes.text import TextModel
 
@@ -30,6 +31,7 @@ def load(
     prompt_lookup: bool = DEFAULTS.prompt_lookup,
     memory_mode: MemoryMode = MODES[0],
     threads: int | None = None,
+    cuda_graphs: bool = True,
     checksums: bool = True,
 ) -> Any:  # noqa: ANN401 - a TextModel or an ImageModel, as the bundle says; a union would fit no call of either
     """Load a `TextModel` from a bundle or foreign decoder that writes text, an `ImageModel` from one for images.
@@ -42,6 +44,7 @@ def load(
             ("max_waiting", max_waiting, DEFAULTS.max_waiting),
             ("prefix_reuse", prefix_reuse, DEFAULTS.prefix_reuse),
             ("prompt_lookup", prompt_lookup, DEFAULTS.prompt_lookup),
+            ("cuda_graphs", cuda_graphs, True),
         ):
             if given != usual:
                 raise RequestError(f"{name} is an option of models that write text; {path} makes images.")
@@ -65,6 +68,7 @@ def load(
         prefix_reuse=prefix_reuse,
         prompt_lookup=prompt_lookup,
         threads=threads,
+        cuda_graphs=cuda_graphs,
         checksums=checksums,
     )
 
@@ -86,20 +90,23 @@ def load_text(
     prefix_reuse: bool = DEFAULTS.prefix_reuse,
     prompt_lookup: bool = DEFAULTS.prompt_lookup,
     threads: int | None = None,
+    cuda_graphs: bool = True,
     checksums: bool = True,
 ) -> TextModel:
     """Load a text bundle, or a decoder that onnxruntime-genai's builder or optimum exported (docs/interop.md).
 
-    `device` is "cpu" or "cuda"; None takes the one that the bundle was exported for. `max_batch` rows are decoded
-    together at most; `max_waiting` completions may wait while all are taken, later ones are refused. `memory` is what
-    weights, working memory and cache may take together, in bytes (`plan` says how that is divided); None: what the
-    machine, or the control group of the process, has free when the cache grows. With `prefix_reuse` prompts start from
-    what other rows have cached; with `prompt_lookup` a text that repeats itself is decoded several tokens at a time
-    while few rows are served. `threads` None leaves the number to the backend. `checksums` reads every byte of the
-    bundle once; sizes are compared always.
+    `device` is "cpu", "cuda", or "cuda:1" for the second GPU; None takes the one that the bundle was exported for.
+    `max_batch` rows are decoded together at most; `max_waiting` completions may wait while all are taken, later ones
+    are refused. `memory` is what weights, working memory and cache may take together, in bytes (`plan` says how that is
+    divided); None: what the GPU, the machine, or the control group of the process, has free when the cache grows. With
+    `prefix_reuse` prompts start from what other rows have cached; with `prompt_lookup` a text that repeats itself is
+    decoded several tokens at a time while few rows are served. `threads` None leaves the number to the backend. With
+    `cuda_graphs` a GPU records the steps that come often, and replays them. `checksums` reads every byte of the bundle
+    once; sizes are compared always.
 
-    Raises BundleError (no bundle, damaged, of a newer format, or a foreign decoder that lacks something), BackendError,
-    and RequestError for options that cannot be, or a memory in which nothing fits.
+    Raises BundleError (no bundle, damaged, of a newer format, or a foreign decoder that lacks something), BackendError
+    (DeviceMemoryError where a GPU has no room for the weights), and RequestError for options that cannot be, or a
+    memory in which nothing fits.
     """
     foreign = find_foreign(Path(path))
     session = None
@@ -114,10 +121,28 @@ def load_text(
         prefix_reuse=prefix_reuse,
         prompt_lookup=prompt_lookup,
     )
+    candidates = None
     if session is None:
-        graph = bundle.file(bundle.manifest.graphs["decoder"].file)
-        session = open_session(graph, device or bundle.manifest.target, threads)
-    return TextModel(bundle, session, options)
+        session, candidates = open_graphs(bundle, device, threads, cuda_graphs)
+    return TextModel(bundle, session, options, candidates)
+
+
+def open_graphs(
+    bundle: Bundle, device: str | None, threads: int | None, cuda_graphs: bool
+) -> tuple[Session, Session | None]:
+    """The decoder of a bundle, and the graph that summarises its logits if they are on a GPU and it has one.
+
+    Raises BackendError.
+    """
+    device = device or bundle.manifest.target
+    graphs = bundle.manifest.graphs
+    try:
+        decoder = open_session(bundle.file(graphs["decoder"].file), device, threads, cuda_graphs)
+    except DeviceMemoryError as error:
+        raise DeviceMemoryError(f"{error} {what_fits(bundle, 1, None)}") from error
+    if parse_device(device).kind == "cpu" or "candidates" not in graphs:
+        return decoder, None
+    return decoder, open_session(bundle.file(graphs["candidates"].file), device, threads, cuda_graphs)
 
 
 def open_decoder(
@@ -131,7 +156,7 @@ def open_decoder(
     if foreign is None:
         bundle = open_bundle(path, checksums=checksums)
         graph = bundle.file(bundle.manifest.graphs["decoder"].file)
-        session = open_session(graph, device or bundle.manifest.target, threads)
+        session = open_session(graph, device or bundle.manifest.target, threads, cuda_graphs=False)
     else:
         bundle, session = open_foreign(foreign, device, threads)
     return bundle, Decoder(session, bundle.manifest.text)

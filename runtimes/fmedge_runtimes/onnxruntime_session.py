@@ -1,25 +1,37 @@
 """The ONNX Runtime backend: CPU and CUDA.
 
-On the CPU a buffer is a numpy array that the session reads and writes in place. On CUDA it is an OrtValue's memory,
-bound by its address. Evidence: the CPU path runs in every test; the CUDA path follows ONNX Runtime's documentation and
-has not run on a GPU yet (docs/evidence.md).
+On the CPU a buffer is a numpy array that the session reads and writes in place. On CUDA it is memory of the GPU, bound
+by its address (cuda_memory.py). Evidence: the CPU path runs in every test; the CUDA path runs in tests over host memory
+that plays a GPU, and has not run on one yet (docs/evidence.md).
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 
+from fmedge_runtimes.cuda_driver import GPU_LOCK, open_driver
+from fmedge_runtimes.cuda_graphs import CudaGraphs, RecordedSteps
+from fmedge_runtimes.cuda_memory import CudaBuffer, CudaMemory
+from fmedge_runtimes.device import Device, parse_device
+from fmedge_runtimes.device_memory import means_no_memory, out_of_memory
 from fmedge_runtimes.errors import BackendError
-from fmedge_runtimes.memory import available_bytes
+from fmedge_runtimes.host_memory import HostBuffer, HostMemory
+from fmedge_runtimes.onnxruntime_binding import NOT_CAPTURED, BoundGraph, run_options
 from fmedge_runtimes.session import Array, Buffer, TensorSpec
 
+LOG = logging.getLogger("fmedge")
+PROVIDERS = MappingProxyType({"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"})
+"""By kind of device."""
 CPUINFO = Path("/proc/cpuinfo")
 DTYPES = {
     "tensor(float)": "float32",
@@ -32,126 +44,128 @@ DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class HostBuffer:
-    """A buffer in host memory."""
+class Memory(Protocol):
+    """The memory of a device; `session.Session` has what the methods do."""
 
-    array: Array
-    address: int = field(init=False)
-    """Where the first element lies; asked for in every step, and slow to ask numpy for."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "address", int(self.array.ctypes.data))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape."""
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype[np.generic]:
-        """The element type."""
-        return self.array.dtype
-
-    def rows(self, start: int, stop: int) -> HostBuffer:
-        """The rows start:stop, sharing memory."""
-        return HostBuffer(self.array[start:stop])
-
-
-@dataclass(frozen=True, slots=True)
-class CudaBuffer:
-    """A buffer in device memory; `owner` keeps it alive."""
-
-    owner: Any
-    address: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[np.generic]
-
-    def rows(self, start: int, stop: int) -> CudaBuffer:
-        """The rows start:stop, sharing memory."""
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        shape = (stop - start, *self.shape[1:])
-        return CudaBuffer(self.owner, self.address + start * row_bytes, shape, self.dtype)
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> HostBuffer | CudaBuffer: ...
+    def copy(self, source: Buffer, target: Buffer, shape: tuple[int, ...]) -> None: ...
+    def read(self, buffer: Buffer, start: int, stop: int) -> Array: ...
+    def write(self, array: Array, buffer: Buffer) -> None: ...
+    def free(self) -> int | None: ...
 
 
 class OnnxRuntimeSession:
     """A graph opened in ONNX Runtime; see `session.Session` for the contract.
 
-    Raises BackendError when ONNX Runtime is not installed, lacks the provider or refuses the graph.
+    With `cuda_graphs` a GPU records the steps of shapes that come often, and replays them.
+
+    Raises BackendError when ONNX Runtime is not installed, lacks the provider or refuses the graph, or the device is
+    not there; DeviceMemoryError when the weights do not fit.
     """
 
-    def __init__(self, graph: Path, device: str, threads: int | None) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            extra = "gpu" if device == "cuda" else "cpu"
-            raise BackendError(f"ONNX Runtime is not installed: pip install 'fmedge[{extra}]'.") from error
-        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
-        if provider not in onnxruntime.get_available_providers():
-            raise BackendError(
-                f"the installed onnxruntime has no {provider}: pip uninstall onnxruntime, pip install 'fmedge[gpu]'."
-            )
-        options = onnxruntime.SessionOptions()
+    def __init__(self, graph: Path, device: str, threads: int | None, cuda_graphs: bool = False) -> None:
+        self.device = parse_device(device)
+        self._ort = ort = _import_onnxruntime(self.device)
+        # Before the provider, whose message would say less of a GPU that is not there.
+        on_gpu = CudaMemory(open_driver(self.device)) if self.device.kind == "cuda" else None
+        self._memory: Memory = HostMemory() if on_gpu is None else on_gpu
+        options = ort.SessionOptions()
         # What ONNX Runtime would log of an error, its exception says.
         options.log_severity_level = 4
         if _int8_saturates():
             options.add_session_config_entry("session.x64quantprecision", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._ort = onnxruntime
-        self._device = device
+        if on_gpu is not None:
+            # What kernels keep in a form of their own goes back to the driver, and is not held twice.
+            options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        self.graph: Any = None
+        """The session of ONNX Runtime."""
+        self._graphs: CudaGraphs | None = None
+        if cuda_graphs and on_gpu is not None:
+            # Refused for a graph with nodes that the GPU does not run, which is opened without.
+            with suppress(Exception):
+                self.graph = self._open(graph, options, {"enable_cuda_graph": "1"})
+                self._graphs = CudaGraphs(on_gpu)
         try:
-            self._session: Any = onnxruntime.InferenceSession(str(graph), options, providers=[provider])
+            self.graph = self.graph or self._open(graph, options, {})
         except Exception as error:
-            raise BackendError(f"ONNX Runtime {onnxruntime.__version__} cannot open {graph}: {error}") from error
-        if provider not in self._session.get_providers():
+            raise self.failure(f"ONNX Runtime {ort.__version__} cannot open {graph}", error) from error
+        provider = PROVIDERS[self.device.kind]
+        if provider not in self.graph.get_providers():
             raise BackendError(f"{provider} could not start; check the NVIDIA driver and the CUDA libraries.")
-        self.inputs = tuple(_spec(item) for item in self._session.get_inputs())
-        self.outputs = tuple(_spec(item) for item in self._session.get_outputs())
+        self.inputs = tuple(_spec(item) for item in self.graph.get_inputs())
+        self.outputs = tuple(_spec(item) for item in self.graph.get_outputs())
         # The CUDA kernel wants windows of exactly their length (GroupQueryAttention, sliding_window_cache).
-        self.window_slack = device == "cpu"
+        self.window_slack = self.device.kind == "cpu"
+        # Without an id ONNX Runtime would record the first shape that comes.
+        self.eager = None if self._graphs is None else run_options(ort, NOT_CAPTURED)
+        """Options for steps that are not recorded."""
+
+    @property
+    def captures(self) -> bool:
+        """Whether steady steps are recorded and replayed."""
+        return self._graphs is not None
+
+    @property
+    def moved(self) -> int:
+        """Bytes that went between host and GPU so far; 0 on the CPU."""
+        return self._memory.moved if isinstance(self._memory, CudaMemory) else 0
+
+    def _open(self, graph: Path, options: Any, more: Mapping[str, str]) -> Any:  # noqa: ANN401 - ONNX Runtime's own
+        provider: Any = PROVIDERS[self.device.kind]
+        if self.device.kind == "cuda":
+            # The arena holds weights and the working memory of steps; growing by powers of two it would hold more.
+            settings = {"device_id": str(self.device.index), "arena_extend_strategy": "kSameAsRequested", **more}
+            provider = (provider, settings)
+        with self.turn():
+            return self._ort.InferenceSession(str(graph), options, providers=[provider])
+
+    def turn(self) -> AbstractContextManager[object]:
+        """What to hold while the graph runs."""
+        return GPU_LOCK if self.device.kind == "cuda" else nullcontext()
+
+    def failure(self, what: str, error: Exception) -> BackendError:
+        """The error to raise for one of ONNX Runtime's."""
+        if isinstance(self._memory, CudaMemory) and means_no_memory(error):
+            return out_of_memory(what, self.device, self._memory.driver, error)
+        return BackendError(f"{what}: {error}")
+
+    def recorded(self, bound: tuple[Mapping[str, Buffer], Mapping[str, Buffer]]) -> RecordedSteps | None:
+        """A record of the steps with these inputs and outputs bound; None where steps are not recorded."""
+        return None if self._graphs is None else RecordedSteps(self._ort, self.graph, self.device, self._graphs, bound)
+
+    def stop_recording(self) -> None:
+        """Run all steps as they are from now on."""
+        self._graphs = None
+
+    def count(self, *named: Mapping[str, Array | Buffer]) -> None:
+        """Count the host arrays of a step as moved, if it ran on a GPU."""
+        if isinstance(self._memory, CudaMemory):
+            arrays = (array for each in named for array in each.values() if isinstance(array, np.ndarray))
+            self._memory.moved += sum(array.nbytes for array in arrays)
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Buffer:
         """A zeroed buffer. Raises MemoryError."""
-        host = np.zeros(shape, dtype)
-        if self._device == "cpu":
-            return HostBuffer(host)
-        value = self._ort.OrtValue.ortvalue_from_numpy(host, "cuda", 0)
-        return CudaBuffer(value, value.data_ptr(), shape, dtype)
+        return self._memory.allocate(shape, dtype)
 
     def free_memory(self) -> int | None:
-        """What the machine has free; unknown for a GPU, where ONNX Runtime does not tell."""
-        return available_bytes() if self._device == "cpu" else None
+        """What the machine, or the GPU, has free."""
+        return self._memory.free()
 
     def copy(self, source: Buffer, target: Buffer, shape: tuple[int, ...] | None = None) -> None:
         """Copy the leading block of that shape, or the one that both buffers have in common."""
-        block = tuple(map(slice, map(min, source.shape, target.shape) if shape is None else shape))
-        if isinstance(source, HostBuffer) and isinstance(target, HostBuffer):
-            target.array[block] = source.array[block]
-            return
-        if not isinstance(source, CudaBuffer) or not isinstance(target, CudaBuffer):
-            raise TypeError("both buffers must be this session's")
-        # ONNX Runtime has no copy inside the device; caches grow rarely, so the way over the host is bearable.
-        host = self._download(target)
-        host[block] = self._download(source)[block]
-        self._upload(host, target)
+        self._memory.copy(source, target, shape or tuple(map(min, source.shape, target.shape)))
 
-    def _download(self, buffer: CudaBuffer) -> Array:
-        whole: Array = buffer.owner.numpy().reshape(-1)
-        start = (buffer.address - buffer.owner.data_ptr()) // buffer.dtype.itemsize
-        return whole[start : start + math.prod(buffer.shape)].reshape(buffer.shape).copy()
-
-    def _upload(self, host: Array, buffer: CudaBuffer) -> None:
-        whole: Array = buffer.owner.numpy()
-        start = (buffer.address - buffer.owner.data_ptr()) // buffer.dtype.itemsize
-        whole.reshape(-1)[start : start + host.size] = host.reshape(-1)
-        buffer.owner.update_inplace(whole)
+    def read(self, buffer: Buffer, start: int = 0, stop: int | None = None) -> Array:
+        """The elements start:stop of a flattened buffer, on the host."""
+        return self._memory.read(buffer, start, math.prod(buffer.shape) if stop is None else stop)
 
     def bind(self, feeds: Mapping[str, Buffer], results: Mapping[str, Buffer]) -> OnnxRuntimeBinding:
         """Bind inputs and outputs to buffers that stay where they are."""
-        if self._session is None:
+        if self.graph is None:
             raise BackendError("the session is closed; load the model again.")
-        return OnnxRuntimeBinding(self._session, self._device, feeds, results)
+        return OnnxRuntimeBinding(self, feeds, results)
 
     def run(self, feeds: Mapping[str, Array | Buffer], results: Mapping[str, Array | Buffer]) -> dict[str, Array]:
         """Run the graph once; see `Session.run`."""
@@ -162,46 +176,73 @@ class OnnxRuntimeSession:
 
     def close(self) -> None:
         """Give the session's memory back."""
-        self._session = None
+        self.graph = self._graphs = None
 
 
 class OnnxRuntimeBinding:
-    """A session with its buffers bound; see `session.Binding`. It keeps the buffers alive."""
+    """A session with its buffers bound; see `session.Binding`."""
 
-    def __init__(
-        self,
-        session: Any,  # noqa: ANN401 - ONNX Runtime is imported only where it is used
-        device: str,
-        feeds: Mapping[str, Buffer],
-        results: Mapping[str, Buffer],
-    ) -> None:
+    def __init__(self, session: OnnxRuntimeSession, feeds: Mapping[str, Buffer], results: Mapping[str, Buffer]) -> None:
         self._session = session
-        self._binding: Any = session.io_binding()
-        self._buffers = (feeds, results)
-        for bind, named in ((self._binding.bind_input, feeds), (self._binding.bind_output, results)):
-            for name, buffer in named.items():
-                if not isinstance(buffer, HostBuffer | CudaBuffer):
-                    raise TypeError(f"{name} is bound to a buffer of another backend")
-                bind(name, device, 0, buffer.dtype.type, buffer.shape, buffer.address)
+        self._graph = BoundGraph(session.graph, session.device, feeds, results)
+        self._recorded = session.recorded((feeds, results))
 
     def run(
-        self, feeds: Mapping[str, Array], results: Mapping[str, Array], returned: Sequence[str] = ()
+        self,
+        feeds: Mapping[str, Array],
+        results: Mapping[str, Array | Buffer],
+        returned: Sequence[str] = (),
+        *,
+        steady: bool = False,
     ) -> list[Array]:
         """Run the graph once; see `session.Binding.run`. ONNX Runtime makes the memory of the outputs in `returned`."""
-        for name, array in feeds.items():
-            self._binding.bind_cpu_input(name, array)
-        for name, array in results.items():
-            self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        for name in returned:
-            self._binding.bind_output(name, "cpu")
+        with self._session.turn():
+            if steady and self._session.captures and self._replay(feeds, results):
+                return []
+            try:
+                self._graph.give(feeds)
+                self._graph.take(results, returned)
+                self._graph.run(self._session.eager)
+                self._session.count(feeds, results)
+                return self._graph.last(len(returned))
+            except Exception as error:
+                raise self._session.failure("ONNX Runtime failed", error) from error
+
+    def _replay(self, feeds: Mapping[str, Array], results: Mapping[str, Array | Buffer]) -> bool:
+        """Run the recorded step, if there is one; whether there was, and it did."""
+        assert self._recorded is not None
         try:
-            self._session.run_with_iobinding(self._binding)
+            step = self._recorded.step(feeds, results)
+            if step is None:
+                return False
+            step.run(feeds, results)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed: {error}") from error
-        if not returned:
-            return []
-        # Outputs come in the order in which they were bound first.
-        return [output.numpy() for output in self._binding.get_outputs()[-len(returned) :]]
+            # A steady step may run twice, so it can go on as it would without a record.
+            self._session.stop_recording()
+            LOG.warning("a step could not be recorded or replayed as a CUDA graph, all run one by one now: %s", error)
+            return False
+        return True
+
+
+def _import_onnxruntime(device: Device) -> Any:  # noqa: ANN401 - a module
+    """ONNX Runtime with the provider of a device. Raises BackendError."""
+    if device.kind not in PROVIDERS:
+        raise BackendError(f"ONNX Runtime has no device {device}; choose cpu or cuda.")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        extra = "gpu" if device.kind == "cuda" else "cpu"
+        raise BackendError(f"ONNX Runtime is not installed: pip install 'fmedge[{extra}]'.") from error
+    provider = PROVIDERS[device.kind]
+    if provider not in onnxruntime.get_available_providers():
+        raise BackendError(
+            f"the installed onnxruntime has no {provider}: pip uninstall onnxruntime, pip install 'fmedge[gpu]'."
+        )
+    if device.kind == "cuda":
+        # The CUDA libraries of pip's nvidia packages, where there are any. It prints what it does not find.
+        with redirect_stdout(sys.stderr):
+            onnxruntime.preload_dlls()
+    return onnxruntime
 
 
 def _buffers(named: Mapping[str, Array | Buffer]) -> dict[str, Buffer]:

@@ -29,6 +29,9 @@ BLOCK_WEIGHTS = 12
 BLOCK_ACTIVATIONS = 14
 """Values that a layer holds of each token at once, as a multiple of its width: measured."""
 
+_SPOKEN_CONTEXT = 4096
+"""The context that errors speak of, if the model's own is longer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -89,6 +92,25 @@ def plan(bundle: Bundle, slots: int, context: int | None = None, memory: int | N
         shape.kept(slots, context, grows=False),
         largest_context,
         largest_slots,
+    )
+
+
+def what_fits(bundle: Bundle, slots: int, memory: int | None) -> str:
+    """A sentence that says what a bundle takes with so many slots, and what fits in the memory if that is known."""
+    context = min(bundle.manifest.text.context, _SPOKEN_CONTEXT)
+    found = plan(bundle, slots, context, memory)
+    mib = [f"{part / 2**20:.0f} MiB" for part in (found.weights, found.working, found.cache + found.states)]
+    said = (
+        f"Weights take {mib[0]}, a step about {mib[1]}, the cache for {slots} x {context} tokens {mib[2]} "
+        f"(fmedge plan {bundle.folder})."
+    )
+    if memory is None:
+        return said
+    if not found.largest_slots and not found.largest_context:
+        return f"{said} Not even a short row fits in {memory / 2**20:.0f} MiB: export with fewer bits."
+    return (
+        f"{said} In {memory / 2**20:.0f} MiB fit {found.largest_slots} rows of {context} tokens, or {slots} of "
+        f"{found.largest_context}: load with a smaller max_batch, or shorten prompts and completions."
     )
 
 

@@ -109,9 +109,9 @@ class BoundRows:
         self._binding = binding
         self._apart = apart
 
-    def run(self, feeds: Mapping[str, Array], results: Mapping[str, Array]) -> None:
+    def run(self, feeds: Mapping[str, Array], results: Mapping[str, Array | Buffer], *, steady: bool = False) -> None:
         """Run a step on these rows. Raises BackendError."""
-        self._binding.run(feeds, results)
+        self._binding.run(feeds, results, steady=steady)
         for made, kept in self._apart:
             self._session.copy(made, kept)
 
@@ -122,6 +122,9 @@ class RowCache:
     def __init__(self, session: Session, facts: TextFacts, budget: int | None = None) -> None:
         """`budget`: bytes that all buffers may take together; None: what the session has free."""
         self.parts = parts_of(facts, slack=session.window_slack)
+        # Keys and values are written where they are already; windows that roll and states in place would move twice.
+        self.repeatable = all(part.grows or part.apart for part in self.parts)
+        """Whether a step that runs twice leaves what it leaves when it runs once."""
         self._session = session
         self._context = facts.context
         self._budget = budget

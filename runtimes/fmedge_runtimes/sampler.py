@@ -21,11 +21,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from fmedge_runtimes.candidates import draw, largest
+from fmedge_runtimes.candidates import divisor, draw, largest
 from fmedge_runtimes.completion import TokenLogprob
 from fmedge_runtimes.constraint import Constraint
+from fmedge_runtimes.device_logits import DeviceLogits
 from fmedge_runtimes.errors import BackendError, FmedgeError, RequestError
 from fmedge_runtimes.sampling import Sampling
+from fmedge_runtimes.summary import pick
 
 NO_TOKEN = -1
 """What `choose` gives for a row whose logits allow no choice; `fault` says why."""
@@ -106,12 +108,22 @@ class Row:
             self.constraint.advance(token)
         self.position += 1
 
+    @property
+    def edits(self) -> bool:
+        """Whether an option says something of single tokens at this position."""
+        forced = self.position < len(self.sampling.forced_tokens)
+        named = forced or len(self._biased) > 0 or len(self._banned) > 0 or self._early
+        return named or self._seen is not None or self.constraint is not None
+
+    @property
+    def _early(self) -> bool:
+        return self.position < self.sampling.min_new_tokens and len(self._ends) > 0
+
     def adjusted(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Logits [V] after bias, penalties, bans and constraint; the array itself if none is on."""
-        early = self.position < self.sampling.min_new_tokens and len(self._ends) > 0
-        edits = len(self._biased) or len(self._banned) or early
-        if not edits and self._seen is None and self.constraint is None:
+        if not self.edits:
             return logits
+        early = self._early
         logits = logits.copy()  # [V]
         logits[self._biased] += self._biases
         if self._seen is not None:
@@ -167,19 +179,32 @@ def fresh_seed() -> int:
     return secrets.randbits(53)
 
 
-def choose(logits: npt.NDArray[np.floating], rows: Sequence[Row]) -> npt.NDArray[np.int64]:
-    """The next token [R] of each row, from logits [R, V] in float32 or float16.
+def choose(logits: npt.NDArray[np.floating] | DeviceLogits, rows: Sequence[Row]) -> npt.NDArray[np.int64]:
+    """The next token [R] of each row, from logits [R, V] in float32 or float16, on the host or on a device.
 
     Changes no row: `Row.record` does. A row whose logits hold NaN or +inf, or nothing but -inf, gets NO_TOKEN; the
     others are not affected.
     """
     if len(logits) != len(rows):
         raise ValueError(f"{len(logits)} rows of logits for {len(rows)} rows")
+    if isinstance(logits, DeviceLogits):
+        return _choose_on_device(logits, rows)
     logits = np.asarray(logits, np.float32)  # [R, V]; argmax and partition are slow on float16
     # Extreme options (temperature 1e-300) overflow on purpose: the limits are right.
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         pairs = zip(logits, rows, strict=True)
         return np.fromiter((_choose(one, row) for one, row in pairs), np.int64, len(rows))  # [R]
+
+
+def _choose_on_device(logits: DeviceLogits, rows: Sequence[Row]) -> npt.NDArray[np.int64]:
+    """The same from what the device made of the logits; only where that does not say enough is a row fetched."""
+    tokens = np.empty(len(rows), np.int64)  # [R]
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        summaries = logits.summaries([divisor(row.sampling) if row.sampling.temperature else 1.0 for row in rows])
+        for number, (row, summary) in enumerate(zip(rows, summaries, strict=True)):
+            token = None if row.edits else pick(summary, row.sampling, row.uniform)
+            tokens[number] = _choose(logits[number].astype(np.float32), row) if token is None else token
+    return tokens
 
 
 def _choose(logits: npt.NDArray[np.float32], row: Row) -> int:

@@ -41,10 +41,11 @@ class Buffer(Protocol):
 class Binding(Protocol):
     """A session with its buffers bound, once for many steps: what changes from step to step is given to `run`."""
 
-    def run(self, feeds: Mapping[str, Array], results: Mapping[str, Array]) -> object:
-        """Run the graph once with the inputs that are not bound; the outputs that are not bound fill host arrays.
+    def run(self, feeds: Mapping[str, Array], results: Mapping[str, Array | Buffer], *, steady: bool = False) -> object:
+        """Run the graph once with the inputs that are not bound; the outputs that are not bound fill arrays or buffers.
 
-        Not for several threads at once. Raises BackendError when the graph fails.
+        `steady` says that steps of these shapes come again and again, and that to run one twice does no harm: then the
+        session may record it. Not for several threads at once. Raises BackendError when the graph fails.
         """
         ...
 
@@ -61,12 +62,21 @@ class Session(Protocol):
         """Whether the buffer of a rolling cache may be longer than its window."""
         ...
 
+    @property
+    def captures(self) -> bool:
+        """Whether steady steps are recorded, so that scalars should be the same in all of them."""
+        ...
+
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Buffer:
         """A zeroed buffer on the device. Raises MemoryError when there is no room."""
         ...
 
     def copy(self, source: Buffer, target: Buffer, shape: tuple[int, ...] | None = None) -> None:
         """Copy the leading block of that shape, or the one that both buffers have in common."""
+        ...
+
+    def read(self, buffer: Buffer, start: int = 0, stop: int | None = None) -> Array:
+        """The elements start:stop of a flattened buffer, on the host; good until the next run."""
         ...
 
     def free_memory(self) -> int | None:

@@ -34,6 +34,7 @@ from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.engine import DEFAULTS, Engine, EngineOptions
 from fmedge_runtimes.errors import BundleError, BundleFormatError, FmedgeError, RequestError
 from fmedge_runtimes.generation import Generation, refuse
+from fmedge_runtimes.plan import what_fits
 from fmedge_runtimes.request import Request
 from fmedge_runtimes.sampler import fresh_seed
 from fmedge_runtimes.sampling import Sampling
@@ -47,7 +48,14 @@ Prompt = str | Sequence[int]
 class TextModel:
     """A decoder with its tokenizer; `load` makes it. May be called from several threads."""
 
-    def __init__(self, bundle: Bundle, session: Session, options: EngineOptions = DEFAULTS) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        session: Session,
+        options: EngineOptions = DEFAULTS,
+        candidates: Session | None = None,
+    ) -> None:
+        """`candidates` summarises logits on the device of `session`; without it they come to the host."""
         facts = bundle.manifest.text
         self.bundle = bundle
         self.context = facts.context
@@ -66,8 +74,14 @@ class TextModel:
         template = bundle.chat_template()
         self._template = None if template is None else ChatTemplate(template, facts.special_tokens)
         self._constraints = Constraints(self.tokenizer, facts.vocabulary) if self.tokenizer else None
-        self._decoder = Decoder(session, facts)
-        self._engine = Engine(self._decoder, self.options)
+        self._decoder = Decoder(session, facts, candidates)
+
+        def said(rows: int, cache_bytes: int) -> str:
+            free = session.free_memory()
+            return what_fits(bundle, rows, None if free is None else free + cache_bytes + bundle.nbytes)
+
+        # Not a method: the engine's thread must not keep the model.
+        self._engine = Engine(self._decoder, self.options, said)
         # The engine's thread ends with the model, closed or forgotten, and before the interpreter does.
         self._end = weakref.finalize(self, self._engine.close)
 
@@ -178,7 +192,7 @@ class TextModel:
     def close(self) -> None:
         """End what is unfinished, and give the model's memory back; it cannot be used afterwards."""
         self._end()
-        self._decoder.session.close()
+        self._decoder.close()
 
     def _check_open(self) -> None:
         if not self._end.alive:

@@ -66,7 +66,8 @@ def _replay_texts(bundle: Bundle, device: str) -> tuple[int, int]:
     """Golden tokens that are reproduced, and how many of them were near ties. Raises ParityError."""
     tokens = near_ties = 0
     graph = bundle.file(bundle.manifest.graphs["decoder"].file)
-    decoder = Decoder(open_session(graph, device, None), bundle.manifest.text)
+    # With the steps as they will run: recorded, where the device records them.
+    decoder = Decoder(open_session(graph, device, None, True), bundle.manifest.text)
     for number, result in enumerate(replay(decoder, bundle.manifest.golden)):
         if result.mismatch is not None:
             golden = bundle.manifest.golden[number].steps[result.mismatch]
@@ -77,7 +78,7 @@ def _replay_texts(bundle: Bundle, device: str) -> tuple[int, int]:
             )
         tokens += result.tokens
         near_ties += result.near_ties
-    decoder.session.close()
+    decoder.close()
     return tokens, near_ties
 
 

@@ -1,0 +1,261 @@
+"""Host memory that plays a GPU: the driver's library and ONNX Runtime, as far as fmedge uses them for one.
+
+Everything that is computed is computed by the real ONNX Runtime on the CPU, over memory that the driver's stand-in
+allocated. Both are stricter than the real ones: addresses must lie in memory that is allocated, names of options must
+be known, and a recorded step must be replayed with exactly what it was recorded with. What ONNX Runtime's module lacks,
+this one lacks, too. It proves nothing of kernels, streams or speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import numpy as np
+import onnxruntime
+from fmedge_runtimes import cuda_driver
+from fmedge_runtimes.cuda_driver import SIGNATURES, Copy2D
+
+PROVIDER_OPTIONS = {
+    "device_id": {"0", "1"},
+    "arena_extend_strategy": {"kSameAsRequested", "kNextPowerOfTwo"},
+    "enable_cuda_graph": {"1"},
+}
+"""Of CUDAExecutionProvider: those that are used, and the values that they take."""
+OUT_OF_MEMORY, INVALID = 2, 1
+DEVICES = ("Host GPU 0", "Host GPU 1")
+
+
+class HostDriver:
+    """`libcuda` over host memory, called through C. `total` bytes can be allocated."""
+
+    def __init__(self, total=1 << 30):
+        self.total = total
+        self.blocks: dict[int, np.ndarray] = {}
+        self.moved = 0
+        self.current = None
+        for name, arguments in SIGNATURES.items():
+            # A real C function, so that ctypes converts every argument.
+            setattr(self, name, ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(getattr(self, f"_{name}")))
+
+    @property
+    def used(self):
+        return sum(block.nbytes for block in self.blocks.values())
+
+    def _holds(self, address, nbytes):
+        assert self.current is not None, "no context is current"
+        return any(base <= address and address + nbytes <= base + len(block) for base, block in self.blocks.items())
+
+    def _cuInit(self, flags):
+        return flags
+
+    def _cuGetErrorName(self, code, name):
+        name[0] = b"CUDA_ERROR_INVALID_VALUE"
+        return 0
+
+    def _cuDeviceGetCount(self, count):
+        count[0] = len(DEVICES)
+        return 0
+
+    def _cuDeviceGet(self, device, ordinal):
+        device[0] = ordinal
+        return 0
+
+    def _cuDeviceGetName(self, name, length, device):
+        ctypes.memmove(name, DEVICES[device].encode() + b"\0", len(DEVICES[device]) + 1)
+        return 0
+
+    def _cuDevicePrimaryCtxRetain(self, context, device):
+        context[0] = 0xC0 + device
+        return 0
+
+    def _cuCtxSetCurrent(self, context):
+        self.current = context
+        return 0
+
+    def _cuMemGetInfo_v2(self, free, total):
+        free[0], total[0] = self.total - self.used, self.total
+        return 0
+
+    def _cuMemAlloc_v2(self, address, nbytes):
+        if nbytes < 1:
+            return INVALID
+        if self.used + nbytes > self.total:
+            return OUT_OF_MEMORY
+        memory = np.full(nbytes + 256, 0xA5, np.uint8)
+        start = -memory.ctypes.data % 256
+        block = memory[start : start + nbytes]
+        self.blocks[block.ctypes.data] = block
+        address[0] = block.ctypes.data
+        return 0
+
+    def _cuMemFree_v2(self, address):
+        return INVALID if self.blocks.pop(address, None) is None else 0
+
+    def _cuMemsetD8_v2(self, address, value, nbytes):
+        if not self._holds(address, nbytes):
+            return INVALID
+        ctypes.memset(address, value, nbytes)
+        return 0
+
+    def _cuMemcpyHtoD_v2(self, address, host, nbytes):
+        if not self._holds(address, nbytes):
+            return INVALID
+        ctypes.memmove(address, host, nbytes)
+        self.moved += nbytes
+        return 0
+
+    def _cuMemcpyDtoH_v2(self, host, address, nbytes):
+        if not self._holds(address, nbytes):
+            return INVALID
+        ctypes.memmove(host, address, nbytes)
+        self.moved += nbytes
+        return 0
+
+    def _cuMemcpy2DUnaligned_v2(self, copy):
+        asked: Copy2D = copy[0]
+        source, target = asked.source_device, asked.target_device
+        ends = [
+            (asked.height - 1) * pitch + asked.width if asked.height else 0
+            for pitch in (asked.source_pitch, asked.target_pitch)
+        ]
+        if (asked.source_type, asked.target_type) != (2, 2):
+            return INVALID
+        if asked.width > min(asked.source_pitch, asked.target_pitch):
+            return INVALID
+        if not self._holds(source, ends[0]) or not self._holds(target, ends[1]):
+            return INVALID
+        for line in range(asked.height):
+            ctypes.memmove(target + line * asked.target_pitch, source + line * asked.source_pitch, asked.width)
+        return 0
+
+    def _cuStreamSynchronize(self, stream):
+        return 0
+
+
+class HostBinding:
+    """An IOBinding whose buffers on the GPU lie in the driver's memory."""
+
+    def __init__(self, real, driver, index):
+        self.real, self.driver, self.index = real, driver, index
+        self.inputs, self.outputs = {}, {}
+
+    def bind_input(self, name, device_type, device_id, element_type, shape, buffer_ptr):
+        self._check(device_type, device_id, element_type, shape, buffer_ptr)
+        self.inputs[name] = (device_type, tuple(shape), buffer_ptr)
+        self.real.bind_input(name, "cpu", 0, element_type, shape, buffer_ptr)
+
+    def bind_cpu_input(self, name, arr_on_cpu):
+        assert arr_on_cpu.flags.c_contiguous
+        self.inputs[name] = ("cpu", arr_on_cpu.shape, arr_on_cpu)
+        self.real.bind_cpu_input(name, arr_on_cpu)
+
+    def bind_output(self, name, device_type="cpu", device_id=0, element_type=None, shape=None, buffer_ptr=None):
+        if buffer_ptr is not None:
+            self._check(device_type, device_id, element_type, shape, buffer_ptr)
+        self.outputs[name] = (device_type, None if shape is None else tuple(shape), buffer_ptr)
+        self.real.bind_output(name, "cpu", 0, element_type, shape, buffer_ptr)
+
+    def get_outputs(self):
+        return self.real.get_outputs()
+
+    def _check(self, kind, index, element_type, shape, address):
+        if kind == "cuda":
+            assert index == self.index, "memory of another GPU"
+            nbytes = int(np.prod(shape)) * np.dtype(element_type).itemsize
+            assert self.driver._holds(address, nbytes), "memory that is not the GPU's"
+
+
+class HostSession:
+    """An InferenceSession on the CPU that says it is on a GPU, and records steps."""
+
+    def __init__(self, gpu, path, options, providers):
+        ((name, settings),) = providers
+        assert name == "CUDAExecutionProvider"
+        for option, value in settings.items():
+            assert value in PROVIDER_OPTIONS[option], f"{option}={value}"
+        self.gpu, self.settings = gpu, settings
+        self.records = settings.get("enable_cuda_graph") == "1"
+        if self.records and gpu.refuses_graphs:
+            raise RuntimeError("This session cannot use the graph capture feature")
+        self.real = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.recorded, self.eager, self.replays = {}, 0, 0
+        gpu.sessions.append(self)
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def get_providers(self):
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def io_binding(self):
+        return HostBinding(self.real.io_binding(), self.gpu.driver, int(self.settings["device_id"]))
+
+    def run_with_iobinding(self, iobinding, run_options=None):
+        if self.gpu.fails is not None:
+            raise RuntimeError(self.gpu.fails)
+        number = "-1"
+        if self.records:
+            # ONNX Runtime would take id 0, and record whatever comes first.
+            assert run_options is not None, "a session that records needs an id for every run"
+            number = run_options.get_run_config_entry("gpu_graph_id")
+        if number == "-1":
+            self.eager += 1
+            self.real.run_with_iobinding(iobinding.real, None)
+            return
+        if self.gpu.spoils is not None:
+            raise RuntimeError(self.gpu.spoils)
+        seen = self._signature(iobinding)
+        if number not in self.recorded:
+            assert all(kind == "cuda" for kind, _, _ in iobinding.outputs.values()), "an output on the host"
+            assert all(kind == "cuda" or not shape for kind, shape, _ in iobinding.inputs.values())
+            self.recorded[number] = seen
+            # Twice before it records: memory is allocated in the first runs.
+            for _ in range(2):
+                self.real.run_with_iobinding(iobinding.real, None)
+        else:
+            self.replays += 1
+        assert self.recorded[number] == seen, "a replay with other addresses, shapes or scalars"
+        self.real.run_with_iobinding(iobinding.real, None)
+
+    @staticmethod
+    def _signature(binding):
+        def fixed(bound):
+            kind, shape, at = bound
+            return (kind, shape, at.tobytes() if isinstance(at, np.ndarray) else at)
+
+        return {name: fixed(bound) for name, bound in {**binding.inputs, **binding.outputs}.items()}
+
+
+class HostGpu:
+    """`onnxruntime` with a GPU. `fails` makes every run fail in these words, `spoils` those that are recorded."""
+
+    def __init__(self, driver):
+        self.driver = driver
+        self.sessions: list[HostSession] = []
+        self.refuses_graphs = False
+        self.fails = self.spoils = None
+
+    def __getattr__(self, name):
+        # Whatever the real module lacks is an AttributeError here, too.
+        return getattr(onnxruntime, name)
+
+    def get_available_providers(self):
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def preload_dlls(self):
+        assert hasattr(onnxruntime, "preload_dlls")
+
+    def InferenceSession(self, path, options, providers):
+        if providers == ["CPUExecutionProvider"]:
+            return onnxruntime.InferenceSession(path, options, providers=providers)
+        return HostSession(self, path, options, providers)
+
+
+def install(monkeypatch, total=1 << 30) -> HostGpu:
+    """Put the stand-ins in the place of the driver and of onnxruntime."""
+    gpu = HostGpu(HostDriver(total))
+    monkeypatch.setattr(cuda_driver, "load_library", lambda: gpu.driver)
+    cuda_driver.open_driver.cache_clear()
+    monkeypatch.setitem(sys.modules, "onnxruntime", gpu)
+    return gpu
