@@ -39,6 +39,8 @@ DEFAULT = Diffusion()
 USUAL_BATCH, USUAL_PIXELS, MOST_USUAL = 4, 4 * 512 * 512, 16
 """Images that are denoised together at most, if nobody said otherwise: more of them where they are small, and calls of
 a graph cost more than what they compute. Larger batches are hardly faster."""
+FREE_FOR = 1.0
+"""Seconds for which it is believed how much memory is free: asking takes as long as a step of a small denoiser."""
 WAIT = 0.05
 """Seconds between two looks at whether a request that waits was cancelled."""
 
@@ -61,6 +63,8 @@ class ImageModel:
         self._family = family
         self.pipeline = family.open(parts)
         facts = bundle.manifest.image
+        self._plan = functools.lru_cache(maxsize=64)(functools.partial(plan_image, bundle))
+        self._free: tuple[float, int | None] | None = None
         self._batch(facts.height, facts.width, guided=False)  # refuses a memory in which nothing fits
         self._read_scheduler = functools.cache(read_config)
         self._lock = threading.Lock()
@@ -204,9 +208,9 @@ class ImageModel:
         if self._max_batch is not None and self._memory is None:
             return self._max_batch, False
         mode, memory = self._parts.mode, self._memory
-        one = plan_image(self.bundle, height=height, width=width, guided=False)
+        one = self._plan(height=height, width=width, guided=False)
         if memory is None:
-            free = available_bytes()
+            free = self._free_memory()
             # Weights that are loaded are no longer part of what is free.
             loaded = sum(part.weights for part in one.parts if part.name in self._parts.loaded)
             memory = None if free is None else free + loaded
@@ -218,12 +222,17 @@ class ImageModel:
         small = min(max(USUAL_PIXELS // (height * width), USUAL_BATCH), MOST_USUAL)
         wished = small if self._max_batch is None else self._max_batch
         for batch in range(wished, 0, -1):
-            if plan_image(self.bundle, height=height, width=width, batch=batch, guided=guided, memory=memory).fits(
-                mode
-            ):
+            total = self._plan(height=height, width=width, batch=batch, guided=guided).total(mode)
+            if memory is None or total <= memory:
                 return batch, False
         # What is free is a guess, and so is the plan: a single image is tried.
         return 1, guided
+
+    def _free_memory(self) -> int | None:
+        now = time.monotonic()
+        if self._free is None or now - self._free[0] > FREE_FOR:
+            self._free = now, available_bytes()
+        return self._free[1]
 
     @staticmethod
     def _jobs(prompts: Sequence[str], options: Diffusion) -> Iterator[Job]:

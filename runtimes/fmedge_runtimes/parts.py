@@ -94,6 +94,8 @@ class Part:
         self._session = session
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in session.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in session.outputs}
+        # Names of dtypes are made anew each time that they are asked for, which is slow.
+        self._dtypes = {name: np.dtype(spec.dtype) for name, spec in self.inputs.items()}
 
     def run(
         self, feeds: Mapping[str, Array | Buffer], results: Mapping[str, Array | Buffer] | None = None
@@ -113,8 +115,8 @@ class Part:
 
     def _typed(self, name: str, value: Array | Buffer) -> Array | Buffer:
         """A host array in the element type that the graph wants, as fp16 graphs of GPUs do."""
-        wanted = self.inputs[name].dtype
-        return value.astype(wanted) if isinstance(value, np.ndarray) and value.dtype.name != wanted else value
+        wanted = self._dtypes[name]
+        return value.astype(wanted) if isinstance(value, np.ndarray) and value.dtype != wanted else value
 
     def input(self, name: str) -> TensorSpec:
         """What the graph wants as one of its inputs. Raises BackendError if it has no such input."""

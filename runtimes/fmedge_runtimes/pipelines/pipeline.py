@@ -125,11 +125,9 @@ class Order:
     split_guidance: bool
     """Whether guidance takes two calls of one batch, instead of one call of two."""
     open_scheduler: OpenScheduler
-    noises: tuple[TorchNoise, ...] = field(init=False)
-    """The generator of each job: what it draws depends on its own seed and on what it drew before alone."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "noises", tuple(TorchNoise(job.seed) for job in self.jobs))
+    _noises: list[TorchNoise] = field(init=False, default_factory=list)
+    """The generator of each job, made with the first draw: what it draws depends on its own seed and on what it drew
+    before alone."""
 
     def batches(self, alike: Sequence[object] | None = None) -> Iterator[list[int]]:
         """The numbers of jobs that go through a graph together: at most max_batch, and equal in what `alike` says.
@@ -145,7 +143,9 @@ class Order:
 
     def normal(self, rows: Sequence[int], shape: Sequence[int]) -> Array:
         """The next noise of these jobs: [B, *shape], as diffusers draws with a list of generators."""
-        return normal_rows([self.noises[row] for row in rows], shape)
+        if not self._noises:
+            self._noises.extend(TorchNoise(job.seed) for job in self.jobs)
+        return normal_rows([self._noises[row] for row in rows], shape)
 
     def draw(self, rows: Sequence[int], shape: Sequence[int]) -> Draw:
         """The same as a function, which schedulers call."""
