@@ -3,7 +3,8 @@
     python benchmarks/image.py --only diffusers/eager,fmedge/none
     python benchmarks/image.py --install-peers                     # once
     python benchmarks/image.py --cases sd15-small --rounds 2
-    python benchmarks/image.py --cases out/quickstart/image --batches 1,8,64
+    python benchmarks/image.py --cases sd15-tiny --units images --batches 1,8
+    python benchmarks/image.py --cases out/quickstart/painter --batches 1,8,64
 
 A case is a shape with random weights (one step of its UNet, and one decoding) or a folder of `fmedge train image`
 (whole images). Every measurement is a process of its own; peers take turns. The last line is one JSON document.
@@ -122,6 +123,8 @@ def main(options: Options) -> None:
 def jobs_from_forms(options: Options, forms: Sequence[ImageForm], left_out: list[str]) -> Iterator[Job]:
     """Every form of every case at every piece of work; what cannot be made is noted in `left_out`."""
     missing = {item.form.environment for item in forms if python_of(item.form, options.peers) is None}
+    left_out += [f"{item.form.name}: needs {item.needs}" for item in forms if item.needs is not None]
+    forms = [item for item in forms if item.needs is None]
     left_out += [f"{name}: not installed; python benchmarks/image.py --install-peers" for name in sorted(missing)]
     for case in options.cases:
         folder = case_folder(options.work, case)
@@ -156,13 +159,16 @@ def case_folder(work: Path, case: str) -> Path:
 def case_workloads(options: Options, case: str, item: ImageForm) -> Iterator[ImageWorkload]:
     """What a form is asked to do with a case."""
     shape = SHAPES.get(case, SHAPES[PIXELS])
+    if shape is SHAPES[PIXELS] and not item.pixels:
+        return
     common = {"form": "", "side": shape.side, "context": shape.context, "threads": options.threads}
     common |= {"repeats": options.repeats, "mode": item.form.mode, "steps": options.steps}
     # diffusers computes on the CPU what outputs are compared with.
     common |= {"device": options.device if item.form.peer == FMEDGE else "cpu"}
     for unit in options.units:
         if unit in shape.units and unit in item.units:
-            for batch in options.batches if unit == IMAGES else (1,):
+            batches = [batch for batch in options.batches if batch <= shape.most_images] if unit == IMAGES else [1]
+            for batch in batches:
                 yield ImageWorkload(unit=unit, batch=batch, **common)
 
 

@@ -45,7 +45,8 @@ def run_images(workload: ImageWorkload) -> None:
     pipeline = diffusers.DiffusionPipeline.from_pretrained(workload.form, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     if workload.mode == "compiled":
-        pipeline.transformer = torch.compile(pipeline.transformer, dynamic=False)
+        name = "unet" if hasattr(pipeline, "unet") else "transformer"
+        setattr(pipeline, name, torch.compile(getattr(pipeline, name), dynamic=False))
     load_s = time.perf_counter() - started
     prompts = workload.prompts()
 

@@ -23,7 +23,7 @@ def run(workload: ImageWorkload) -> None:
     folder = Path(workload.form) / PARTS[workload.unit]
     model = core.read_model(folder / "openvino_model.xml")
     feeds = workload.step_inputs() if workload.unit == STEP else workload.decode_inputs()
-    feeds = {item.any_name: feeds[item.any_name] for item in model.inputs}
+    feeds = {item.any_name: feeds[item.any_name].astype(item.element_type.to_dtype()) for item in model.inputs}
     ranks = {item.any_name: len(item.partial_shape) for item in model.inputs}
     feeds = {name: value.reshape(value.shape if ranks[name] else ()) for name, value in feeds.items()}
     model.reshape({name: list(value.shape) for name, value in feeds.items()})

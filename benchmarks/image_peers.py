@@ -5,9 +5,11 @@ A new peer is a row in `peers.ENVIRONMENTS`, its forms in `image_forms`, and a r
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from image_workload import DECODE, IMAGES, STEP
@@ -23,6 +25,10 @@ class ImageForm:
 
     form: Form
     units: tuple[str, ...]
+    needs: str | None = None
+    """What this machine lacks for it; None if nothing."""
+    pixels: bool = True
+    """Whether it runs what `fmedge train image` makes."""
 
 
 def image_forms(quantizations: Sequence[str] = QUANTIZATIONS, device: str = "cpu") -> Iterator[ImageForm]:
@@ -30,15 +36,21 @@ def image_forms(quantizations: Sequence[str] = QUANTIZATIONS, device: str = "cpu
     target = device.partition(":")[0]
     for mode in ("eager", "compiled"):
         form = Form("diffusers", mode, "image_diffusers.py", _nothing, FMEDGE, mode, "diffusers")
-        yield ImageForm(form, EVERY)
+        yield ImageForm(form, EVERY, needs=None if mode == "eager" or has_compiler() else "a C++ compiler")
     for quantize in quantizations:
         units = EVERY if quantize in ("none", "bf16") else (STEP, IMAGES)  # autoencoders are never quantized
         build, output = _export_fmedge(quantize, target), "" if target == "cpu" else f"fmedge-{target}-{quantize}"
         yield ImageForm(Form(FMEDGE, quantize, "image_fmedge.py", build, FMEDGE, output=output), units)
     for precision, mode in (("f32", "f32"), ("default", "")):
-        # OpenVINO GenAI has no pipeline for what `fmedge train image` makes.
         form = Form("openvino", precision, "image_openvino.py", _export_openvino, "openvino-runtime", mode, "openvino")
-        yield ImageForm(form, (STEP, DECODE))
+        yield ImageForm(form, (STEP, DECODE), pixels=False)
+        whole = replace(form, peer="openvino-genai", runner="image_genai.py")
+        yield ImageForm(whole, (IMAGES,), pixels=False)
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds a C++ compiler."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
 
 
 def _nothing(python: Path, model: Path, output: Path) -> Sequence[str]:

@@ -26,7 +26,7 @@ ENVIRONMENTS = MappingProxyType(
         "genai": ("onnxruntime-genai==0.18.*",),
         "llamacpp": ("llama-cpp-python==0.3.*", "gguf>=0.19"),
         "llamaserver": ("xllamacpp==2026.10.*", "gguf>=0.19"),
-        "openvino-runtime": ("openvino==2026.4.*",),
+        "openvino-runtime": ("openvino-genai==2026.4.*",),
         "openvino": ("openvino-genai==2026.4.*", "optimum-intel[openvino]==2.2.*", "torch==2.13.*"),
     }
 )

@@ -38,8 +38,10 @@ class Shape:
     """Channels of the first block of the UNet; the autoencoder has 0.4 times as many."""
     context: int = 768
     """Width of a text encoder's states."""
-    units: tuple[str, ...] = (STEP, DECODE)
+    units: tuple[str, ...] = (STEP, DECODE, IMAGES)
     """The work that is measured."""
+    most_images: int = 1
+    """Of a batch: more would take hours on the CPU."""
 
 
 def write_pipeline(shape: Shape, folder: Path) -> Path:
@@ -158,9 +160,14 @@ SHAPES = {
         _write_stable_diffusion, "Stable Diffusion 1.5 with half the channels", side=512, width=160, context=384
     ),
     "sd15-tiny": Shape(
-        _write_stable_diffusion, "Stable Diffusion 1.5 with a tenth of the channels", side=64, width=32, context=64
+        _write_stable_diffusion,
+        "Stable Diffusion 1.5 with a tenth of the channels",
+        side=64,
+        width=32,
+        context=64,
+        most_images=8,
     ),
-    PIXELS: Shape(_write_pixel_pipeline, "what fmedge train image makes", side=32, units=(IMAGES,)),
+    PIXELS: Shape(_write_pixel_pipeline, "what fmedge train image makes", side=32, units=(IMAGES,), most_images=1000),
 }
 
 if __name__ == "__main__":
