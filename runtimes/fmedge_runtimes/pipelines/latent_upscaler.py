@@ -98,7 +98,7 @@ class Upscaler:
         """The latents [C, h, w] of each job's image, of small ones [3, h, w] in -1 to 1."""
         conditions = self._texts.encode(order, guided=settings.guidance > 1)
         yield Progress("encode", len(order.jobs), len(order.jobs))
-        told = {"class_labels": np.array(settings.noise_level, np.int64)}  # []
+        told = {"class_labels": np.array(settings.noise_level, np.float32)}  # [], an integer for the graph
         table = table_of(order.open_scheduler.config(self._names.low_res_scheduler, chosen=False))
         signal = table[settings.noise_level]
         shape = (self.autoencoder.channels, *small[0].shape[1:])
