@@ -170,7 +170,8 @@ def test_a_cascade_of_three_stages_is_one_bundle(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(deepfloyd, "SECOND_STEPS", 2)
     monkeypatch.setattr(deepfloyd, "THIRD_STEPS", 2)
     bundle = export(ExportOptions(str(save_three_stages(tmp_path / "source")), tmp_path / "bundle"))
-    (parts,) = (item for item in bundle.manifest.evidence if item.name == "parts")
+    # diffusers has no pipeline that runs all stages.
+    (parts,) = bundle.manifest.evidence
     assert parts.passed
     with load_image(bundle.folder, memory_mode="sequential") as model:
         made = model.generate(list(PROMPTS), Diffusion(steps=2, seed=SEEDS, height=64, width=48, noise_level=10))

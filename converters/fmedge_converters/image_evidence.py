@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def compare_images(
     """
     ours = source.pipeline == PixelDiffusionPipeline.__name__
     kind = PixelDiffusionPipeline if ours else getattr(diffusers, source.pipeline, None)
-    why_not = _obstacle(kind)
+    why_not = _obstacle(kind, [part.name for part in source.parts])
     if kind is None or why_not is not None:
         return Pictured(why_not=f"{source.pipeline} {why_not}")
     with ImageModel(bundle, _parts(bundle)) as model:
@@ -97,7 +97,7 @@ def _parts(bundle: ImageBundle) -> Parts:
     return Parts(bundle.folder, frozenset(bundle.manifest.graphs), open_part, "sequential")
 
 
-def _obstacle(kind: type[Any] | None) -> str | None:
+def _obstacle(kind: type[Any] | None, parts: Sequence[str] = ()) -> str | None:
     """What keeps a class from being called with a prompt, a seed and nothing else; None if nothing does."""
     if kind is None:
         return "is no class of diffusers"
@@ -107,6 +107,10 @@ def _obstacle(kind: type[Any] | None) -> str | None:
         return f"is called in a way of its own ({', '.join(sorted(needed - set(parameters)))} are no arguments)"
     if "image" in parameters:
         return "starts from images"
+    known = inspect.signature(kind.__init__).parameters
+    others = [name for name in parts if name not in known]
+    if others:
+        return f"has further stages, which diffusers has as pipelines of their own ({', '.join(others)})"
     if any(name.startswith("prior_") for name in parameters):
         return "has several stages with steps of their own"
     return None
