@@ -94,10 +94,10 @@ def _parsed(number: int, record: dict[str, Any]) -> Question:
         raise _WrongLineError(f"its fields ({found}) are {'those of several formats' if forms else 'no question'}")
     ((choices_key, answer_key),) = forms
     continues = choices_key == "endings"
-    text, choices, answer = record.get("ctx" if continues else "question"), record[choices_key], record[answer_key]
-    labels: list[Any] | None = None
-    if isinstance(choices, dict):
-        choices, labels = choices.get("text"), choices.get("label")
+    text, given, answer = record.get("ctx" if continues else "question"), record[choices_key], record[answer_key]
+    choices, labels = given, None
+    if isinstance(given, dict):
+        choices, labels = given.get("text"), given.get("label")
         if not isinstance(labels, list) or not isinstance(choices, list) or len(labels) != len(choices):
             raise _WrongLineError('"choices" needs "text" and "label" of one length')
     if not isinstance(text, str) or not text.strip():
