@@ -34,7 +34,6 @@ LIMIT_S = 1800
 GENAI = {
     "int4": (),
     "int4-128": ("block_size=128",),
-    "int4-shared": ("shared_embeddings=true",),
     "int4-k_quant": ("algo_config=k_quant",),
     "int4-k_quant_mixed": ("algo_config=k_quant_mixed",),
 }

@@ -186,6 +186,38 @@ def test_bundles_are_compared_with_another_and_with_pytorch(
     assert "49 tokens scored" in table
 
 
+def test_an_original_that_is_not_loaded_whole_gives_the_same(
+    rounded: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = (rounded, "--data", text, "--tokens", 200, "--window", 32, "--stride", 8, "--against", llama)
+    (whole,) = found(*call)
+    monkeypatch.setattr("fmedge_converters.reference.RESIDENT_BYTES", 0)
+    (streamed,) = found(*call)
+    assert "layer by layer" in streamed["text"]["difference"].pop("against")
+    del whole["text"]["difference"]["against"]
+    assert streamed["text"]["difference"] == pytest.approx(whole["text"]["difference"], rel=1e-4)
+    assert streamed["text"]["tokens"] == 199
+
+
+def test_a_text_comes_from_standard_input(bundle: Path) -> None:
+    words = "The list type is a mutable sequence.\n"
+    result = CliRunner().invoke(app, ["eval", str(bundle), "--data", "-", "--json"], input=words)
+    assert result.exit_code == 0, result.output
+    tokens = Tokenizer(bundle / "tokenizer.json").encode(words)
+    assert json.loads(result.stdout)["bundles"][0]["text"]["tokens"] == len(tokens) - 1
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_what_a_tokenizer_puts_before_a_text_stands_before_every_window(bos: bool, tmp_path: Path) -> None:
+    from models import add_tokenizer
+
+    tokenizer = Tokenizer(add_tokenizer(tmp_path, bos=bos) / "tokenizer.json")
+    assert tokenizer.prefix() == ([tokenizer.token_id("<|begin|>")] if bos else [])
+    ids, sizes = tokenizer.encode_with_bytes(TEXT)
+    assert tokenizer.prefix() + ids == tokenizer.encode(TEXT)
+    assert sum(sizes) == len(TEXT.encode())
+
+
 def test_a_model_answers_as_pytorch_finds_it_likeliest(
     bundle: Path, llama: Path, original: Any, tmp_path: Path
 ) -> None:
