@@ -196,7 +196,7 @@ def test_experts_are_quantized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) 
         return weights[start:stop]
 
     made = QuantizedMatrix(Weight(weights.shape, weights.dtype, read), Rounding(4, 32))
-    rounded = round_blocks(torch.from_numpy(weights.reshape(-1, 64)), Rounding(4, 32))
+    rounded = round_blocks(torch.from_numpy(weights.reshape(-1, 64)), Rounding(4, 32), None, torch.bfloat16)
     codes, scales = rounded.packed_codes().numpy(), rounded.scales.numpy()
     assert np.array_equal(np.concatenate(list(made.codes.blocks())), codes.reshape(5, 24, 2, 16))
     assert np.array_equal(np.concatenate(list(made.scales.blocks())), scales.reshape(5, 24, 2))

@@ -114,6 +114,9 @@ def written_matrices(bundle: Bundle) -> list[np.ndarray]:
     """What the products of a bundle compute with, each [N, K], in the order of the features of its input."""
     graph = onnx.load(bundle.file("decoder.onnx")).graph
     arrays = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Cast" and node.input[0] in arrays:  # scales that lie in the file as bf16
+            arrays[node.output[0]] = arrays[node.input[0]].astype(np.float32)
     sorted_by = {node.output[0]: arrays.get(node.input[1]) for node in graph.node if node.op_type == "Gather"}
     found = []
     for node in graph.node:

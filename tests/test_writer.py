@@ -61,22 +61,23 @@ def test_equal_weights_share_their_bytes(tmp_path: Path) -> None:
 
 
 def test_a_matrix_is_quantized_once_for_its_codes_and_scales_under_two_shapes(tmp_path: Path) -> None:
+    array = np.concatenate([ARRAY, -ARRAY])
     asked: list[tuple[int, int]] = []
 
     def read(start: int, stop: int) -> np.ndarray:
         asked.append((start, stop))
-        return ARRAY[start:stop]
+        return array[start:stop]
 
     rounding = Rounding(4, 16)
-    matrix = QuantizedMatrix(Weight(ARRAY.shape, ARRAY.dtype, read), rounding)  # scales too large to stay in the graph
+    matrix = QuantizedMatrix(Weight(array.shape, array.dtype, read), rounding)  # scales too large to stay in the graph
     codes = matrix.codes
     _, found, _ = write(tmp_path, {"codes": codes, "scales": matrix.scales, "rows": joined_blocks(codes)})
-    made = round_blocks(torch.from_numpy(ARRAY), rounding)
+    made = round_blocks(torch.from_numpy(array), rounding, None, torch.bfloat16)
     wanted, scales = made.packed_codes().numpy(), made.scales.numpy()
     assert np.array_equal(found["codes"], wanted)
-    assert np.array_equal(found["rows"], wanted.reshape(64, -1))
-    assert np.array_equal(found["scales"], scales)
-    assert sorted(asked) == [(start, min(start + 10, 64)) for start in range(0, 64, 10)]
+    assert np.array_equal(found["rows"], wanted.reshape(128, -1))
+    assert np.array_equal(found["scales"].astype(np.float32), scales)
+    assert sorted(asked) == [(start, min(start + 10, 128)) for start in range(0, 128, 10)]
 
 
 def test_blocks_are_made_side_by_side_and_stay_in_order() -> None:

@@ -144,23 +144,23 @@ def weights_evidence(built: BuiltDecoder, scheme: Scheme) -> Evidence:
     )
 
 
-def mixture_evidence(built: BuiltDecoder, tokens: int) -> Evidence:
-    """What was expected of the mixture of roundings, and of the scheme without one."""
-    mixture = built.quantization.mixture
-    if mixture is None:
+def allocation_evidence(built: BuiltDecoder, tokens: int) -> Evidence:
+    """What was expected of the roundings that were chosen, and of the scheme without a choice."""
+    allocation = built.quantization.allocation
+    if allocation is None:
         raise RuntimeError("a decoder that was built without a budget")
     return Evidence(
-        name="mixture",
+        name="allocation",
         what=(
-            f"what the roundings that were chosen for {len(mixture.matrices)} matrices cost, to second order, on "
+            f"what the roundings that were chosen for {len(allocation.matrices)} matrices cost, to second order, on "
             f"{tokens} tokens of text; beside it the scheme without --bits"
         ),
         passed=True,
         figures={
-            "bits_per_weight": mixture.bits_per_weight,
-            "estimated_kl": mixture.cost,
-            "usual_bits_per_weight": mixture.usual.bits_per_weight,
-            "usual_estimated_kl": mixture.usual.cost,
+            "bits_per_weight": allocation.bits_per_weight,
+            "estimated_kl": allocation.cost,
+            "usual_bits_per_weight": allocation.usual.bits_per_weight,
+            "usual_estimated_kl": allocation.usual.cost,
         },
     )
 

@@ -49,11 +49,11 @@ from fmedge_converters.evidence import (
     PROMPTS,
     TEXT_TOKENS,
     FullEvidence,
+    allocation_evidence,
     estimate_seconds,
     full_evidence,
     graph_evidence,
     layout_evidence,
-    mixture_evidence,
     output_evidence,
     text_facts,
     weights_evidence,
@@ -133,7 +133,7 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     check_block_size(scheme, options)
     check_bits(scheme, options)
     check_disk(options.output, parameters, scheme.bits if options.bits is None else math.ceil(options.bits))
-    if options.verify == "full":
+    if options.verify == "full" or options.bits is not None:
         require_memory(source, parameters, scheme.bits)
     evaluation_text = _evaluation_text(options.text)
     evidence: list[Evidence] = []
@@ -399,19 +399,19 @@ def _sensitivities(
 def _of_weights(built: BuiltDecoder, scheme: Scheme, found: Sensitivities | None) -> list[Evidence]:
     """What became of the weights, where that is not the same for all."""
     kept = [] if built.source_format is None else [weights_evidence(built, scheme)]
-    return kept if found is None else [*kept, mixture_evidence(built, found.tokens)]
+    return kept if found is None else [*kept, allocation_evidence(built, found.tokens)]
 
 
 def _matrices(built: BuiltDecoder) -> dict[str, MatrixFacts] | None:
     """What was chosen for each matrix, if there was a choice."""
-    mixture = built.quantization.mixture
-    if mixture is None:
+    allocation = built.quantization.allocation
+    if allocation is None:
         return None
     return {
         matrix.name: MatrixFacts(
             bits=option.rounding.bits, block_size=option.rounding.block_size, symmetric=option.rounding.symmetric
         )
-        for matrix, option in zip(mixture.matrices, mixture.chosen, strict=True)
+        for matrix, option in zip(allocation.matrices, allocation.chosen, strict=True)
         if option.rounding is not None
     }
 

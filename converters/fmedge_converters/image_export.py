@@ -104,6 +104,8 @@ def _check_options(options: ExportOptions) -> None:
         "--context": options.context is not None,
         "--text": options.text is not None,
         "--cache int8": options.cache != "float",
+        "--head-bits": options.head_bits is not None,
+        "--bits": options.bits is not None,
         "--layout": options.layout is not None,
         "--verify graph": options.verify == "graph",
     }

@@ -1,4 +1,4 @@
-"""Which matrix gets how many bits: the mixture of roundings that costs least within a budget.
+"""Which matrix gets how many bits: the allocation that costs least within a budget.
 
 A multiple-choice knapsack, solved by dynamic programming over the bits that are left when every matrix has its smallest
 form (Kellerer, Pferschy and Pisinger, "Knapsack problems", 2004, chapter 11). Sizes are rounded up to a fine unit, so
@@ -50,7 +50,7 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class Mixture:
+class Allocation:
     """An option for each matrix."""
 
     matrices: tuple[Matrix, ...]
@@ -67,15 +67,15 @@ class Mixture:
         return sum(option.cost for option in self.chosen)
 
     @property
-    def usual(self) -> Mixture:
+    def usual(self) -> Allocation:
         """What the scheme does without a budget."""
-        return Mixture(self.matrices, tuple(matrix.options[0] for matrix in self.matrices))
+        return Allocation(self.matrices, tuple(matrix.options[0] for matrix in self.matrices))
 
 
-def mix(matrices: Sequence[Matrix], bits: float) -> Mixture:
-    """The cheapest mixture with at most `bits` bits per weight.
+def allocate(matrices: Sequence[Matrix], bits: float) -> Allocation:
+    """The cheapest allocation with at most `bits` bits per weight.
 
-    Raises ExportError when there is none, when every mixture has less, and when there is nothing to choose.
+    Raises ExportError when there is none, when every one has less, and when there is nothing to choose.
     """
     numbers = sum(matrix.numbers for matrix in matrices)
     least = sum(min(option.bits for option in matrix.options) for matrix in matrices)
@@ -96,7 +96,7 @@ def mix(matrices: Sequence[Matrix], bits: float) -> Mixture:
             f"--bits {bits:g} is too much: the largest forms of this model's matrices take "
             f"{math.floor(most / numbers * 1000) / 1000:.3f} bits per weight, with scales; give that or less."
         )
-    return Mixture(tuple(matrices), tuple(_cheapest(matrices, budget - least)))
+    return Allocation(tuple(matrices), tuple(_cheapest(matrices, budget - least)))
 
 
 def _rounded_up(bits: float) -> str:

@@ -1,6 +1,6 @@
 """Spell every weight of a graph by a scheme: the experts, the linears, the head, the token embedding.
 
-With a budget of bits, linears whose roundings have known costs get the mixture that costs least.
+With a budget of bits, linears whose roundings have known costs get those that cost least together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fmedge_runtimes.errors import ExportError
 
 from fmedge_converters.graph import DecoderGraph
-from fmedge_converters.mixed_precision import Matrix, Mixture, Option, mix
+from fmedge_converters.mixed_precision import Allocation, Matrix, Option, allocate
 from fmedge_converters.passes.experts import expand_experts
 from fmedge_converters.passes.linear import Linear, linears
 from fmedge_converters.passes.mixture import expert_linears, mixtures
@@ -35,7 +35,7 @@ class Quantization:
     """Weights that share a scale, in most of them; None for a scheme without blocks."""
     bits_per_weight: float | None
     """In the file, scales and zero points included; None for a scheme without blocks."""
-    mixture: Mixture | None
+    allocation: Allocation | None
     """What was chosen for each matrix, if there was a budget."""
 
 
@@ -43,8 +43,8 @@ def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None, bits: 
     """Replace mixtures of experts, Linear nodes and the lookup of tokens. The last Linear of a decoder is its head.
 
     `block_size` None takes the scheme's own, and what the source has; `bits` is a budget per weight. Raises ExportError
-    when a size is asked for, and matrices that keep the codes of their source have another, and when no mixture has
-    that budget.
+    when a size is asked for, and matrices that keep the codes of their source have another, and when the budget
+    cannot be kept.
     """
     size = block_size or scheme.block_size
     experts = {item.name: item.weight for item in expert_linears(graph)}
@@ -68,7 +68,8 @@ def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None, bits: 
             f"--block-size {block_size} contradicts the source: it is quantized already, and its matrices keep their "
             f"codes, in blocks of {' and '.join(map(str, sorted(sizes)))}; leave the option out."
         )
-    mixture = bits_per_weight = None
+    allocation: Allocation | None = None
+    bits_per_weight: float | None = None
     if scheme.rounding is not None:
         matrices = [
             *_kernels(graph, list(experts.values())),
@@ -76,15 +77,15 @@ def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None, bits: 
             *_lookups(graph, scheme.rounding, embeddings, head, size),
         ]
         if bits is not None:
-            mixture = mix(matrices, bits)
-            for matrix, option in zip(mixture.matrices, mixture.chosen, strict=True):
+            allocation = allocate(matrices, bits)
+            for matrix, option in zip(allocation.matrices, allocation.chosen, strict=True):
                 if option.rounding is not None:
                     graph.weights[matrix.name] = dataclasses.replace(
                         graph.weights[matrix.name], rounding=option.rounding
                     )
                     sizes[option.rounding.block_size] += 1
-        as_is = Mixture(tuple(matrices), tuple(matrix.options[0] for matrix in matrices))
-        bits_per_weight = (mixture or as_is).bits_per_weight
+        as_is = Allocation(tuple(matrices), tuple(matrix.options[0] for matrix in matrices))
+        bits_per_weight = (allocation or as_is).bits_per_weight
     sizes[size] += len(weights) - sizes.total()
     # Last first: what a Linear reads may be the output of another, which is replaced in its turn.
     for linear in reversed(projections):
@@ -94,7 +95,7 @@ def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None, bits: 
         scheme.embedding(graph, embedding, tied=tied[embedding.node], block_size=size)
     graph.remove_unused()
     return Quantization(
-        len(weights), len(kept), sizes.most_common(1)[0][0] or None if sizes else None, bits_per_weight, mixture
+        len(weights), len(kept), sizes.most_common(1)[0][0] or None if sizes else None, bits_per_weight, allocation
     )
 
 

@@ -3,7 +3,8 @@
 Plain rounding takes the scale from the extremes of a block. Searched rounding minimises the squared error, weighted by
 how much each input feature matters: for each scale of a grid around the plain one it rounds, and puts in the scale
 that is best for those codes, which has a closed form; the best of all is refined by rounding and refitting in turn.
-Refining alone (Lloyd, "Least squares quantization in PCM", 1982) ends in the minimum next to where it starts.
+Refining alone (Lloyd, "Least squares quantization in PCM", 1982) ends in the minimum next to where it starts. At last
+the block gets back the length, along its own direction, that least squares take from it.
 """
 
 from __future__ import annotations
@@ -186,23 +187,26 @@ def _searched(
     values: torch.Tensor, weights: torch.Tensor | None, rounding: Rounding, scale_dtype: torch.dtype
 ) -> RoundedBlocks:
     weighted = values if weights is None else values * weights
-    best = scales = zeros = None
-    for inverse, zero in _grid(values, rounding):
+    (plain, plain_zeros), *others = _grid(values, rounding)
+    plain_gain, scales = _fit(values, weighted, weights, plain, plain_zeros, rounding.bits)
+    best, zeros = plain_gain, plain_zeros
+    for inverse, zero in others:
         gain, fitted = _fit(values, weighted, weights, inverse, zero, rounding.bits)
-        if best is None or scales is None or zeros is None:
-            best, scales, zeros = gain, fitted, zero
-            continue
         better = gain > best
         best = torch.where(better, gain, best)
         scales = torch.where(better, fitted, scales)
         zeros = torch.where(better, zero, zeros)
-    if best is None or scales is None or zeros is None:
-        raise RuntimeError("a grid without candidates")
     for _ in range(REFINEMENTS):
         gain, fitted = _fit(values, weighted, weights, _inverse(scales), zeros, rounding.bits)
         better = gain > best
         best, scales = torch.where(better, gain, best), torch.where(better, fitted, scales)
-    return _rounded(values, scales.to(scale_dtype).float(), zeros, rounding)
+    # The scale of least error makes every block a little shorter, and errors that all point one way add up.
+    whole = (weighted * values).sum(-1)
+    scales = torch.where(best > 0, scales * (whole / best), scales).to(scale_dtype).float()
+    gain, _ = _fit(values, weighted, weights, _inverse(scales), zeros, rounding.bits)
+    lost = gain < plain_gain
+    scales = torch.where(lost, _inverse(plain).to(scale_dtype).float(), scales)
+    return _rounded(values, scales, torch.where(lost, plain_zeros, zeros), rounding)
 
 
 def _fit(

@@ -4,7 +4,7 @@ To second order, the KL divergence that a change d of a weight causes is F d d /
 the mean square of the gradient of -log p(y) for tokens y drawn from the model's own distribution (LeCun, Denker and
 Solla, "Optimal brain damage", 1990; Kim et al., "SqueezeLLM", 2023). One pass over the layers and back finds it: in a
 matrix, F is the sum over tokens of squared inputs times squared gradients of outputs. Changes of different weights add
-up, so the estimate for a mixture of roundings is a sum.
+up, so the estimate for several matrices is a sum.
 """
 
 from __future__ import annotations

@@ -196,7 +196,11 @@ def _replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> I
 
 def _visited(module: torch.nn.Module, visit: Visit) -> Callable[..., Any]:
     forward = module.forward
-    return lambda x, *args, **kwargs: _Visited.apply(x, forward(x, *args, **kwargs), visit)
+
+    def visited(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of any module
+        return _Visited.apply(x, forward(x, *args, **kwargs), visit)  # type: ignore[no-untyped-call]
+
+    return visited
 
 
 class _Visited(torch.autograd.Function):

@@ -205,8 +205,7 @@ def _joined_importance(weights: Sequence[Weight], axis: int) -> Array | None:
         return np.concatenate(known)
     if any(one.shape != known[0].shape for one in known):
         return None
-    mean: Array = np.mean(known, axis=0, dtype=np.float32)
-    return mean
+    return np.asarray(np.mean(known, axis=0, dtype=np.float32))
 
 
 def _step(weights: Sequence[Weight]) -> int | None:

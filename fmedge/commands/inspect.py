@@ -71,7 +71,7 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
     model = [
         ("model", f"{source.architecture}, {len(text.caches)} layers, vocabulary {text.vocabulary}"),
         ("target", f"{manifest.target}, quantization {manifest.precision}{block}"),
-        *_mixture(manifest.matrices or {}),
+        *_roundings(manifest.matrices or {}),
         ("context", f"{text.context} tokens; the cache takes {cache / 1024:.0f} KiB for each{codes}"),
         ("chat", "has a chat template" if text.chat_template else "no chat template"),
     ]
@@ -85,7 +85,7 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
     return _framed(bundle, model)
 
 
-def _mixture(matrices: dict[str, MatrixFacts]) -> list[tuple[str, str]]:
+def _roundings(matrices: dict[str, MatrixFacts]) -> list[tuple[str, str]]:
     """A row for each rounding and the matrices that have it."""
     names: dict[str, list[str]] = {}
     for name, facts in sorted(matrices.items(), key=lambda item: (item[1].bits, -item[1].block_size)):

@@ -175,14 +175,16 @@ class MatrixFacts(_Record):
 class Evidence(_Record):
     """One comparison of the bundle with its source.
 
-    Text: `weights` (which of a quantized source's codes it has), `mixture` (what the roundings that were chosen for its
-    matrices are expected to cost), `graph`, `cache` (what a quantized cache does to the output), `full`, `layout`,
+    Text: `weights` (which of a quantized source's codes it has), `allocation` (what the roundings that were chosen for
+    its matrices are expected to cost), `graph`, `cache` (what a quantized cache does to the output), `full`, `layout`,
     `output` (what the bundle's own graph writes, where nothing was compared with the source), `eval` (what
     `fmedge eval --record` measured afterwards). Images: `parts` (each graph against its module), `image` (the
     pipeline's images against the source's), `speed` (by which measurement the parts' quantizations were chosen).
     """
 
-    name: Literal["weights", "mixture", "graph", "cache", "full", "output", "layout", "parts", "image", "speed", "eval"]
+    name: Literal[
+        "weights", "allocation", "graph", "cache", "full", "output", "layout", "parts", "image", "speed", "eval"
+    ]
     what: str
     passed: bool
     figures: dict[str, float | int | str | bool]
