@@ -38,6 +38,8 @@ class ExportOptions:
     """Text for the comparison of perplexities and the scales of a cache; None takes Python's own documentation."""
     prior: str | None = None
     """Folder or hub id of the first stage of an image pipeline in two (Kandinsky 2.2)."""
+    controlnets: tuple[str, ...] = ()
+    """Folders or hub ids of ControlNets to add to an image pipeline."""
     adapter: str | None = None
     """LoRA to merge into the weights: PEFT folder or hub id; for images a folder or file of diffusers or kohya, too."""
     adapter_scale: float = 1.0

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
@@ -23,10 +23,14 @@ from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.session import Session
 
+from fmedge_converters.controlnet_source import is_controlnet
 from fmedge_converters.decoder import quiet_libraries
 from fmedge_converters.pipeline_files import INSTRUCTION
 from fmedge_converters.pipeline_source import PipelineSource
 from fmedge_converters.pixel_pipeline import PixelDiffusionPipeline
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PROMPTS = ("a red circle", "a small blue square")
 SEEDS = (0, 1)
@@ -36,7 +40,7 @@ SIDE = 256
 """Pixels at most, where the pipeline makes other sizes than its own."""
 LARGEST_FAN = 2.0
 """Memory that a pipeline takes while it runs, as a multiple of its weights."""
-GOLDEN = "golden/0.png"
+GOLDEN, CONTROL = "golden/0.png", "golden/control_{}.png"
 GOLDEN_LEVELS = {True: 1.0, False: 4.0}
 """What other processors may round differently, in the mean of 0 to 255: of a graph all in fp32, and of others."""
 PLAIN: Mapping[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
@@ -79,9 +83,9 @@ def compare_images(
     if kind is None or why_not is not None:
         return Pictured(why_not=f"{source.pipeline} {why_not}")
     with ImageModel(bundle, _parts(bundle)) as model:
-        options = _options(bundle.manifest.image, model)
+        options = _options(bundle.manifest.image, model, sum(map(is_controlnet, source.parts)))
         found = [model.generate(prompt, one)[0] for prompt, one in zip(PROMPTS, options, strict=True)]
-    golden = _keep(bundle.folder, found[0], GOLDEN_LEVELS[precision == ("float32", "none")])
+    golden = _keep(bundle.folder, found[0], options[0], GOLDEN_LEVELS[precision == ("float32", "none")])
     why_not = _lacks_memory(source)
     if why_not is not None:
         return Pictured((), (golden,), why_not)
@@ -105,15 +109,30 @@ def _obstacle(kind: type[Any] | None) -> str | None:
     needed = {"prompt", "num_inference_steps", "guidance_scale", "generator", "height", "width"}
     if not needed <= set(parameters):
         return f"is called in a way of its own ({', '.join(sorted(needed - set(parameters)))} are no arguments)"
-    if "image" in parameters:
+    if "image" in parameters and not _sees_control(kind):
         return "starts from images"
     if any(name.startswith("prior_") for name in parameters):
         return "has several stages with steps of their own"
     return None
 
 
-def _options(facts: ImageFacts, model: ImageModel) -> list[Diffusion]:
-    """For each prompt."""
+def _sees_control(kind: type[Any]) -> bool:
+    """Whether the image that a class is given is shown to its ControlNets alone."""
+    parameters = inspect.signature(kind.__call__).parameters
+    return "controlnet_conditioning_scale" in parameters and "control_image" not in parameters
+
+
+def _drawn(number: int, height: int, width: int) -> Image:
+    """A picture of lines and surfaces, another one for each number."""
+    from PIL import Image
+
+    y, x = np.mgrid[:height, :width] / max(height, width)  # [H, W] each
+    waves = [np.sin((4 + number) * np.pi * (x + y * shift)) for shift in (0.3, -0.7, 1.1)]
+    return Image.fromarray((np.stack(waves, axis=-1) > np.array([0.9, 0.0, -0.5])).astype(np.uint8) * np.uint8(255))
+
+
+def _options(facts: ImageFacts, model: ImageModel, controls: int) -> list[Diffusion]:
+    """For each prompt; `controls` ControlNets are shown an image."""
     sizes = model.pipeline.sizes
     height, width = (
         side if sizes.fixed or side <= SIDE else max(SIDE // sizes.multiple, 1) * sizes.multiple
@@ -121,7 +140,13 @@ def _options(facts: ImageFacts, model: ImageModel) -> list[Diffusion]:
     )
     steps = min(facts.steps, STEPS)
     guidance = facts.guidance if "guidance" in model.pipeline.takes else None
-    return [Diffusion(steps=steps, guidance=guidance, seed=seed, height=height, width=width) for seed in SEEDS]
+    shown = tuple(_drawn(number, height, width) for number in range(controls))
+    return [
+        Diffusion(
+            steps=steps, guidance=guidance, seed=seed, height=height, width=width, control=shown if controls else None
+        )
+        for seed in SEEDS
+    ]
 
 
 def _lacks_memory(source: PipelineSource) -> str | None:
@@ -140,6 +165,8 @@ def _pipeline(kind: type[Any], source: PipelineSource, modules: Mapping[str, Any
         with quiet_libraries():
             parts |= {part.name: part.kind.from_pretrained(part.folder) for part in source.parts if not part.is_module}
             parts |= modules
+            nets = [parts.pop(part.name) for part in source.parts if is_controlnet(part)]
+            parts |= {"controlnet": nets if len(nets) > 1 else nets[0]} if nets else {}
             plain = {
                 name: value
                 for name, value in source.index.items()
@@ -167,6 +194,9 @@ def _painted(
     if "complex_human_instruction" in parameters:
         file = folder / INSTRUCTION
         others["complex_human_instruction"] = file.read_text("utf-8").split("\n")
+    if options.control is not None:
+        shown = list(options.control) if isinstance(options.control, tuple) else [options.control]
+        others["image"] = shown if len(shown) > 1 else shown[0]
     with quiet_libraries(), torch.no_grad():
         image = pipeline(
             prompt=[prompt],
@@ -181,10 +211,14 @@ def _painted(
     return np.asarray(image.convert("RGB"))
 
 
-def _keep(folder: Path, image: GeneratedImage, tolerance: float) -> ImageGolden:
+def _keep(folder: Path, image: GeneratedImage, options: Diffusion, tolerance: float) -> ImageGolden:
     path = folder / GOLDEN
     path.parent.mkdir()
     path.write_bytes(image.png())
+    controls = []
+    for number, shown in enumerate(options.control if isinstance(options.control, tuple) else ()):
+        controls.append(CONTROL.format(number))
+        shown.save(folder / controls[-1])
     settings = image.settings
     return ImageGolden(
         prompt=settings.prompt,
@@ -194,6 +228,7 @@ def _keep(folder: Path, image: GeneratedImage, tolerance: float) -> ImageGolden:
         height=settings.height,
         width=settings.width,
         file=GOLDEN,
+        controls=tuple(controls),
         tolerance=tolerance,
     )
 

@@ -23,6 +23,7 @@ from fmedge_runtimes.bundle import (
 )
 from fmedge_runtimes.errors import ExportError, SourceError
 
+from fmedge_converters.controlnet_source import check_controlnets, is_controlnet, with_controlnets
 from fmedge_converters.export_checks import check_block_size, check_disk, graph_facts, judge, made_by
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.hub import fetch
@@ -54,9 +55,11 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     _check_options(options)
     check_block_size(scheme, options)
     source = open_pipeline(options.source, options.revision, prior=options.prior, allow_pickle=options.allow_pickle)
+    source = with_controlnets(source, options.controlnets, allow_pickle=options.allow_pickle)
     for part in source.parts:
         check_part_files(part)
     modules = {part.name: empty_part(part) for part in source.parts if part.is_module}
+    check_controlnets(source, modules)
     calls = {part.name: _calls(part, modules[part.name], source) for part in source.parts if part.is_module}
     parameters = sum(value.numel() for module in modules.values() for value in module.parameters())
     check_disk(options.output, parameters, scheme.bits)
@@ -148,10 +151,11 @@ def _calls(part: PartSource, module: Any, source: PipelineSource) -> Mapping[str
     if kind is None:
         raise SourceError(
             f"{source.folder}: fmedge does not know how a {part.kind.__name__} (the part {part.name}) is called; it "
-            "exports text and image encoders, autoencoders, and denoisers that take a sample, a timestep and the "
-            "states of a text."
+            "exports text and image encoders, autoencoders, denoisers that take a sample, a timestep and the states "
+            "of a text, and ControlNets of Stable Diffusion."
         )
-    return kind.graphs(module, Asked(part.name, source.pipeline))
+    controlled = part.name == "unet" and any(map(is_controlnet, source.parts))
+    return kind.graphs(module, Asked(part.name, source.pipeline, residuals=controlled))
 
 
 def _adapter(source: PipelineSource, modules: Mapping[str, Any], options: ExportOptions) -> ImageAdapter | None:

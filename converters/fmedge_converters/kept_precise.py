@@ -39,6 +39,10 @@ KEPT: tuple[Kept, ...] = (
         "the last product makes the output",
     ),
     Kept(
+        re.compile(r"^(controlnet_cond_embedding|controlnet_down_blocks|controlnet_mid_block)\b"),
+        "the control image is read once, and what a ControlNet gives is added to every layer that follows",
+    ),
+    Kept(
         re.compile(
             r"^(conv_in|x_embedder|img_in|proj_in|context_embedder|txt_in|caption_projection|pos_embed|patch_embed)\b"
             r"|\.patch_embedding\."

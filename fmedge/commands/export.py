@@ -23,6 +23,8 @@ EPILOG = """
 
   fmedge export ./stable-diffusion out/images --quantize int8 --adapter ./style.safetensors
 
+  fmedge export ./stable-diffusion out/images --controlnet ./canny
+
   fmedge export ./kandinsky-decoder out/images --prior ./kandinsky-prior
 
   fmedge export ./model.Q4_0.gguf out/bundle --quantize int4
@@ -65,6 +67,10 @@ def command(
     prior: Annotated[
         str | None, typer.Option(help="First stage of an image pipeline in two (Kandinsky 2.2): folder or hub id.")
     ] = ExportOptions.prior,
+    controlnet: Annotated[
+        list[str] | None,
+        typer.Option(help="ControlNet to add to Stable Diffusion (XL): folder or hub id; may be repeated."),
+    ] = None,
     adapter: Annotated[
         str | None, typer.Option(help="LoRA to merge into the weights: a folder, a hub id, or for images a file.")
     ] = ExportOptions.adapter,
@@ -104,6 +110,7 @@ def command(
         verify=verify,
         text=text,
         prior=prior,
+        controlnets=tuple(controlnet or ()),
         adapter=adapter,
         adapter_scale=adapter_scale,
         allow_pickle=allow_pickle,

@@ -156,6 +156,8 @@ class ImageGolden(_Record):
     width: Positive
     file: str
     """PNG of what came out where the bundle was made."""
+    controls: tuple[str, ...] = ()
+    """PNGs that the ControlNets are shown, one for each."""
     tolerance: float
     """Largest mean absolute difference of a pixel's channel, in levels of 0 to 255."""
 

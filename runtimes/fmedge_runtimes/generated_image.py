@@ -30,6 +30,16 @@ OWN_CHUNK = "fmedge"
 
 
 @dataclass(frozen=True, slots=True)
+class ControlSettings:
+    """How a ControlNet was at work."""
+
+    net: str
+    scale: float
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Everything that an image depends on, beside the bundle; with the same settings it is the same image."""
 
@@ -53,6 +63,9 @@ class Settings:
     tiny_vae: bool
     model: str
     """The source of the bundle."""
+    controls: tuple[ControlSettings, ...] | None = None
+    """The ControlNets that were at work; None without."""
+    guess_mode: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +157,9 @@ def parameters(settings: Settings) -> str:
     if settings.clip_skip:
         # There, 1 is the last layer.
         facts["Clip skip"] = settings.clip_skip + 1
+    for number, control in enumerate(settings.controls or ()):
+        shown = f"Model: {control.net}, Weight: {control.scale:g}, Guidance: {control.start:g} to {control.end:g}"
+        facts[f"ControlNet {number}"] = shown
     facts["Version"] = f"fmedge {__version__}"
     lines = [settings.prompt, f"Negative prompt: {settings.negative}" if settings.negative else None]
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items()))

@@ -22,14 +22,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from fmedge_runtimes.bundle import ImageBundle
+from fmedge_runtimes.control_images import asked_controls, controls_of
 from fmedge_runtimes.diffusion import MOST_PIXELS, Diffusion
 from fmedge_runtimes.errors import FmedgeError, GenerationCancelledError, RequestError
-from fmedge_runtimes.generated_image import GeneratedImage, ImageStats, ImageUpdate, Settings
+from fmedge_runtimes.generated_image import ControlSettings, GeneratedImage, ImageStats, ImageUpdate, Settings
 from fmedge_runtimes.image_plan import plan_image
 from fmedge_runtimes.memory import available_bytes
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.picture import image_array, mask_array, open_picture
 from fmedge_runtimes.pipelines import family_of
+from fmedge_runtimes.pipelines.control import control_nets
 from fmedge_runtimes.pipelines.pipeline import EVERY, Job, OpenScheduler, Order, Progress, Rendered, Stage
 from fmedge_runtimes.schedulers import read_config
 
@@ -135,9 +137,12 @@ class ImageModel:
         facts = self.bundle.manifest.image
         image = None if options.image is None else open_picture(options.image, "Diffusion.image")
         mask = None if options.mask is None else open_picture(options.mask, "Diffusion.mask")
+        asked = asked_controls(options, control_nets(self._parts.names), len(prompts), self.bundle.folder)
         multiple, larger = self.pipeline.sizes.multiple, self.pipeline.sizes.enlarges
-        # An image keeps its own size, cut to what is possible, as in diffusers; or is enlarged.
+        # An image, or one for ControlNets, keeps its own size, cut to what is possible, as in diffusers; or is enlarged.
         usual = (facts.height, facts.width) if image is None else (image.height * larger, image.width * larger)
+        if image is None and asked:
+            usual = (asked[0].images[0].height, asked[0].images[0].width)
         height, width = (
             max(own - own % multiple, multiple) if given is None else int(given)
             for given, own in zip((options.height, options.width), usual, strict=True)
@@ -169,6 +174,7 @@ class ImageModel:
                 main=self._family.scheduler,
                 read=self._read_scheduler,
             ),
+            controls=controls_of(asked, height, width),
         )
 
     def _check_taken(self, options: Diffusion) -> None:
@@ -304,6 +310,8 @@ class ImageModel:
                     options.tiling,
                     options.tiny_vae,
                     self.bundle.manifest.source.id,
+                    tuple(ControlSettings(one.net, one.scale, one.start, one.end) for one in order.controls) or None,
+                    options.guess_mode,
                 ),
                 job.prompt_index,
                 job.index,

@@ -17,11 +17,13 @@ from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.pipelines.autoencoder import Autoencoder, Posterior
 from fmedge_runtimes.pipelines.condition import Condition
+from fmedge_runtimes.pipelines.control import guides_of
 from fmedge_runtimes.pipelines.denoiser import Form
 from fmedge_runtimes.pipelines.latent_start import LatentStart
 from fmedge_runtimes.pipelines.pipeline import (
     AUTOENCODER,
     CLIP,
+    CONTROLLED,
     FROM_IMAGE,
     GUIDED,
     Array,
@@ -52,7 +54,7 @@ class Texts(Protocol):
 class LatentUnet:
     """A pipeline of text encoders, a UNet and an autoencoder."""
 
-    takes = GUIDED | FROM_IMAGE | AUTOENCODER | CLIP | {"mask"}
+    takes = GUIDED | FROM_IMAGE | AUTOENCODER | CLIP | CONTROLLED | {"mask"}
 
     def __init__(self, parts: Parts, texts: Texts) -> None:
         """Raises BundleError when a part or one of its fields is missing."""
@@ -78,6 +80,9 @@ class LatentUnet:
         posteriors = self._posteriors(order)
         if posteriors:
             yield Progress("encode", len(order.jobs), len(order.jobs))
+        guides = guides_of(self._parts, order)
+        if order.controls:
+            yield Progress("encode", len(order.jobs), len(order.jobs))
         factor = self._autoencoder.factor
         shape = (self._latents, order.height // factor, order.width // factor)
         stage = Stage(
@@ -88,6 +93,7 @@ class LatentUnet:
             guidance=order.guidance,
             rescale=order.options.guidance_rescale,
             begin=partial(self._begin, LatentStart(order, shape, posteriors.get("image")), posteriors),
+            guides=guides,
             preview=self._autoencoder.preview,
         )
         if self._guidance_width:
