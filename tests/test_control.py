@@ -96,8 +96,8 @@ def check(
         assert np.abs(np.asarray(made.image, int) - np.asarray(one[1], int)).max() <= 1
 
 
-@pytest.mark.parametrize("guidance", [1.0, 6.0])
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.medium
+@pytest.mark.parametrize(("guidance", "count"), [(1.0, 1), (1.0, 4), (6.0, 4)])
 def test_one_image_for_all(sd: Opened, xl: Opened, guidance: float, count: int) -> None:
     options = Diffusion(
         steps=3, guidance=guidance, seed=SEEDS[:count], negative=NEGATIVES[:count], control=picture(1), **SIZE
@@ -119,6 +119,7 @@ def test_the_size_is_the_control_images(sd: Opened) -> None:
     assert made.image.size == (36, 44)
 
 
+@pytest.mark.medium
 def test_part_of_the_steps(sd: Opened, xl: Opened) -> None:
     options = Diffusion(
         steps=5, guidance=4.0, seed=3, control=picture(1), control_start=0.2, control_end=0.7, control_scale=1.5, **SIZE
@@ -130,6 +131,7 @@ def test_part_of_the_steps(sd: Opened, xl: Opened) -> None:
     assert len(runs) == 2  # steps 2 and 3 of 5: those that begin at 0.2 and end by 0.7
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_guess_mode(sd: Opened, xl: Opened, guidance: float) -> None:
     options = Diffusion(steps=3, guidance=guidance, seed=(3, 4), control=picture(1), guess_mode=True, **SIZE)
@@ -137,6 +139,7 @@ def test_guess_mode(sd: Opened, xl: Opened, guidance: float) -> None:
         check(opened, options, PROMPTS[:2], [picture(1)] * 2, **SIZE, guess_mode=True)
 
 
+@pytest.mark.medium
 def test_guidance_in_two_calls(sd: Opened) -> None:
     """As where memory is short: the same images, in guess mode too."""
     for guess in (False, True):
@@ -150,6 +153,7 @@ def test_guidance_in_two_calls(sd: Opened) -> None:
             assert np.abs(one.latents - other.latents).max() <= 1e-5 * one.latents.std()
 
 
+@pytest.mark.medium
 def test_residuals_without_places(tmp_path: Path) -> None:
     """Those of a ControlNet that pools them: for the prompt's half of guidance only."""
     pipeline = controlled(stable_diffusion(), "StableDiffusionControlNetPipeline")
@@ -158,6 +162,7 @@ def test_residuals_without_places(tmp_path: Path) -> None:
     check(write_folder(pipeline, tmp_path), options, PROMPTS[:1], [picture(1)], **SIZE)
 
 
+@pytest.mark.medium
 def test_several_are_summed(two: Opened) -> None:
     images = [picture(1), picture(2)]
     options = Diffusion(
@@ -195,6 +200,7 @@ def test_without_an_image_it_is_the_plain_pipeline(sd: Opened) -> None:
         assert np.abs(made.latents - expected.numpy()).max() <= BOUND * expected.numpy().std()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("masked", [False, True])
 def test_from_an_image(masked: bool, sd: Opened, xl: Opened) -> None:
     start = picture(5, SIDE, SIDE)
@@ -211,6 +217,7 @@ def test_from_an_image(masked: bool, sd: Opened, xl: Opened) -> None:
         check(opened, options, PROMPTS[:2], [picture(1)] * 2, theirs, **given, controlnet_conditioning_scale=1.0)
 
 
+@pytest.mark.medium
 def test_a_unet_that_sees_the_mask(tmp_path: Path) -> None:
     """The ControlNet is shown the latents alone."""
     pipeline = stable_diffusion(in_channels=9)

@@ -717,3 +717,26 @@ def save_pipeline(name: str, folder: Path, **options: Any) -> Path:
     with quiet_libraries():
         tiny_pipeline(name).save_pretrained(folder, **options)
     return folder
+
+
+def save_controlnet(name: str, folder: Path, seed: int = 2, **changes: Any) -> Path:
+    """Save a ControlNet for the UNet of a tiny pipeline, whose residuals are not zero as those of a fresh one are."""
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        with quiet_libraries():
+            net = diffusers.ControlNetModel.from_unet(
+                tiny_pipeline(name).unet, **{"conditioning_embedding_out_channels": (8, 16), **changes}
+            )
+            _spread(net, torch.Generator().manual_seed(seed))
+            for module in (
+                net.controlnet_down_blocks,
+                net.controlnet_mid_block,
+                net.controlnet_cond_embedding.conv_out,
+            ):
+                for parameter in module.parameters():
+                    parameter.data.normal_(0, 0.3)
+            net.save_pretrained(folder)
+    finally:
+        torch.random.set_rng_state(state)
+    return folder

@@ -69,7 +69,7 @@ def _folder(source: str, *, allow_pickle: bool) -> Path:
     if name != CONTROLNET:
         raise SourceError(
             f"{source} is a {name or 'model of no class'}; --controlnet takes a {CONTROLNET} of diffusers. "
-            "T2I-Adapters, ControlNet-XS, unions, and ControlNets of other families than Stable Diffusion are not supported."
+            "T2I-Adapters, ControlNet-XS, unions and ControlNets of other families are not supported."
         )
     if not local.is_dir():
         fetch_weights(source, folder.name, folder, "", allow_pickle=allow_pickle)

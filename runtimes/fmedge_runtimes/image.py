@@ -139,7 +139,7 @@ class ImageModel:
         mask = None if options.mask is None else open_picture(options.mask, "Diffusion.mask")
         asked = asked_controls(options, control_nets(self._parts.names), len(prompts), self.bundle.folder)
         multiple, larger = self.pipeline.sizes.multiple, self.pipeline.sizes.enlarges
-        # An image, or one for ControlNets, keeps its own size, cut to what is possible, as in diffusers; or is enlarged.
+        # An image (or a ControlNet's) keeps its own size, cut to what is possible, as in diffusers; or is enlarged.
         usual = (facts.height, facts.width) if image is None else (image.height * larger, image.width * larger)
         if image is None and asked:
             usual = (asked[0].images[0].height, asked[0].images[0].width)

@@ -114,7 +114,7 @@ class Arguments:
 
     def of(self, given: Tensors) -> dict[str, Any]:
         """The arguments of `forward`, from the inputs."""
-        arguments: dict[str, Any] = {name: given[name] for name in self.inputs} | self.absent
+        arguments: dict[str, Any] = {name: given[name] for name in self.inputs} | dict(self.absent)
         if self.conditioned:
             none = {"resolution": None, "aspect_ratio": None}
             arguments[CONDITIONS] = none | {name: given[name] for name in self.conditions}
