@@ -44,6 +44,9 @@ class ExportOptions:
     """LoRA to merge into the weights: PEFT folder or hub id; for images a folder or file of diffusers or kohya, too."""
     adapter_scale: float = 1.0
     """How much of an image pipeline's LoRA is added."""
+    keep_adapter: bool = False
+    """Keep an image pipeline's LoRA beside the weights: its scale is an input then, which `adapter_scale` is unless a
+    request says otherwise."""
     allow_pickle: bool = False
     """Read weights that are stored as pickles, with PyTorch's weights-only loader."""
     layout: str | None = None

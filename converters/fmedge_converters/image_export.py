@@ -30,8 +30,9 @@ from fmedge_converters.hub import fetch
 from fmedge_converters.image_adapter import ImageAdapter
 from fmedge_converters.image_evidence import compare_images
 from fmedge_converters.image_facts import image_facts
+from fmedge_converters.kept_adapter import KeptAdapter
 from fmedge_converters.output_folder import flush, written_aside
-from fmedge_converters.part_build import BuiltGraph, PartOptions, build_part
+from fmedge_converters.part_build import Adapter, BuiltGraph, PartOptions, build_part
 from fmedge_converters.part_evidence import Compared, compare, parts_evidence
 from fmedge_converters.parts import find_kind
 from fmedge_converters.parts.part import Asked, Call
@@ -103,7 +104,7 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
             precision=scheme.name,
             block_size=(options.block_size or scheme.block_size) or None,
             graphs={graph.name: _graph_facts(graph) for graph in built},
-            image=image_facts(source, modules),
+            image=image_facts(source, modules, options.adapter_scale if options.keep_adapter else None),
             evidence=evidence,
             golden=(),
             forced=False,
@@ -141,6 +142,8 @@ def _check_options(options: ExportOptions) -> None:
     }
     if options.adapter is None and options.adapter_scale != ExportOptions.adapter_scale:
         raise ExportError("--adapter-scale is for --adapter, and there is none; leave it out.")
+    if options.adapter is None and options.keep_adapter:
+        raise ExportError("--keep-adapter is for --adapter, and there is none; leave it out.")
     for name, given in meaningless.items():
         if given:
             raise ExportError(f"{name} is for decoders of text; {options.source} is a pipeline that makes images.")
@@ -158,20 +161,22 @@ def _calls(part: PartSource, module: Any, source: PipelineSource) -> Mapping[str
     return kind.graphs(module, Asked(part.name, source.pipeline, residuals=controlled))
 
 
-def _adapter(source: PipelineSource, modules: Mapping[str, Any], options: ExportOptions) -> ImageAdapter | None:
+def _adapter(source: PipelineSource, modules: Mapping[str, Any], options: ExportOptions) -> Adapter | None:
     if options.adapter is None:
         return None
     path = Path(options.adapter).expanduser()
     if not path.exists():
         path = fetch(options.adapter, None, ["*.json", "*.safetensors"])
-    return ImageAdapter(path, source.pipeline, options.adapter_scale, list(modules), modules.get("unet"))
+    scale = 1.0 if options.keep_adapter else options.adapter_scale
+    adapter = ImageAdapter(path, source.pipeline, scale, list(modules), modules.get("unet"))
+    return KeptAdapter(adapter, options.adapter_scale) if options.keep_adapter else adapter
 
 
 def _part_options(
     module: Any,  # noqa: ANN401 - any module
     target: Target,
     scheme: Scheme,
-    adapter: ImageAdapter | None,
+    adapter: Adapter | None,
     options: ExportOptions,
 ) -> PartOptions:
     config = getattr(module, "config", None)
@@ -184,7 +189,7 @@ def _part_options(
 def _compare(
     part: PartSource,
     graphs: list[BuiltGraph],
-    adapter: ImageAdapter | None,
+    adapter: Adapter | None,
     options: ExportOptions,
     progress: Progress,
 ) -> dict[str, Compared]:
@@ -193,7 +198,7 @@ def _compare(
     return {graph.name: compare(reference, graph.call, graph.written.graph) for graph in graphs}
 
 
-def _module(part: PartSource, adapter: ImageAdapter | None, options: ExportOptions) -> Any:  # noqa: ANN401 - any module
+def _module(part: PartSource, adapter: Adapter | None, options: ExportOptions) -> Any:  # noqa: ANN401 - any module
     """The module of a part in fp32, with the adapter merged by PyTorch."""
     module = loaded_part(part, torch.float32, allow_pickle=options.allow_pickle)
     if adapter is not None:
@@ -201,7 +206,7 @@ def _module(part: PartSource, adapter: ImageAdapter | None, options: ExportOptio
     return module
 
 
-def _modules(source: PipelineSource, adapter: ImageAdapter | None, options: ExportOptions) -> dict[str, Any]:
+def _modules(source: PipelineSource, adapter: Adapter | None, options: ExportOptions) -> dict[str, Any]:
     return {part.name: _module(part, adapter, options) for part in source.parts if part.is_module}
 
 

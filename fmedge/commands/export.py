@@ -77,6 +77,12 @@ def command(
     adapter_scale: Annotated[
         float, typer.Option(help="How much of an image pipeline's LoRA is added.")
     ] = ExportOptions.adapter_scale,
+    keep_adapter: Annotated[
+        bool,
+        typer.Option(
+            "--keep-adapter", help="Do not merge an image pipeline's LoRA: generate --adapter-scale scales it."
+        ),
+    ] = ExportOptions.keep_adapter,
     allow_pickle: Annotated[
         bool,
         typer.Option("--allow-pickle", help="Read pytorch_model.bin, with PyTorch's weights-only loader."),
@@ -113,6 +119,7 @@ def command(
         controlnets=tuple(controlnet or ()),
         adapter=adapter,
         adapter_scale=adapter_scale,
+        keep_adapter=keep_adapter,
         allow_pickle=allow_pickle,
         layout=layout,
         force=force,

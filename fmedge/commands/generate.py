@@ -64,6 +64,7 @@ IMAGE_OPTIONS = frozenset(
         "control_start",
         "control_end",
         "guess_mode",
+        "adapter_scale",
         "guidance_rescale",
         "clip_skip",
         "literal",
@@ -265,6 +266,10 @@ def command(
             "--guess-mode", help="The ControlNet's image speaks even without a prompt.", rich_help_panel=IMAGES
         ),
     ] = False,
+    adapter_scale: Annotated[
+        float | None,
+        typer.Option(help="How much of a LoRA is added, of a bundle that keeps one apart.", rich_help_panel=IMAGES),
+    ] = None,
     guidance_rescale: Annotated[
         float | None, typer.Option(help="Contrast brought back, from 0 (off) to 1.", rich_help_panel=IMAGES)
     ] = None,
@@ -343,6 +348,7 @@ def command(
             "control_start": _one_or_each(control_start),
             "control_end": _one_or_each(control_end),
             "guess_mode": guess_mode or None,
+            "adapter_scale": adapter_scale,
             "guidance_rescale": guidance_rescale,
             "clip_skip": clip_skip,
             "weights": False if literal else None,

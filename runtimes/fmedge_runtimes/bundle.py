@@ -143,6 +143,8 @@ class ImageFacts(_Record):
     steps: Positive
     """When a request names none: what the authors recommend, else the pipeline's own default."""
     guidance: float
+    adapter_scale: float | None = None
+    """Of a LoRA that is not merged, when a request names none; None: there is no such LoRA."""
 
 
 class ImageGolden(_Record):

@@ -69,6 +69,8 @@ class Diffusion:
     guess_mode: bool = False
     """Whether ControlNets tell only the prompt's half of guidance, the first layers the least: the image speaks even
     without a prompt."""
+    adapter_scale: float | None = None
+    """How much of a LoRA is added that the bundle keeps beside its weights."""
     guidance_rescale: float = 0.0
     """Brings the contrast that guidance adds back to that of the prompt's prediction (Lin et al. 2023); 0 is off."""
     clip_skip: int = 0
@@ -200,6 +202,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("control_start", _is_share, "from 0 to 1"),
     ("control_end", _is_share, "from 0 to 1"),
     ("guess_mode", lambda value: isinstance(value, bool), "true or false"),
+    (
+        "adapter_scale",
+        lambda value: value is None or _is_number(value, -100.0, 100.0),
+        "from -100 to 100 (0 is none of it)",
+    ),
     ("guidance_rescale", lambda value: _is_number(value, 0.0, 1.0), "from 0 (off) to 1"),
     ("max_sequence_length", lambda value: value is None or _is_whole(value, 1), "at least 1"),
     ("clip_skip", lambda value: _is_whole(value, 0), "0 (none) or more"),

@@ -66,6 +66,8 @@ class Settings:
     controls: tuple[ControlSettings, ...] | None = None
     """The ControlNets that were at work; None without."""
     guess_mode: bool = False
+    adapter_scale: float | None = None
+    """Of the LoRA that the bundle keeps beside its weights; None without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,8 @@ def parameters(settings: Settings) -> str:
     for number, control in enumerate(settings.controls or ()):
         shown = f"Model: {control.net}, Weight: {control.scale:g}, Guidance: {control.start:g} to {control.end:g}"
         facts[f"ControlNet {number}"] = shown
+    if settings.adapter_scale is not None:
+        facts["LoRA scale"] = f"{settings.adapter_scale:g}"
     facts["Version"] = f"fmedge {__version__}"
     lines = [settings.prompt, f"Negative prompt: {settings.negative}" if settings.negative else None]
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items()))

@@ -175,7 +175,18 @@ class ImageModel:
                 read=self._read_scheduler,
             ),
             controls=controls_of(asked, height, width),
+            adapter_scale=self._adapter_scale(options),
         )
+
+    def _adapter_scale(self, options: Diffusion) -> float | None:
+        """Of the LoRA that the bundle keeps beside its weights. Raises RequestError if there is none to scale."""
+        usual, asked = self.bundle.manifest.image.adapter_scale, options.adapter_scale
+        if usual is None and asked is not None:
+            raise RequestError(
+                f"{self.bundle.folder} has no LoRA that can be scaled, so Diffusion.adapter_scale means nothing to it; "
+                "export it with --adapter and --keep-adapter."
+            )
+        return usual if asked is None else float(asked)
 
     def _check_taken(self, options: Diffusion) -> None:
         for name in sorted(set(Diffusion.__dataclass_fields__) - EVERY - self.pipeline.takes):
@@ -241,6 +252,8 @@ class ImageModel:
 
     def _serve(self, order: Order, cancel: Stop | None) -> Generator[ImageUpdate, None, None]:
         with self._turn(cancel):
+            self._parts.standing.clear()
+            self._parts.standing.update(order.standing)
             for piece, first in self._pieces(order):
                 yield from self._render(piece, first, cancel)
 
@@ -312,6 +325,7 @@ class ImageModel:
                     self.bundle.manifest.source.id,
                     tuple(ControlSettings(one.net, one.scale, one.start, one.end) for one in order.controls) or None,
                     options.guess_mode,
+                    order.adapter_scale,
                 ),
                 job.prompt_index,
                 job.index,

@@ -129,10 +129,18 @@ class Order:
     split_guidance: bool
     """Whether guidance takes two calls of one batch, instead of one call of two."""
     open_scheduler: OpenScheduler
+    adapter_scale: float | None = None
+    """Of a LoRA that is not merged; None: the bundle has none."""
     controls: tuple[Control, ...] = ()
     """What ControlNets are to do: those that are given an image."""
     noises: tuple[TorchNoise, ...] = field(init=False)
     """The generator of each job: what it draws depends on its own seed and on what it drew before alone."""
+
+    @property
+    def standing(self) -> dict[str, Array]:
+        """Inputs that every graph is given that takes them."""
+        scales = {"adapter_scale": self.adapter_scale}
+        return {name: np.array([scale], np.float32) for name, scale in scales.items() if scale is not None}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "noises", tuple(TorchNoise(job.seed) for job in self.jobs))
@@ -217,7 +225,7 @@ class Pipeline(Protocol):
         ...
 
 
-EVERY = frozenset({"steps", "seed", "n", "height", "width", "scheduler", "preview_every"})
+EVERY = frozenset({"steps", "seed", "n", "height", "width", "scheduler", "preview_every", "adapter_scale"})
 GUIDED = frozenset({"guidance", "negative", "guidance_rescale"})
 FROM_IMAGE = frozenset({"image", "strength"})
 """Image to image; `mask` beside it is inpainting."""
