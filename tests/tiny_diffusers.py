@@ -740,3 +740,50 @@ def save_controlnet(name: str, folder: Path, seed: int = 2, **changes: Any) -> P
     finally:
         torch.random.set_rng_state(state)
     return folder
+
+
+def save_ip_adapter(name: str, folder: Path, *, plus: bool = False) -> Path:
+    """Save an IP-Adapter for the UNet of a tiny pipeline, with its image encoder beside it; the file."""
+    from safetensors.torch import save_file
+
+    state = torch.random.get_rng_state()
+    torch.manual_seed(4)
+    try:
+        unet = tiny_pipeline(name).unet
+        width = unet.config.cross_attention_dim
+        tensors: dict[str, torch.Tensor] = {}
+        names = [key for key in unet.attn_processors if not key.endswith("attn1.processor")]
+        for number, key in enumerate(names):
+            size = unet.get_submodule(key.removesuffix(".processor")).to_k.out_features
+            for end in ("to_k_ip", "to_v_ip"):
+                tensors[f"ip_adapter.{2 * number + 1}.{end}.weight"] = torch.randn(size, width) * 0.3
+        if plus:
+            shapes = {
+                "latents": (1, 3, 64),
+                **{f"proj_in.{end}": size for end, size in (("weight", (64, 32)), ("bias", (64,)))},
+                **{f"proj_out.{end}": size for end, size in (("weight", (width, 64)), ("bias", (width,)))},
+                **{f"norm_out.{end}": (width,) for end in ("weight", "bias")},
+            }
+            for layer in range(4):
+                at, ff = f"layers.{layer}.0", f"layers.{layer}.1"
+                shapes |= {f"{at}.{norm}.{end}": (64,) for norm in ("norm1", "norm2") for end in ("weight", "bias")}
+                shapes |= {
+                    f"{at}.to_q.weight": (64, 64),
+                    f"{at}.to_kv.weight": (128, 64),
+                    f"{at}.to_out.weight": (64, 64),
+                }
+                shapes |= {f"{ff}.0.weight": (64,), f"{ff}.0.bias": (64,)}
+                shapes |= {f"{ff}.1.weight": (256, 64), f"{ff}.3.weight": (64, 256)}
+        else:
+            shapes = {"proj.weight": (4 * width, 32), "proj.bias": (4 * width,)}
+            shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+        tensors |= {f"image_proj.{key}": torch.randn(shape) * 0.3 for key, shape in shapes.items()}
+        encoder = _clip_vision().eval()
+        _spread(encoder, torch.Generator().manual_seed(5))
+        with quiet_libraries():
+            encoder.save_pretrained(folder / "image_encoder")
+    finally:
+        torch.random.set_rng_state(state)
+    file = folder / f"ip-adapter{'-plus' if plus else ''}.safetensors"
+    save_file(tensors, file)
+    return file

@@ -93,6 +93,8 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
         raise ExportError("--prior is for pipelines that make images in two stages; leave it out.")
     if options.keep_adapter:
         raise ExportError("--keep-adapter is for pipelines that make images; leave it out.")
+    if options.ip_adapter is not None:
+        raise ExportError("--ip-adapter is for pipelines that make images; leave it out.")
     if options.controlnets:
         raise ExportError("--controlnet is for pipelines that make images; leave it out.")
     if options.adapter_scale != ExportOptions.adapter_scale:

@@ -40,6 +40,8 @@ class ExportOptions:
     """Folder or hub id of the first stage of an image pipeline in two (Kandinsky 2.2)."""
     controlnets: tuple[str, ...] = ()
     """Folders or hub ids of ControlNets to add to an image pipeline."""
+    ip_adapter: str | None = None
+    """IP-Adapter of an image pipeline: a folder, a file, or a file of a hub repository (owner/name/path)."""
     adapter: str | None = None
     """LoRA to merge into the weights: PEFT folder or hub id; for images a folder or file of diffusers or kohya, too."""
     adapter_scale: float = 1.0

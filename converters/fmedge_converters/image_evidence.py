@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from fmedge_runtimes.bundle import Evidence, ImageBundle, ImageFacts, ImageGolden
 from fmedge_runtimes.diffusion import Diffusion
 from fmedge_runtimes.errors import SourceError
@@ -25,6 +26,8 @@ from fmedge_runtimes.session import Session
 
 from fmedge_converters.controlnet_source import is_controlnet
 from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.ip_adapter import ENCODER, FACTS
+from fmedge_converters.ip_adapter_source import PROCESSOR
 from fmedge_converters.pipeline_files import INSTRUCTION
 from fmedge_converters.pipeline_source import PipelineSource
 from fmedge_converters.pixel_pipeline import PixelDiffusionPipeline
@@ -40,7 +43,7 @@ SIDE = 256
 """Pixels at most, where the pipeline makes other sizes than its own."""
 LARGEST_FAN = 2.0
 """Memory that a pipeline takes while it runs, as a multiple of its weights."""
-GOLDEN, CONTROL = "golden/0.png", "golden/control_{}.png"
+GOLDEN, CONTROL, REFERENCE = "golden/0.png", "golden/control_{}.png", "golden/ip_adapter_image.png"
 GOLDEN_LEVELS = {True: 1.0, False: 4.0}
 """What other processors may round differently, in the mean of 0 to 255: of a graph all in fp32, and of others."""
 PLAIN: Mapping[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
@@ -70,6 +73,16 @@ class Pictured:
     why_not: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Pictures that are drawn for the comparison."""
+
+    controls: tuple[Image, ...]
+    """For each ControlNet."""
+    reference: Image | None
+    """For an IP-Adapter."""
+
+
 def compare_images(
     bundle: ImageBundle, source: PipelineSource, load: Callable[[], dict[str, Any]], precision: tuple[str, str]
 ) -> Pictured:
@@ -83,13 +96,14 @@ def compare_images(
     if kind is None or why_not is not None:
         return Pictured(why_not=f"{source.pipeline} {why_not}")
     with ImageModel(bundle, _parts(bundle)) as model:
-        options = _options(bundle.manifest.image, model, sum(map(is_controlnet, source.parts)))
+        shown = _shown(bundle, sum(map(is_controlnet, source.parts)))
+        options = _options(bundle.manifest.image, model, shown)
         found = [model.generate(prompt, one)[0] for prompt, one in zip(PROMPTS, options, strict=True)]
-    golden = _keep(bundle.folder, found[0], options[0], GOLDEN_LEVELS[precision == ("float32", "none")])
+    golden = _keep(bundle.folder, found[0], shown, GOLDEN_LEVELS[precision == ("float32", "none")])
     why_not = _lacks_memory(source)
     if why_not is not None:
         return Pictured((), (golden,), why_not)
-    pipeline = _pipeline(kind, source, load())
+    pipeline = _pipeline(kind, source, load(), bundle.folder)
     wanted = [_painted(pipeline, bundle.folder, *each) for each in zip(PROMPTS, SEEDS, options, strict=True)]
     return Pictured((_evidence(found, wanted, precision),), (golden,))
 
@@ -131,8 +145,16 @@ def _drawn(number: int, height: int, width: int) -> Image:
     return Image.fromarray((np.stack(waves, axis=-1) > np.array([0.9, 0.0, -0.5])).astype(np.uint8) * np.uint8(255))
 
 
-def _options(facts: ImageFacts, model: ImageModel, controls: int) -> list[Diffusion]:
-    """For each prompt; `controls` ControlNets are shown an image."""
+def _shown(bundle: ImageBundle, controls: int) -> Shown:
+    facts = bundle.manifest.image
+    side = min(facts.height, SIDE), min(facts.width, SIDE)
+    pictures = tuple(_drawn(number, *side) for number in range(controls + 1))
+    adapted = (bundle.folder / ENCODER / FACTS).is_file()
+    return Shown(pictures[:controls], pictures[-1] if adapted else None)
+
+
+def _options(facts: ImageFacts, model: ImageModel, shown: Shown) -> list[Diffusion]:
+    """For each prompt."""
     sizes = model.pipeline.sizes
     height, width = (
         side if sizes.fixed or side <= SIDE else max(SIDE // sizes.multiple, 1) * sizes.multiple
@@ -140,10 +162,15 @@ def _options(facts: ImageFacts, model: ImageModel, controls: int) -> list[Diffus
     )
     steps = min(facts.steps, STEPS)
     guidance = facts.guidance if "guidance" in model.pipeline.takes else None
-    shown = tuple(_drawn(number, height, width) for number in range(controls))
     return [
         Diffusion(
-            steps=steps, guidance=guidance, seed=seed, height=height, width=width, control=shown if controls else None
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            height=height,
+            width=width,
+            control=shown.controls or None,
+            ip_adapter_image=shown.reference,
         )
         for seed in SEEDS
     ]
@@ -157,7 +184,7 @@ def _lacks_memory(source: PipelineSource) -> str | None:
     return f"the source takes about {need / 1e9:.1f} GB in PyTorch, {free / 1e9:.1f} GB are free"
 
 
-def _pipeline(kind: type[Any], source: PipelineSource, modules: Mapping[str, Any]) -> Any:  # noqa: ANN401 - diffusers is untyped
+def _pipeline(kind: type[Any], source: PipelineSource, modules: Mapping[str, Any], folder: Path) -> Any:  # noqa: ANN401 - diffusers is untyped
     """The source in PyTorch, with these modules. Raises SourceError."""
     parameters = inspect.signature(kind.__init__).parameters
     parts: dict[str, Any] = {name: None for name in parameters if isinstance(source.index.get(name), list)}
@@ -165,6 +192,8 @@ def _pipeline(kind: type[Any], source: PipelineSource, modules: Mapping[str, Any
         with quiet_libraries():
             parts |= {part.name: part.kind.from_pretrained(part.folder) for part in source.parts if not part.is_module}
             parts |= modules
+            if ENCODER in modules and parts.get(PROCESSOR) is None:
+                parts[PROCESSOR] = transformers.CLIPImageProcessor.from_pretrained(folder / PROCESSOR)
             nets = [parts.pop(part.name) for part in source.parts if is_controlnet(part)]
             parts |= {"controlnet": nets if len(nets) > 1 else nets[0]} if nets else {}
             plain = {
@@ -197,6 +226,8 @@ def _painted(
     if options.control is not None:
         shown = list(options.control) if isinstance(options.control, tuple) else [options.control]
         others["image"] = shown if len(shown) > 1 else shown[0]
+    if options.ip_adapter_image is not None:
+        others["ip_adapter_image"] = options.ip_adapter_image
     with quiet_libraries(), torch.no_grad():
         image = pipeline(
             prompt=[prompt],
@@ -211,14 +242,15 @@ def _painted(
     return np.asarray(image.convert("RGB"))
 
 
-def _keep(folder: Path, image: GeneratedImage, options: Diffusion, tolerance: float) -> ImageGolden:
+def _keep(folder: Path, image: GeneratedImage, shown: Shown, tolerance: float) -> ImageGolden:
     path = folder / GOLDEN
     path.parent.mkdir()
     path.write_bytes(image.png())
-    controls = []
-    for number, shown in enumerate(options.control if isinstance(options.control, tuple) else ()):
-        controls.append(CONTROL.format(number))
-        shown.save(folder / controls[-1])
+    controls = [CONTROL.format(number) for number in range(len(shown.controls))]
+    for file, picture in zip(controls, shown.controls, strict=True):
+        picture.save(folder / file)
+    if shown.reference is not None:
+        shown.reference.save(folder / REFERENCE)
     settings = image.settings
     return ImageGolden(
         prompt=settings.prompt,
@@ -229,6 +261,7 @@ def _keep(folder: Path, image: GeneratedImage, options: Diffusion, tolerance: fl
         width=settings.width,
         file=GOLDEN,
         controls=tuple(controls),
+        ip_adapter_image=None if shown.reference is None else REFERENCE,
         tolerance=tolerance,
     )
 

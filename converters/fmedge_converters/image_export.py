@@ -30,6 +30,8 @@ from fmedge_converters.hub import fetch
 from fmedge_converters.image_adapter import ImageAdapter
 from fmedge_converters.image_evidence import compare_images
 from fmedge_converters.image_facts import image_facts
+from fmedge_converters.ip_adapter import IpAdapter
+from fmedge_converters.ip_adapter_source import with_image_encoder, write_processor
 from fmedge_converters.kept_adapter import KeptAdapter
 from fmedge_converters.output_folder import flush, written_aside
 from fmedge_converters.part_build import Adapter, BuiltGraph, PartOptions, build_part
@@ -55,16 +57,13 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     scheme = find_scheme(target, options.quantize, images=True)
     _check_options(options)
     check_block_size(scheme, options)
-    source = open_pipeline(options.source, options.revision, prior=options.prior, allow_pickle=options.allow_pickle)
-    source = with_controlnets(source, options.controlnets, allow_pickle=options.allow_pickle)
-    for part in source.parts:
-        check_part_files(part)
+    source, file = _source(options)
     modules = {part.name: empty_part(part) for part in source.parts if part.is_module}
     check_controlnets(source, modules)
     calls = {part.name: _calls(part, modules[part.name], source) for part in source.parts if part.is_module}
     parameters = sum(value.numel() for module in modules.values() for value in module.parameters())
     check_disk(options.output, parameters, scheme.bits)
-    adapter = _adapter(source, modules, options)
+    adapters = _adapters(source, modules, file, options)
     with written_aside(options.output) as folder:
         (folder / MODEL_INDEX).write_text(json.dumps(source.index, indent=2, sort_keys=True) + "\n", "utf-8")
         built: list[BuiltGraph] = []
@@ -74,7 +73,7 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
             if not part.is_module:
                 write_part_files(part, folder)
                 continue
-            chosen = _part_options(modules[part.name], target, scheme, adapter, options)
+            chosen = _part_options(modules[part.name], target, scheme, adapters, options)
             graphs = build_part(part, modules[part.name], calls[part.name], folder, chosen, progress)
             built += graphs
             for graph in graphs:
@@ -84,12 +83,16 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
                     chosen.scheme.name if graph.quantized else FLOATING.name,
                 )
             if options.verify == "full":
-                compared |= _compare(part, graphs, adapter, options, progress)
+                compared |= _compare(part, graphs, adapters, options, progress)
         evidence: tuple[Evidence, ...] = ()
         if options.verify == "full":
             evidence = (parts_evidence(compared, precisions),)
             judge(evidence[0], options)
         write_instruction(source.pipeline, folder)
+        for one in adapters:
+            if isinstance(one, IpAdapter):
+                one.write_facts(folder)
+                write_processor(source, folder)
         manifest = ImageManifest(
             format=FORMAT,
             kind="image",
@@ -115,7 +118,7 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
             progress("comparing images with PyTorch's", 0, 0)
             precision = (str(target.dtype).removeprefix("torch."), scheme.name)
             pictured = compare_images(
-                ImageBundle(folder, manifest), source, lambda: _modules(source, adapter, options), precision
+                ImageBundle(folder, manifest), source, lambda: _modules(source, adapters, options), precision
             )
             for item in pictured.evidence:
                 judge(item, options)
@@ -129,6 +132,18 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
         # Last, so that a folder with a manifest is whole.
         write_manifest(folder, manifest.model_copy(update={"forced": forced, "files": files}))
     return open_image_bundle(options.output, checksums=False)
+
+
+def _source(options: ExportOptions) -> tuple[PipelineSource, Path | None]:
+    """The pipeline with all that is added to it, and the file of an IP-Adapter. Raises SourceError."""
+    source = open_pipeline(options.source, options.revision, prior=options.prior, allow_pickle=options.allow_pickle)
+    source = with_controlnets(source, options.controlnets, allow_pickle=options.allow_pickle)
+    file = None
+    if options.ip_adapter is not None:
+        source, file = with_image_encoder(source, options.ip_adapter, allow_pickle=options.allow_pickle)
+    for part in source.parts:
+        check_part_files(part)
+    return source, file
 
 
 def _check_options(options: ExportOptions) -> None:
@@ -161,53 +176,59 @@ def _calls(part: PartSource, module: Any, source: PipelineSource) -> Mapping[str
     return kind.graphs(module, Asked(part.name, source.pipeline, residuals=controlled))
 
 
-def _adapter(source: PipelineSource, modules: Mapping[str, Any], options: ExportOptions) -> Adapter | None:
-    if options.adapter is None:
-        return None
-    path = Path(options.adapter).expanduser()
-    if not path.exists():
-        path = fetch(options.adapter, None, ["*.json", "*.safetensors"])
-    scale = 1.0 if options.keep_adapter else options.adapter_scale
-    adapter = ImageAdapter(path, source.pipeline, scale, list(modules), modules.get("unet"))
-    return KeptAdapter(adapter, options.adapter_scale) if options.keep_adapter else adapter
+def _adapters(
+    source: PipelineSource, modules: Mapping[str, Any], file: Path | None, options: ExportOptions
+) -> tuple[Adapter, ...]:
+    """The LoRA and the IP-Adapter (`file`) that are asked for. Raises SourceError."""
+    found: list[Adapter] = []
+    if options.adapter is not None:
+        path = Path(options.adapter).expanduser()
+        if not path.exists():
+            path = fetch(options.adapter, None, ["*.json", "*.safetensors"])
+        scale = 1.0 if options.keep_adapter else options.adapter_scale
+        lora = ImageAdapter(path, source.pipeline, scale, list(modules), modules.get("unet"))
+        found.append(KeptAdapter(lora, options.adapter_scale) if options.keep_adapter else lora)
+    if file is not None:
+        found.append(IpAdapter(file, modules["unet"], modules["image_encoder"], allow_pickle=options.allow_pickle))
+    return tuple(found)
 
 
 def _part_options(
     module: Any,  # noqa: ANN401 - any module
     target: Target,
     scheme: Scheme,
-    adapter: Adapter | None,
+    adapters: tuple[Adapter, ...],
     options: ExportOptions,
 ) -> PartOptions:
     config = getattr(module, "config", None)
     # Autoencoders that say so overflow in fp16, and what they make is the picture itself.
     dtype = torch.float32 if getattr(config, "force_upcast", False) else target.dtype
     autoencodes = hasattr(module, "encode") and hasattr(module, "decode")
-    return PartOptions(dtype, FLOATING if autoencodes else scheme, options.block_size, options.allow_pickle, adapter)
+    return PartOptions(dtype, FLOATING if autoencodes else scheme, options.block_size, options.allow_pickle, adapters)
 
 
 def _compare(
     part: PartSource,
     graphs: list[BuiltGraph],
-    adapter: Adapter | None,
+    adapters: tuple[Adapter, ...],
     options: ExportOptions,
     progress: Progress,
 ) -> dict[str, Compared]:
     progress(f"{part.name}: comparing with PyTorch", 0, 0)
-    reference = _module(part, adapter, options)
+    reference = _module(part, adapters, options)
     return {graph.name: compare(reference, graph.call, graph.written.graph) for graph in graphs}
 
 
-def _module(part: PartSource, adapter: Adapter | None, options: ExportOptions) -> Any:  # noqa: ANN401 - any module
-    """The module of a part in fp32, with the adapter merged by PyTorch."""
+def _module(part: PartSource, adapters: tuple[Adapter, ...], options: ExportOptions) -> Any:  # noqa: ANN401 - any module
+    """The module of a part in fp32, with the adapters merged by PyTorch."""
     module = loaded_part(part, torch.float32, allow_pickle=options.allow_pickle)
-    if adapter is not None:
+    for adapter in adapters:
         adapter.merge(part.name, module)
     return module
 
 
-def _modules(source: PipelineSource, adapter: Adapter | None, options: ExportOptions) -> dict[str, Any]:
-    return {part.name: _module(part, adapter, options) for part in source.parts if part.is_module}
+def _modules(source: PipelineSource, adapters: tuple[Adapter, ...], options: ExportOptions) -> dict[str, Any]:
+    return {part.name: _module(part, adapters, options) for part in source.parts if part.is_module}
 
 
 def _graph_facts(graph: BuiltGraph) -> GraphFacts:

@@ -90,7 +90,8 @@ class KeptAdapter:
                 )
 
     def _add(self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
-        return output + layer.lora_b(layer.lora_a(inputs[0])) * self._scale
+        update: torch.Tensor = layer.lora_b(layer.lora_a(inputs[0])) * self._scale
+        return output + update
 
 
 def _layers(update: Update, shape: tuple[int, ...]) -> tuple[Array, Array]:
@@ -107,7 +108,12 @@ def _weight(array: Array) -> Weight:
 
 def _like(layer: Any, weight: torch.Tensor, *, first: bool) -> torch.nn.Module:  # noqa: ANN401 - two kinds of layers
     """A layer without bias; the first one reads what a convolution reads, the second one is 1 x 1."""
-    size = {"in_channels": weight.shape[1], "out_channels": weight.shape[0], "bias": False, "device": "meta"}
+    size: dict[str, Any] = {
+        "in_channels": weight.shape[1],
+        "out_channels": weight.shape[0],
+        "bias": False,
+        "device": "meta",
+    }
     made: torch.nn.Module
     if isinstance(layer, torch.nn.Linear):
         made = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

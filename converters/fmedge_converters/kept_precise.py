@@ -40,6 +40,10 @@ KEPT: tuple[Kept, ...] = (
     ),
     Kept(re.compile(r"\.lora_[ab]\b"), "a LoRA that stays apart has few numbers, and is there to be scaled"),
     Kept(
+        re.compile(r"^ip_projection\b|\.processor\.to_[kv]_ip\b"),
+        "an image's few tokens are made once, and are attended to in every layer",
+    ),
+    Kept(
         re.compile(r"^(controlnet_cond_embedding|controlnet_down_blocks|controlnet_mid_block)\b"),
         "the control image is read once, and what a ControlNet gives is added to every layer that follows",
     ),

@@ -36,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Adapter(Protocol):
-    """A LoRA on its way into the parts of a pipeline."""
+    """What changes the parts of a pipeline on their way: a LoRA, an IP-Adapter."""
 
     def applied(self, part: str, weights: Mapping[str, Weight]) -> dict[str, Weight]:
         """The weights of a part with it. Raises SourceError."""
@@ -68,8 +68,8 @@ class PartOptions:
     scheme: Scheme
     block_size: int | None
     allow_pickle: bool = False
-    adapter: Adapter | None = None
-    """A LoRA to merge, or to keep beside the weights."""
+    adapters: tuple[Adapter, ...] = ()
+    """A LoRA to merge, or to keep beside the weights; an IP-Adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +102,15 @@ def build_part(
         for name, value in checkpoint.buffers(module).items():
             module.get_buffer(name).copy_(value)
         weights = checkpoint.weights(module)
-        if options.adapter is not None:
-            weights = options.adapter.applied(part.name, weights)
-            options.adapter.attach(part.name, module)
-            calls = {name: options.adapter.call(part.name, call) for name, call in calls.items()}
+        for adapter in options.adapters:
+            weights = adapter.applied(part.name, weights)
+            adapter.attach(part.name, module)
+            calls = {name: adapter.call(part.name, call) for name, call in calls.items()}
         for name, call in calls.items():
             progress(f"{name}: tracing", 0, 0)
             traced = trace_module(module, call, options.dtype, str(part.folder))
-            if options.adapter is not None:
-                options.adapter.check_used(part.name, traced.parameters.values())
+            for adapter in options.adapters:
+                adapter.check_used(part.name, traced.parameters.values())
             typed = {
                 parameter: _typed(f"{part.folder}: {parameter}", weights[parameter], traced.dtypes[parameter])
                 for parameter in traced.parameters.values()

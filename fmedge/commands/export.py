@@ -71,6 +71,10 @@ def command(
         list[str] | None,
         typer.Option(help="ControlNet to add to Stable Diffusion (XL): folder or hub id; may be repeated."),
     ] = None,
+    ip_adapter: Annotated[
+        str | None,
+        typer.Option(help="IP-Adapter to add to Stable Diffusion (XL): its file or folder, image_encoder beside it."),
+    ] = ExportOptions.ip_adapter,
     adapter: Annotated[
         str | None, typer.Option(help="LoRA to merge into the weights: a folder, a hub id, or for images a file.")
     ] = ExportOptions.adapter,
@@ -117,6 +121,7 @@ def command(
         text=text,
         prior=prior,
         controlnets=tuple(controlnet or ()),
+        ip_adapter=ip_adapter,
         adapter=adapter,
         adapter_scale=adapter_scale,
         keep_adapter=keep_adapter,

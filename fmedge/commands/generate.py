@@ -65,6 +65,8 @@ IMAGE_OPTIONS = frozenset(
         "control_end",
         "guess_mode",
         "adapter_scale",
+        "ip_adapter_image",
+        "ip_adapter_scale",
         "guidance_rescale",
         "clip_skip",
         "literal",
@@ -270,6 +272,17 @@ def command(
         float | None,
         typer.Option(help="How much of a LoRA is added, of a bundle that keeps one apart.", rich_help_panel=IMAGES),
     ] = None,
+    ip_adapter_image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Image for the IP-Adapter: one for all prompts, or repeated for each.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None,
+    ip_adapter_scale: Annotated[
+        float | None, typer.Option(help="How strongly that image pulls.", rich_help_panel=IMAGES)
+    ] = None,
     guidance_rescale: Annotated[
         float | None, typer.Option(help="Contrast brought back, from 0 (off) to 1.", rich_help_panel=IMAGES)
     ] = None,
@@ -349,6 +362,8 @@ def command(
             "control_end": _one_or_each(control_end),
             "guess_mode": guess_mode or None,
             "adapter_scale": adapter_scale,
+            "ip_adapter_image": _one_or_each(ip_adapter_image),
+            "ip_adapter_scale": ip_adapter_scale,
             "guidance_rescale": guidance_rescale,
             "clip_skip": clip_skip,
             "weights": False if literal else None,

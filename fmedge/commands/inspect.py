@@ -45,6 +45,7 @@ def show(bundle: Bundle | ImageBundle, *, as_json: bool) -> None:
 
 def _image_rows(bundle: ImageBundle) -> list[tuple[str, str]]:
     from fmedge_runtimes.pipelines.control import control_nets
+    from fmedge_runtimes.pipelines.reference import FACTS, PART
 
     manifest, image = bundle.manifest, bundle.manifest.image
     parts = []
@@ -60,6 +61,8 @@ def _image_rows(bundle: ImageBundle) -> list[tuple[str, str]]:
     ]
     if image.adapter_scale is not None:
         model.append(("adapter", f"{manifest.source.adapter}, not merged: scale {image.adapter_scale:g} unless told"))
+    if (bundle.folder / PART / FACTS).is_file():
+        model.append(("reference", "an IP-Adapter: --ip-adapter-image shows it an image"))
     nets = control_nets(manifest.graphs)
     if nets:
         model.append(("control", f"{len(nets)} ControlNet{'s' * (len(nets) > 1)}: --control shows each an image"))

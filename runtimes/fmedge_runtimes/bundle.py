@@ -160,6 +160,8 @@ class ImageGolden(_Record):
     """PNG of what came out where the bundle was made."""
     controls: tuple[str, ...] = ()
     """PNGs that the ControlNets are shown, one for each."""
+    ip_adapter_image: str | None = None
+    """PNG that the IP-Adapter is shown."""
     tolerance: float
     """Largest mean absolute difference of a pixel's channel, in levels of 0 to 255."""
 

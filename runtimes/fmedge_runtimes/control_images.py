@@ -49,21 +49,11 @@ def asked_controls(options: Diffusion, nets: Sequence[str], prompts: int, where:
             ("control_end", options.control_end),
         )
     )
-    opened: dict[object, Image] = {}
     found = []
     for number, given in enumerate(_for_each_net(options.control, nets)):
         if given is None:
             continue
-        pictures = given if isinstance(given, tuple) else (given,)
-        if len(pictures) not in (1, prompts):
-            raise RequestError(
-                f"Diffusion.control has {len(pictures)} images for {prompts} prompts; give one for all, or one for "
-                "each."
-            )
-        for picture in pictures:
-            if _key(picture) not in opened:
-                opened[_key(picture)] = open_picture(picture, "Diffusion.control")
-        images = tuple(opened[_key(picture)] for picture in pictures)
+        images = one_or_each(given if isinstance(given, tuple) else (given,), prompts, "Diffusion.control")
         if starts[number] >= ends[number]:
             raise RequestError(
                 f"Diffusion.control_start is {starts[number]:g} and control_end {ends[number]:g}: the ControlNet would "
@@ -73,6 +63,19 @@ def asked_controls(options: Diffusion, nets: Sequence[str], prompts: int, where:
     if not found:
         raise RequestError("Diffusion.control has no image; leave it out.")
     return found
+
+
+def one_or_each(given: Sequence[Picture], prompts: int, what: str) -> tuple[Image, ...]:
+    """The images, opened, each file once. Raises RequestError for another number than one or that of the prompts."""
+    if len(given) not in (1, prompts):
+        raise RequestError(f"{what} has {len(given)} images for {prompts} prompts; give one for all, or one for each.")
+    if any(one is None or isinstance(one, tuple) for one in given):
+        raise RequestError(f"{what} has a list, or nothing, where an image is wanted.")
+    opened: dict[object, Image] = {}
+    for picture in given:
+        if _key(picture) not in opened:
+            opened[_key(picture)] = open_picture(picture, what)
+    return tuple(opened[_key(picture)] for picture in given)
 
 
 def controls_of(asked: Sequence[AskedControl], height: int, width: int) -> tuple[Control, ...]:

@@ -71,6 +71,10 @@ class Diffusion:
     without a prompt."""
     adapter_scale: float | None = None
     """How much of a LoRA is added that the bundle keeps beside its weights."""
+    ip_adapter_image: Picture | tuple[Picture, ...] | None = None
+    """What an IP-Adapter is shown beside the prompt: one image for all prompts, or a list with one for each."""
+    ip_adapter_scale: float = 1.0
+    """How strongly that image pulls."""
     guidance_rescale: float = 0.0
     """Brings the contrast that guidance adds back to that of the prompt's prediction (Lin et al. 2023); 0 is off."""
     clip_skip: int = 0
@@ -97,6 +101,8 @@ class Diffusion:
         if self.image is None and self.strength is not None:
             raise RequestError(f"Diffusion.strength is {self.strength} without image; it is for images only.")
 
+        if self.ip_adapter_image is None and self.ip_adapter_scale != 1.0:
+            raise RequestError(f"Diffusion.ip_adapter_scale is {self.ip_adapter_scale:g} without ip_adapter_image.")
         if self.control is None:
             for name in ("control_scale", "control_start", "control_end", "guess_mode"):
                 if getattr(self, name) != self.__dataclass_fields__[name].default:
@@ -183,7 +189,9 @@ def _is_scale(value: Any) -> bool:  # noqa: ANN401 - what a user gave
     return all(_is_number(one, 0.0, 100.0) for one in (value if isinstance(value, tuple) else (value,)))
 
 
-_LISTED = frozenset({"seed", "negative", "control", "control_scale", "control_start", "control_end"})
+_LISTED = frozenset(
+    {"seed", "negative", "control", "control_scale", "control_start", "control_end", "ip_adapter_image"}
+)
 """Fields that may have one value for each of something."""
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("steps", lambda value: value is None or _is_whole(value, 1), "at least 1"),
@@ -207,6 +215,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: value is None or _is_number(value, -100.0, 100.0),
         "from -100 to 100 (0 is none of it)",
     ),
+    ("ip_adapter_image", _is_control, "a file or an image of Pillow, or a list of them"),
+    ("ip_adapter_scale", lambda value: _is_number(value, 0.0, 100.0), "from 0 (off) to 100"),
     ("guidance_rescale", lambda value: _is_number(value, 0.0, 1.0), "from 0 (off) to 1"),
     ("max_sequence_length", lambda value: value is None or _is_whole(value, 1), "at least 1"),
     ("clip_skip", lambda value: _is_whole(value, 0), "0 (none) or more"),

@@ -68,6 +68,8 @@ class Settings:
     guess_mode: bool = False
     adapter_scale: float | None = None
     """Of the LoRA that the bundle keeps beside its weights; None without."""
+    ip_adapter_scale: float | None = None
+    """Of the image that an IP-Adapter was shown; None without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,8 @@ def parameters(settings: Settings) -> str:
         facts[f"ControlNet {number}"] = shown
     if settings.adapter_scale is not None:
         facts["LoRA scale"] = f"{settings.adapter_scale:g}"
+    if settings.ip_adapter_scale is not None:
+        facts["IP-Adapter scale"] = f"{settings.ip_adapter_scale:g}"
     facts["Version"] = f"fmedge {__version__}"
     lines = [settings.prompt, f"Negative prompt: {settings.negative}" if settings.negative else None]
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items()))

@@ -20,9 +20,10 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from fmedge_runtimes.bundle import ImageBundle
-from fmedge_runtimes.control_images import asked_controls, controls_of
+from fmedge_runtimes.control_images import asked_controls, controls_of, one_or_each
 from fmedge_runtimes.diffusion import MOST_PIXELS, Diffusion
 from fmedge_runtimes.errors import FmedgeError, GenerationCancelledError, RequestError
 from fmedge_runtimes.generated_image import ControlSettings, GeneratedImage, ImageStats, ImageUpdate, Settings
@@ -33,7 +34,11 @@ from fmedge_runtimes.picture import image_array, mask_array, open_picture
 from fmedge_runtimes.pipelines import family_of
 from fmedge_runtimes.pipelines.control import control_nets
 from fmedge_runtimes.pipelines.pipeline import EVERY, Job, OpenScheduler, Order, Progress, Rendered, Stage
+from fmedge_runtimes.pipelines.reference import has_reference
 from fmedge_runtimes.schedulers import read_config
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 STRENGTH, STRENGTH_MASKED = 0.8, 1.0
 """Of the trajectory, for an image without and with a mask, if nobody said otherwise."""
@@ -175,8 +180,21 @@ class ImageModel:
                 read=self._read_scheduler,
             ),
             controls=controls_of(asked, height, width),
+            references=self._references(options, len(prompts)),
             adapter_scale=self._adapter_scale(options),
         )
+
+    def _references(self, options: Diffusion, prompts: int) -> tuple[Image, ...]:
+        """What the IP-Adapter is shown. Raises RequestError."""
+        given = options.ip_adapter_image
+        if given is None:
+            return ()
+        if not has_reference(self._parts):
+            raise RequestError(
+                f"{self.bundle.folder} has no IP-Adapter to show Diffusion.ip_adapter_image to; export it with "
+                "--ip-adapter."
+            )
+        return one_or_each(given if isinstance(given, tuple) else (given,), prompts, "Diffusion.ip_adapter_image")
 
     def _adapter_scale(self, options: Diffusion) -> float | None:
         """Of the LoRA that the bundle keeps beside its weights. Raises RequestError if there is none to scale."""
@@ -326,6 +344,7 @@ class ImageModel:
                     tuple(ControlSettings(one.net, one.scale, one.start, one.end) for one in order.controls) or None,
                     options.guess_mode,
                     order.adapter_scale,
+                    options.ip_adapter_scale if order.references else None,
                 ),
                 job.prompt_index,
                 job.index,

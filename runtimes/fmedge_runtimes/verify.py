@@ -111,6 +111,9 @@ def _difference(bundle: ImageBundle, golden: ImageGolden, model: ImageModel) -> 
             height=golden.height,
             width=golden.width,
             control=controls or None,
+            ip_adapter_image=None
+            if golden.ip_adapter_image is None
+            else open_picture(bundle.file(golden.ip_adapter_image), "the golden image of the IP-Adapter"),
         )
         made = np.asarray(model.generate(golden.prompt, options)[0].image, np.float64)
         expected = np.asarray(open_picture(bundle.file(golden.file), "the golden image").convert("RGB"), np.float64)

@@ -26,6 +26,7 @@ from fmedge_runtimes.pipelines.pipeline import (
     CONTROLLED,
     FROM_IMAGE,
     GUIDED,
+    REFERRED,
     Array,
     Order,
     Progress,
@@ -33,6 +34,7 @@ from fmedge_runtimes.pipelines.pipeline import (
     Rendered,
     Sizes,
 )
+from fmedge_runtimes.pipelines.reference import Reference, has_reference
 from fmedge_runtimes.pipelines.stage import Beginning, Stage, sample
 from fmedge_runtimes.schedulers.scheduler import Scheduler
 
@@ -54,13 +56,14 @@ class Texts(Protocol):
 class LatentUnet:
     """A pipeline of text encoders, a UNet and an autoencoder."""
 
-    takes = GUIDED | FROM_IMAGE | AUTOENCODER | CLIP | CONTROLLED | {"mask"}
+    takes = GUIDED | FROM_IMAGE | AUTOENCODER | CLIP | CONTROLLED | REFERRED | {"mask"}
 
     def __init__(self, parts: Parts, texts: Texts) -> None:
         """Raises BundleError when a part or one of its fields is missing."""
         parts.require("unet", "vae_decoder")
         self._parts, self._texts = parts, texts
         self._autoencoder = Autoencoder(parts)
+        self._reference = Reference(parts) if has_reference(parts) else None
         unet = parts.config("unet")
         self._channels = unet.whole("in_channels")
         self._guidance_width = unet.whole("time_cond_proj_dim", 0)
@@ -76,6 +79,8 @@ class LatentUnet:
         self._check(order)
         guided = order.guidance > 1 and not self._guidance_width
         conditions = self._texts.encode(order, guided=guided)
+        if self._reference is not None:
+            conditions = self._reference.added(conditions, order)
         yield Progress("encode", len(order.jobs), len(order.jobs))
         posteriors = self._posteriors(order)
         if posteriors:

@@ -39,6 +39,8 @@ from fmedge_runtimes.schedulers import SchedulerConfig, open_scheduler, read_con
 from fmedge_runtimes.schedulers.scheduler import Draw, Scheduler
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from fmedge_runtimes.pipelines.control import Control
 
 Array = npt.NDArray[np.float32]
@@ -129,6 +131,8 @@ class Order:
     split_guidance: bool
     """Whether guidance takes two calls of one batch, instead of one call of two."""
     open_scheduler: OpenScheduler
+    references: tuple[Image, ...] = ()
+    """What an IP-Adapter is shown: one image for all prompts, or one for each."""
     adapter_scale: float | None = None
     """Of a LoRA that is not merged; None: the bundle has none."""
     controls: tuple[Control, ...] = ()
@@ -139,7 +143,8 @@ class Order:
     @property
     def standing(self) -> dict[str, Array]:
         """Inputs that every graph is given that takes them."""
-        scales = {"adapter_scale": self.adapter_scale}
+        shown = self.options.ip_adapter_scale if self.references else 0.0
+        scales = {"adapter_scale": self.adapter_scale, "ip_adapter_scale": shown}
         return {name: np.array([scale], np.float32) for name, scale in scales.items() if scale is not None}
 
     def __post_init__(self) -> None:
@@ -233,5 +238,7 @@ AUTOENCODER = frozenset({"tiling", "tiny_vae"})
 CLIP = frozenset({"clip_skip", "weights"})
 CONTROLLED = frozenset({"control", "control_scale", "control_start", "control_end", "guess_mode"})
 """ControlNets, of a bundle that has some."""
+REFERRED = frozenset({"ip_adapter_image", "ip_adapter_scale"})
+"""An IP-Adapter, of a bundle that has one."""
 PADDED = frozenset({"max_sequence_length"})
 """A text encoder whose prompts are padded to a length that is not CLIP's."""
