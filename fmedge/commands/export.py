@@ -25,6 +25,10 @@ EPILOG = """
 
   fmedge export ./stable-diffusion out/images --controlnet ./canny
 
+  fmedge export ./stable-diffusion out/images --ip-adapter ./models/ip-adapter_sd15.safetensors
+
+  fmedge export ./stable-diffusion out/images --adapter ./style.safetensors --keep-adapter
+
   fmedge export ./kandinsky-decoder out/images --prior ./kandinsky-prior
 
   fmedge export ./model.Q4_0.gguf out/bundle --quantize int4
