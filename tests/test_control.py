@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import fmedge_runtimes.load
 import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
@@ -14,6 +16,7 @@ from fmedge_runtimes.errors import RequestError
 from image_models import (
     SIDE,
     Opened,
+    complete,
     controlnet,
     generator,
     quiet,
@@ -22,6 +25,10 @@ from image_models import (
     write_folder,
 )
 from PIL import Image
+from typer.testing import CliRunner
+
+import fmedge
+from fmedge.cli import app
 
 # diffusers' own, of numpy and of what it will drop.
 pytestmark = [
@@ -270,3 +277,33 @@ def test_a_bundle_without_a_controlnet_says_so(tmp_path: Path) -> None:
     opened = write_folder(stable_diffusion(), tmp_path)
     with pytest.raises(RequestError, match=r"has no ControlNet.*--controlnet"):
         opened.model().stream("a", Diffusion(control=picture(1)))
+
+
+def test_the_command(sd: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option arrives; the PNG says how the ControlNet was at work, and inspect that there is one."""
+    complete(sd)
+    monkeypatch.setattr(fmedge_runtimes.load, "open_session", lambda graph, *_: sd.open(graph.parent.name))
+    picture(1).save(tmp_path / "edges.png")
+    options = ("--control", "edges.png", "--control-scale", "0.5", "--control-start", "0.1", "--control-end", "0.9")
+    command = ["generate", str(sd.folder), "a", *options, "--guess-mode", "--steps", "2", "--seed", "3"]
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, [*command, "--output", "made.png", "--json"])
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert facts["controls"] == [{"net": "controlnet", "scale": 0.5, "start": 0.1, "end": 0.9}]
+    assert facts["guess_mode"] is True
+    with fmedge.load_image(sd.folder) as model:
+        asked = fmedge.Diffusion(
+            steps=2,
+            seed=3,
+            control=tmp_path / "edges.png",
+            control_scale=0.5,
+            control_start=0.1,
+            control_end=0.9,
+            guess_mode=True,
+        )
+        assert model.generate("a", asked)[0].png() == (tmp_path / "made.png").read_bytes()
+    with Image.open(tmp_path / "made.png") as image:
+        assert "ControlNet 0: " in image.text["parameters"]
+    shown = CliRunner().invoke(app, ["inspect", str(sd.folder)]).stdout
+    assert "1 ControlNet: --control shows each an image" in shown

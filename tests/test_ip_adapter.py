@@ -19,7 +19,7 @@ from fmedge_converters.parts import find_kind
 from fmedge_converters.parts.part import Asked, Call
 from fmedge_converters.pipeline_source import empty_part, open_pipeline
 from fmedge_runtimes.diffusion import Diffusion
-from fmedge_runtimes.errors import RequestError, SourceError
+from fmedge_runtimes.errors import BundleError, RequestError, SourceError
 from fmedge_runtimes.load import load_image
 from fmedge_runtimes.parts import Config
 from fmedge_runtimes.pipelines.reference import clip_pixels
@@ -65,9 +65,9 @@ def call_session(module: Any, call: Call) -> TorchSession:
     return TorchSession(lambda **feeds: call.run(module, feeds), specs, outputs)
 
 
-def adapted(folder: Path, *, plus: bool) -> tuple[Opened, Any]:
+def adapted(folder: Path, kind: str) -> tuple[Opened, Any]:
     """Our model and diffusers' pipeline with the same IP-Adapter."""
-    file = save_ip_adapter("sd", folder / "ip", plus=plus)
+    file = save_ip_adapter("sd", folder / "ip", kind)
     ours, theirs = tiny_pipeline("sd"), tiny_pipeline("sd")
     with quiet_libraries():
         theirs.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name)
@@ -75,9 +75,9 @@ def adapted(folder: Path, *, plus: bool) -> tuple[Opened, Any]:
     adapter = IpAdapter(file, ours.unet, encoder, allow_pickle=False)
     opened = open_parts(ours, folder / "bundle")
     for name, module in (("unet", ours.unet), ("image_encoder", encoder)):
-        kind = find_kind(type(module))
-        assert kind is not None
-        call = adapter.call(name, kind.graphs(module, Asked(name, "StableDiffusionPipeline"))[name])
+        found = find_kind(type(module))
+        assert found is not None
+        call = adapter.call(name, found.graphs(module, Asked(name, "StableDiffusionPipeline"))[name])
         adapter.attach(name, module)
         opened.makers[name] = lambda module=module, call=call: call_session(module, call)
     encoder.config.save_pretrained(opened.folder / "image_encoder")
@@ -88,9 +88,9 @@ def adapted(folder: Path, *, plus: bool) -> tuple[Opened, Any]:
     return opened, theirs
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "plus"])
+@pytest.fixture(scope="module", params=["plain", "plus", "full"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Opened, Any]:
-    return adapted(tmp_path_factory.mktemp("ip"), plus=request.param)
+    return adapted(tmp_path_factory.mktemp("ip"), request.param)
 
 
 @pytest.mark.medium
@@ -173,6 +173,22 @@ def test_a_bundle_without_an_ip_adapter_says_so(tmp_path: Path) -> None:
         opened.model().stream("a", Diffusion(ip_adapter_image=picture(1)))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"do_center_crop": False}, r"another way than CLIP does \(do_center_crop"),
+        ({"resample": 2}, r"another way than CLIP does \(resample"),
+        ({"size": {"height": 224, "width": 224}}, "must say shortest_edge"),
+    ],
+)
+def test_another_preparation_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    opened, _ = adapted(tmp_path, "plain")
+    path = opened.folder / "feature_extractor" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(BundleError, match=words):
+        opened.model().generate("a", Diffusion(steps=1, ip_adapter_image=picture(1), **SIZE))
+
+
 def _changed(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
     if how == "face":
         return {key: value for key, value in tensors.items() if "image_proj.proj" not in key}
@@ -246,7 +262,7 @@ def test_where_it_lies(tmp_path: Path) -> None:
         with_image_encoder(flux, str(file), allow_pickle=False)
     with pytest.raises(SourceError, match="is no file or folder"):
         with_image_encoder(source, str(tmp_path / "none"), allow_pickle=False)
-    save_ip_adapter("sd", tmp_path / "ip", plus=True)
+    save_ip_adapter("sd", tmp_path / "ip", "plus")
     with pytest.raises(SourceError, match="holds 2 IP-Adapters"):
         with_image_encoder(source, str(file.parent), allow_pickle=False)
     (file.parent / "image_encoder" / "config.json").unlink()
@@ -255,9 +271,9 @@ def test_where_it_lies(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "plus"), [("sd", False), ("sdxl", True)])
-def test_a_bundle_with_an_ip_adapter(tmp_path: Path, name: str, plus: bool) -> None:
-    file = save_ip_adapter(name, tmp_path / "ip", plus=plus)
+@pytest.mark.parametrize(("name", "kind"), [("sd", "plain"), ("sdxl", "plus")])
+def test_a_bundle_with_an_ip_adapter(tmp_path: Path, name: str, kind: str) -> None:
+    file = save_ip_adapter(name, tmp_path / "ip", kind)
     bundle = export(
         ExportOptions(str(save_pipeline(name, tmp_path / "source")), tmp_path / "out", ip_adapter=str(file))
     ).folder

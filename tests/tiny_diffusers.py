@@ -742,8 +742,8 @@ def save_controlnet(name: str, folder: Path, seed: int = 2, **changes: Any) -> P
     return folder
 
 
-def save_ip_adapter(name: str, folder: Path, *, plus: bool = False) -> Path:
-    """Save an IP-Adapter for the UNet of a tiny pipeline, with its image encoder beside it; the file."""
+def save_ip_adapter(name: str, folder: Path, kind: str = "plain") -> Path:
+    """Save an IP-Adapter (plain, plus or full) for the UNet of a tiny pipeline, its image encoder beside it; the file."""
     from safetensors.torch import save_file
 
     state = torch.random.get_rng_state()
@@ -757,7 +757,7 @@ def save_ip_adapter(name: str, folder: Path, *, plus: bool = False) -> Path:
             size = unet.get_submodule(key.removesuffix(".processor")).to_k.out_features
             for end in ("to_k_ip", "to_v_ip"):
                 tensors[f"ip_adapter.{2 * number + 1}.{end}.weight"] = torch.randn(size, width) * 0.3
-        if plus:
+        if kind == "plus":
             shapes = {
                 "latents": (1, 3, 64),
                 **{f"proj_in.{end}": size for end, size in (("weight", (64, 32)), ("bias", (64,)))},
@@ -774,6 +774,9 @@ def save_ip_adapter(name: str, folder: Path, *, plus: bool = False) -> Path:
                 }
                 shapes |= {f"{ff}.0.weight": (64,), f"{ff}.0.bias": (64,)}
                 shapes |= {f"{ff}.1.weight": (256, 64), f"{ff}.3.weight": (64, 256)}
+        elif kind == "full":
+            shapes = {"proj.0.weight": (32, 32), "proj.0.bias": (32,), "proj.2.weight": (width, 32)}
+            shapes |= {"proj.2.bias": (width,), "proj.3.weight": (width,), "proj.3.bias": (width,)}
         else:
             shapes = {"proj.weight": (4 * width, 32), "proj.bias": (4 * width,)}
             shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
@@ -784,6 +787,6 @@ def save_ip_adapter(name: str, folder: Path, *, plus: bool = False) -> Path:
             encoder.save_pretrained(folder / "image_encoder")
     finally:
         torch.random.set_rng_state(state)
-    file = folder / f"ip-adapter{'-plus' if plus else ''}.safetensors"
+    file = folder / f"ip-adapter-{kind}.safetensors"
     save_file(tensors, file)
     return file

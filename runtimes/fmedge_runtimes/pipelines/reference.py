@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fmedge_runtimes.errors import BundleError
 from fmedge_runtimes.parts import Config, Parts
 from fmedge_runtimes.pipelines.condition import Condition
 from fmedge_runtimes.pipelines.pipeline import Array, Order
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 PART, FACTS = "image_encoder", "ip_adapter.json"
 PROCESSOR = "feature_extractor/preprocessor_config.json"
 TOKENS, NO_TOKENS = "ip_hidden_states", "negative_ip_hidden_states"
+STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+BICUBIC = 3
+"""Pillow's number of the filter."""
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's, of levels from 0 to 1."""
 
@@ -34,11 +38,17 @@ class Reference:
     """The IP-Adapter of a bundle. The constructor reads its configs."""
 
     def __init__(self, parts: Parts) -> None:
-        """Raises BundleDamagedError."""
+        """Raises BundleDamagedError, and BundleError for a preparation of images that is not CLIP's."""
         self._parts = parts
         facts = parts.config(PART, FACTS)
         self._shape = (facts.whole("tokens"), facts.whole("width"))
         self._processor = parts.config("", PROCESSOR)
+        other = next((name for name in STEPS if not self._processor.flag(name, True)), None)
+        if other is not None or self._processor.whole("resample", BICUBIC) != BICUBIC:
+            raise BundleError(
+                f"{self._processor.path} prepares images in another way than CLIP does ({other or 'resample'}), "
+                "which this version does not."
+            )
 
     def added(self, conditions: Sequence[Condition], order: Order) -> list[Condition]:
         """The conditions of jobs with the tokens of their images, zeros where there is none. Raises BackendError."""
@@ -74,10 +84,8 @@ def clip_pixels(image: Image, processor: Config) -> Array:
     """An image as CLIP's encoder takes it [1, 3, S, S]: its shorter side resized, its middle cut out, normalized."""
     from PIL import Image as Pillow
 
-    crop = processor.values.get("crop_size") or {}
-    side = crop.get("height", 224) if isinstance(crop, dict) else int(crop)
-    size = processor.values.get("size") or {}
-    shortest = size.get("shortest_edge", side) if isinstance(size, dict) else int(size)
+    side = _pixels(processor, "crop_size", "height")
+    shortest = _pixels(processor, "size", "shortest_edge")
     image = image.convert("RGB")
     scale = shortest / min(image.size)
     width, height = (shortest if length == min(image.size) else int(length * scale) for length in image.size)
@@ -87,3 +95,14 @@ def clip_pixels(image: Image, processor: Config) -> Array:
     mean = np.array(processor.numbers("image_mean", MEAN), np.float32)
     deviation = np.array(processor.numbers("image_std", DEVIATION), np.float32)
     return np.ascontiguousarray(np.moveaxis((levels - mean) / deviation, -1, 0)[None])
+
+
+def _pixels(processor: Config, name: str, key: str) -> int:
+    """A size, which older files say as a number."""
+    found = processor.values.get(name)
+    value = found.get(key) if isinstance(found, dict) else found
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BundleError(
+            f"{processor.path}: {name} is {found!r}, and must say {key} in pixels; export the bundle again."
+        )
+    return value
