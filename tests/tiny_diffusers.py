@@ -743,7 +743,7 @@ def save_controlnet(name: str, folder: Path, seed: int = 2, **changes: Any) -> P
 
 
 def save_ip_adapter(name: str, folder: Path, kind: str = "plain") -> Path:
-    """Save an IP-Adapter (plain, plus or full) for the UNet of a tiny pipeline, its image encoder beside it; the file."""
+    """Save an IP-Adapter (plain, plus, full) for a tiny pipeline, its image encoder beside it; gives the file."""
     from safetensors.torch import save_file
 
     state = torch.random.get_rng_state()
