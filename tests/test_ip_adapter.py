@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -31,7 +32,8 @@ from image_models import Opened, generator
 from part_sessions import open_pipeline as open_parts
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_diffusers import save_ip_adapter, save_pipeline, tiny_pipeline
+from test_image_export import lora
+from tiny_diffusers import save_controlnet, save_ip_adapter, save_pipeline, tiny_pipeline
 from torch_session import TorchSession
 
 # diffusers' own, of numpy and of what it will drop.
@@ -298,3 +300,43 @@ def test_a_bundle_with_an_ip_adapter(tmp_path: Path, name: str, kind: str) -> No
                     **SIZE,
                 ).images[0]
                 assert np.abs(np.asarray(made.image, int) - np.asarray(found, int)).max() <= 1
+
+
+@pytest.mark.slow
+def test_together_with_a_controlnet_and_a_scaled_lora(tmp_path: Path) -> None:
+    file, net = save_ip_adapter("sd", tmp_path / "ip"), save_controlnet("sd", tmp_path / "net")
+    adapter = lora(tmp_path / "lora", "kohya")
+    options = ExportOptions(
+        str(save_pipeline("sd", tmp_path / "source")),
+        tmp_path / "out",
+        ip_adapter=str(file),
+        controlnets=(str(net),),
+        adapter=str(adapter),
+        keep_adapter=True,
+    )
+    bundle = export(options).folder
+    assert verify(bundle).images == 1
+    with quiet_libraries():
+        module = diffusers.ControlNetModel.from_pretrained(net)
+        theirs = diffusers.StableDiffusionControlNetPipeline.from_pipe(tiny_pipeline("sd"), controlnet=module)
+        theirs.load_lora_weights(adapter, adapter_name="it")
+        theirs.set_adapters("it", 0.3)
+        theirs.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name)
+        theirs.set_ip_adapter_scale(0.5)
+    with load_image(bundle) as model:
+        scales: dict[str, Any] = {"ip_adapter_scale": 0.5, "adapter_scale": 0.3, "control_scale": 0.7}
+        asked = Diffusion(
+            steps=3, guidance=5.0, seed=(1, 2), ip_adapter_image=picture(4), control=picture(1), **scales, **SIZE
+        )
+        for made in model.generate(PROMPTS[:2], asked):
+            found = theirs(
+                made.prompt,
+                image=picture(1),
+                ip_adapter_image=picture(4),
+                num_inference_steps=3,
+                guidance_scale=5.0,
+                controlnet_conditioning_scale=0.7,
+                generator=generator(made.seed),
+                **SIZE,
+            ).images[0]
+            assert np.abs(np.asarray(made.image, int) - np.asarray(found, int)).max() <= 1
