@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from fmedge_runtimes.bundle import (
     FORMAT,
     GraphFacts,
@@ -25,7 +25,15 @@ from fmedge_runtimes.bundle import (
 )
 from fmedge_runtimes.image import ImageModel
 from fmedge_runtimes.parts import MemoryMode, Parts
-from torch_session import TorchSession, decoder_session, encoder_session, text_session, unet_session
+from torch_session import (
+    TorchSession,
+    controlnet_session,
+    decoder_session,
+    embedding_session,
+    encoder_session,
+    text_session,
+    unet_session,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 LENGTH = 16
@@ -154,6 +162,16 @@ def stable_diffusion_xl(scheduler: Any = None, seed: int = 0, **changes: Any) ->
     )
 
 
+def controlnet(denoiser: Any, seed: int = 1, **changes: Any) -> Any:
+    """A ControlNet for a UNet, whose residuals are not zero as those of a fresh one are."""
+    torch.manual_seed(seed)
+    made = lively(ControlNetModel.from_unet(denoiser, conditioning_embedding_out_channels=(8, 16), **changes))
+    for name, parameter in made.named_parameters():
+        if name.startswith(("controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out")):
+            parameter.data.normal_(0, 0.3)
+    return made
+
+
 def quiet(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Without a progress bar."""
     pipeline.set_progress_bar_config(disable=True)
@@ -190,6 +208,8 @@ def write_folder(pipeline: DiffusionPipeline, folder: Path, name: str | None = N
     index["_class_name"] = name or type(pipeline).__name__
     (folder / "model_index.json").write_text(json.dumps(index, default=str))
     makers: dict[str, Any] = {}
+    control = pipeline.components.get("controlnet")
+    nets = list(getattr(control, "nets", [] if control is None else [control]))
     for part, module in pipeline.components.items():
         if module is None:
             continue
@@ -202,7 +222,14 @@ def write_folder(pipeline: DiffusionPipeline, folder: Path, name: str | None = N
             makers["vae_encoder"] = lambda module=module: encoder_session(module)
         elif part == "unet":
             module.save_config(folder / part)
-            makers[part] = lambda module=module: unet_session(module)
+            residuals = 0 if not nets else len(nets[0].controlnet_down_blocks)
+            makers[part] = lambda module=module, residuals=residuals: unet_session(module, residuals=residuals)
+        elif part == "controlnet":
+            for number, net in enumerate(nets):
+                name = f"controlnet_{number}" if number else part
+                for graph, make in ((name, controlnet_session), (f"{name}_embedding", embedding_session)):
+                    net.save_config(folder / graph)
+                    makers[graph] = lambda net=net, make=make: make(net)
         elif part.startswith("text_encoder"):
             module.config.save_pretrained(folder / part)
             makers[part] = lambda module=module: text_session(module)

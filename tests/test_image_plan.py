@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from fmedge_runtimes.bundle import FileFacts, ImageBundle
@@ -18,6 +19,7 @@ from image_models import (
     SIDE,
     autoencoder,
     complete,
+    controlnet,
     image_manifest,
     stable_diffusion,
     stable_diffusion_xl,
@@ -70,6 +72,20 @@ def test_more_takes_more(
     assert total(batch=batch + 1) > total()
     assert total(height=8 * height + 8) > total()
     assert total(guided=True) == 2 * total(guided=False)
+
+
+def test_a_controlnet_runs_beside_the_unet(tmp_path: Path) -> None:
+    pipeline = stable_diffusion()
+    net = controlnet(pipeline.unet)
+    controlled = diffusers.StableDiffusionControlNetPipeline.from_pipe(pipeline, controlnet=net)
+    found = plan_image(complete(write_folder(controlled, tmp_path)), height=64, width=64)
+    denoiser, beside = part(found, "unet"), part(found, "controlnet")
+    assert (denoiser.beside, beside.beside, part(found, "controlnet_embedding").beside) == (False, True, False)
+    together = [denoiser.working + beside.working, denoiser.weights + beside.weights]
+    assert found.working == together[0]
+    assert found.total("sequential") == sum(together)
+    assert found.total("keep") == sum(one.weights for one in found.parts) + together[0]
+    assert 0 < part(found, "controlnet_embedding").working < beside.working
 
 
 def test_what_cannot_be_planned(bundles: dict[str, ImageBundle]) -> None:

@@ -762,3 +762,76 @@ def save_pipeline(name: str, folder: Path, **options: Any) -> Path:
     with quiet_libraries():
         tiny_pipeline(name).save_pretrained(folder, **options)
     return folder
+
+
+def save_controlnet(name: str, folder: Path, seed: int = 2, **changes: Any) -> Path:
+    """Save a ControlNet for the UNet of a tiny pipeline, whose residuals are not zero as those of a fresh one are."""
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        with quiet_libraries():
+            net = diffusers.ControlNetModel.from_unet(
+                tiny_pipeline(name).unet, **{"conditioning_embedding_out_channels": (8, 16), **changes}
+            )
+            _spread(net, torch.Generator().manual_seed(seed))
+            for module in (
+                net.controlnet_down_blocks,
+                net.controlnet_mid_block,
+                net.controlnet_cond_embedding.conv_out,
+            ):
+                for parameter in module.parameters():
+                    parameter.data.normal_(0, 0.3)
+            net.save_pretrained(folder)
+    finally:
+        torch.random.set_rng_state(state)
+    return folder
+
+
+def save_ip_adapter(name: str, folder: Path, kind: str = "plain") -> Path:
+    """Save an IP-Adapter (plain, plus, full) for a tiny pipeline, its image encoder beside it; gives the file."""
+    from safetensors.torch import save_file
+
+    state = torch.random.get_rng_state()
+    torch.manual_seed(4)
+    try:
+        unet = tiny_pipeline(name).unet
+        width = unet.config.cross_attention_dim
+        tensors: dict[str, torch.Tensor] = {}
+        names = [key for key in unet.attn_processors if not key.endswith("attn1.processor")]
+        for number, key in enumerate(names):
+            size = unet.get_submodule(key.removesuffix(".processor")).to_k.out_features
+            for end in ("to_k_ip", "to_v_ip"):
+                tensors[f"ip_adapter.{2 * number + 1}.{end}.weight"] = torch.randn(size, width) * 0.3
+        if kind == "plus":
+            shapes = {
+                "latents": (1, 3, 64),
+                **{f"proj_in.{end}": size for end, size in (("weight", (64, 32)), ("bias", (64,)))},
+                **{f"proj_out.{end}": size for end, size in (("weight", (width, 64)), ("bias", (width,)))},
+                **{f"norm_out.{end}": (width,) for end in ("weight", "bias")},
+            }
+            for layer in range(4):
+                at, ff = f"layers.{layer}.0", f"layers.{layer}.1"
+                shapes |= {f"{at}.{norm}.{end}": (64,) for norm in ("norm1", "norm2") for end in ("weight", "bias")}
+                shapes |= {
+                    f"{at}.to_q.weight": (64, 64),
+                    f"{at}.to_kv.weight": (128, 64),
+                    f"{at}.to_out.weight": (64, 64),
+                }
+                shapes |= {f"{ff}.0.weight": (64,), f"{ff}.0.bias": (64,)}
+                shapes |= {f"{ff}.1.weight": (256, 64), f"{ff}.3.weight": (64, 256)}
+        elif kind == "full":
+            shapes = {"proj.0.weight": (32, 32), "proj.0.bias": (32,), "proj.2.weight": (width, 32)}
+            shapes |= {"proj.2.bias": (width,), "proj.3.weight": (width,), "proj.3.bias": (width,)}
+        else:
+            shapes = {"proj.weight": (4 * width, 32), "proj.bias": (4 * width,)}
+            shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+        tensors |= {f"image_proj.{key}": torch.randn(shape) * 0.3 for key, shape in shapes.items()}
+        encoder = _clip_vision().eval()
+        _spread(encoder, torch.Generator().manual_seed(5))
+        with quiet_libraries():
+            encoder.save_pretrained(folder / "image_encoder")
+    finally:
+        torch.random.set_rng_state(state)
+    file = folder / f"ip-adapter-{kind}.safetensors"
+    save_file(tensors, file)
+    return file

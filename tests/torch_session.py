@@ -97,8 +97,11 @@ def text_session(module: torch.nn.Module, *, mask: bool = False) -> TorchSession
     return TorchSession(forward, _specs(**inputs), _specs(**outputs))
 
 
-def unet_session(unet: torch.nn.Module) -> TorchSession:
-    """A UNet2DConditionModel."""
+DOWN, MID = "down_block_additional_residual.{}", "mid_block_additional_residual"
+
+
+def unet_session(unet: torch.nn.Module, *, residuals: int = 0) -> TorchSession:
+    """A UNet2DConditionModel, which takes so many residuals at its skip connections, and one in the middle."""
     inputs: dict[str, tuple[int | str, ...]] = {
         "sample": ("batch", "channels", "height", "width"),
         "timestep": ("steps",),
@@ -108,18 +111,77 @@ def unet_session(unet: torch.nn.Module) -> TorchSession:
         inputs |= {"text_embeds": ("batch", "dim"), "time_ids": ("batch", "ids")}
     if unet.config.time_cond_proj_dim is not None:
         inputs["timestep_cond"] = ("batch", "dim")
+    names = [DOWN.format(number) for number in range(residuals)] + ([MID] if residuals else [])
+    inputs |= dict.fromkeys(names, ("residuals", "channels", "height", "width"))
 
     def forward(
         sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **more: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         assert timestep.shape == (1,)
         condition = more.pop("timestep_cond", None)
+        found = [more.pop(name) for name in names]
         output = unet(
-            sample, timestep[0], encoder_hidden_states, timestep_cond=condition, added_cond_kwargs=more or None
+            sample,
+            timestep[0],
+            encoder_hidden_states,
+            timestep_cond=condition,
+            added_cond_kwargs=more or None,
+            down_block_additional_residuals=found[:-1] or None,
+            mid_block_additional_residual=found[-1] if found else None,
         )
         return {"out_sample": output.sample}
 
     return TorchSession(forward, _specs(**inputs), _specs(out_sample=("batch", "channels", "height", "width")))
+
+
+def controlnet_session(net: torch.nn.Module) -> TorchSession:
+    """A ControlNetModel behind its embedding."""
+    count = len(net.controlnet_down_blocks)
+    image = ("batch", "channels", "height", "width")
+    inputs: dict[str, tuple[int | str, ...]] = {
+        "sample": ("batch", net.config.in_channels, "height", "width"),
+        "timestep": ("steps",),
+        "encoder_hidden_states": ("batch", "sequence", "dim"),
+        "controlnet_embedding": image,
+        "conditioning_scale": (count + 1,),
+    }
+    if net.config.addition_embed_type == "text_time":
+        inputs |= {"text_embeds": ("batch", "dim"), "time_ids": ("batch", "ids")}
+
+    def forward(
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        controlnet_embedding: torch.Tensor,
+        conditioning_scale: torch.Tensor,
+        **more: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        embed = net.controlnet_cond_embedding
+        embed.forward = lambda _: controlnet_embedding
+        try:
+            down, mid = net(
+                sample, timestep[0], encoder_hidden_states, sample, added_cond_kwargs=more or None, return_dict=False
+            )
+        finally:
+            del embed.forward
+        names = [*(DOWN.format(number) for number in range(count)), MID]
+        return {name: value * scale for name, value, scale in zip(names, (*down, mid), conditioning_scale, strict=True)}
+
+    outputs = {DOWN.format(number): image for number in range(count)} | {MID: image}
+    return TorchSession(forward, _specs(**inputs), _specs(**outputs))
+
+
+def embedding_session(net: torch.nn.Module) -> TorchSession:
+    """The embedding of a ControlNetModel."""
+    shape = ("batch", "channels", "height", "width")
+    flips = net.config.controlnet_conditioning_channel_order == "bgr"
+    return TorchSession(
+        lambda controlnet_cond: {
+            "controlnet_embedding": net.controlnet_cond_embedding(controlnet_cond.flip(1) if flips else controlnet_cond)
+        },
+        _specs(controlnet_cond=shape),
+        _specs(controlnet_embedding=shape),
+    )
 
 
 def decoder_session(vae: torch.nn.Module) -> TorchSession:

@@ -112,6 +112,12 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
         return export_pipeline(options, progress)
     if options.prior is not None:
         raise ExportError("--prior is for pipelines that make images in two stages; leave it out.")
+    if options.keep_adapter:
+        raise ExportError("--keep-adapter is for pipelines that make images; leave it out.")
+    if options.ip_adapter is not None:
+        raise ExportError("--ip-adapter is for pipelines that make images; leave it out.")
+    if options.controlnets:
+        raise ExportError("--controlnet is for pipelines that make images; leave it out.")
     if options.adapter_scale != ExportOptions.adapter_scale:
         raise ExportError("--adapter-scale is for pipelines that make images; a PEFT folder says its own scale.")
     return export_decoder(options, progress)

@@ -34,7 +34,14 @@ def check_output(options: ExportOptions) -> None:
         raise ExportError(f"{output} exists; choose another folder, or --force to replace a bundle.")
     if not (output / MANIFEST).is_file():
         raise ExportError(f"{output} exists and is not a bundle; --force replaces bundles only.")
-    for given in (options.source, options.adapter, options.text):
+    for given in (
+        options.source,
+        options.adapter,
+        options.text,
+        options.prior,
+        options.ip_adapter,
+        *options.controlnets,
+    ):
         if given is not None and Path(given).expanduser().resolve().is_relative_to(output.resolve()):
             raise ExportError(f"{given} lies in {output}, which --force would replace; choose another folder.")
 

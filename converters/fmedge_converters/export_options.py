@@ -46,10 +46,17 @@ class ExportOptions:
     """Text for the comparison of perplexities and the scales of a cache; None takes Python's own documentation."""
     prior: str | None = None
     """Folder or hub id of the first stage of an image pipeline in two (Kandinsky 2.2)."""
+    controlnets: tuple[str, ...] = ()
+    """Folders or hub ids of ControlNets to add to an image pipeline."""
+    ip_adapter: str | None = None
+    """IP-Adapter of an image pipeline: a folder, a file, or a file of a hub repository (owner/name/path)."""
     adapter: str | None = None
     """LoRA to merge into the weights: PEFT folder or hub id; for images a folder or file of diffusers or kohya, too."""
     adapter_scale: float = 1.0
     """How much of an image pipeline's LoRA is added."""
+    keep_adapter: bool = False
+    """Keep an image pipeline's LoRA beside the weights: its scale is an input then, which `adapter_scale` is unless a
+    request says otherwise."""
     allow_pickle: bool = False
     """Read weights that are stored as pickles, with PyTorch's weights-only loader."""
     layout: str | None = None

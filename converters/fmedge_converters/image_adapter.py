@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from fmedge_converters.adapter import by_pattern
 from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.parts.part import Call
 from fmedge_converters.weight import Array, Weight
 
 ENDS = (".lora_A.weight", ".lora_B.weight")
@@ -150,19 +151,45 @@ class ImageAdapter:
             a.to(torch.float32).reshape(rank, -1).numpy(), b.to(torch.float32).reshape(b.shape[0], -1).numpy(), scale
         )
 
-    def applied(self, part: str, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-        """The weights of a part with their updates. Raises SourceError for an update of what the part does not have."""
-        changed = dict(weights)
-        for module, update in self._updates.get(part, {}).items():
+    def of(self, part: str) -> Mapping[str, Update]:
+        """The updates of a part, by the names of its layers."""
+        return self._updates.get(part, {})
+
+    def updated(self, part: str, weights: Mapping[str, Weight]) -> dict[str, tuple[Update, Weight]]:
+        """The updates of a part with the weights that they change, by parameter.
+
+        Raises SourceError for an update of what the part does not have.
+        """
+        found = {}
+        for module, update in self.of(part).items():
             names = (f"{module}.weight", f"{module.removeprefix('text_model.')}.weight")
-            name = next((name for name in names if name in changed), None)
+            name = next((name for name in names if name in weights), None)
             if name is None:
                 raise SourceError(
                     f"{self.file} changes {module} of {part}, which the model does not have: the LoRA belongs to "
                     "another model."
                 )
-            changed[name] = update.merged(changed[name], f"{self.file}: {module}")
-        return changed
+            found[name] = update, weights[name]
+        return found
+
+    def applied(self, part: str, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+        """The weights of a part with their updates. Raises SourceError for one that does not fit."""
+        changed = {
+            name: update.merged(weight, f"{self.file}: {name.removesuffix('.weight')}")
+            for name, (update, weight) in self.updated(part, weights).items()
+        }
+        return {**weights, **changed}
+
+    def attach(self, part: str, module: torch.nn.Module) -> None:
+        """Nothing is added to a module whose weights are changed."""
+
+    def call(self, part: str, call: Call) -> Call:
+        """A part with other weights is called as ever."""
+        del part
+        return call
+
+    def check_used(self, part: str, parameters: Iterable[str]) -> None:
+        """Weights that are changed are those that the graph has."""
 
     def merge(self, part: str, module: torch.nn.Module) -> None:
         """Add the updates of a part to its module, by PyTorch."""

@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from fmedge_runtimes.bundle import Evidence, ImageBundle, ImageFacts, ImageGolden
 from fmedge_runtimes.diffusion import Diffusion
 from fmedge_runtimes.errors import SourceError
@@ -23,10 +24,16 @@ from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.session import Session
 
+from fmedge_converters.controlnet_source import is_controlnet
 from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.ip_adapter import ENCODER, FACTS
+from fmedge_converters.ip_adapter_source import PROCESSOR
 from fmedge_converters.pipeline_files import INSTRUCTION
 from fmedge_converters.pipeline_source import PipelineSource
 from fmedge_converters.pixel_pipeline import PixelDiffusionPipeline
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PROMPTS = ("a red circle", "a small blue square")
 SEEDS = (0, 1)
@@ -36,7 +43,7 @@ SIDE = 256
 """Pixels at most, where the pipeline makes other sizes than its own."""
 LARGEST_FAN = 2.0
 """Memory that a pipeline takes while it runs, as a multiple of its weights."""
-GOLDEN = "golden/0.png"
+GOLDEN, CONTROL, REFERENCE = "golden/0.png", "golden/control_{}.png", "golden/ip_adapter_image.png"
 GOLDEN_LEVELS = {True: 1.0, False: 4.0}
 """What other processors may round differently, in the mean of 0 to 255: of a graph all in fp32, and of others."""
 PLAIN: Mapping[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
@@ -66,6 +73,16 @@ class Pictured:
     why_not: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Pictures that are drawn for the comparison."""
+
+    controls: tuple[Image, ...]
+    """For each ControlNet."""
+    reference: Image | None
+    """For an IP-Adapter."""
+
+
 def compare_images(
     bundle: ImageBundle, source: PipelineSource, load: Callable[[], dict[str, Any]], precision: tuple[str, str]
 ) -> Pictured:
@@ -79,13 +96,14 @@ def compare_images(
     if kind is None or why_not is not None:
         return Pictured(why_not=f"{source.pipeline} {why_not}")
     with ImageModel(bundle, _parts(bundle)) as model:
-        options = _options(bundle.manifest.image, model)
+        shown = _shown(bundle, sum(map(is_controlnet, source.parts)))
+        options = _options(bundle.manifest.image, model, shown)
         found = [model.generate(prompt, one)[0] for prompt, one in zip(PROMPTS, options, strict=True)]
-    golden = _keep(bundle.folder, found[0], GOLDEN_LEVELS[precision == ("float32", "none")])
+    golden = _keep(bundle.folder, found[0], shown, GOLDEN_LEVELS[precision == ("float32", "none")])
     why_not = _lacks_memory(source)
     if why_not is not None:
         return Pictured((), (golden,), why_not)
-    pipeline = _pipeline(kind, source, load())
+    pipeline = _pipeline(kind, source, load(), bundle.folder)
     wanted = [_painted(pipeline, bundle.folder, *each) for each in zip(PROMPTS, SEEDS, options, strict=True)]
     return Pictured((_evidence(found, wanted, precision),), (golden,))
 
@@ -105,7 +123,7 @@ def _obstacle(kind: type[Any] | None, parts: Sequence[str] = ()) -> str | None:
     needed = {"prompt", "num_inference_steps", "guidance_scale", "generator", "height", "width"}
     if not needed <= set(parameters):
         return f"is called in a way of its own ({', '.join(sorted(needed - set(parameters)))} are no arguments)"
-    if "image" in parameters:
+    if "image" in parameters and not _sees_control(kind):
         return "starts from images"
     known = inspect.signature(kind.__init__).parameters
     others = [name for name in parts if name not in known]
@@ -116,7 +134,30 @@ def _obstacle(kind: type[Any] | None, parts: Sequence[str] = ()) -> str | None:
     return None
 
 
-def _options(facts: ImageFacts, model: ImageModel) -> list[Diffusion]:
+def _sees_control(kind: type[Any]) -> bool:
+    """Whether the image that a class is given is shown to its ControlNets alone."""
+    parameters = inspect.signature(kind.__call__).parameters
+    return "controlnet_conditioning_scale" in parameters and "control_image" not in parameters
+
+
+def _drawn(number: int, height: int, width: int) -> Image:
+    """A picture of lines and surfaces, another one for each number."""
+    from PIL import Image
+
+    y, x = np.mgrid[:height, :width] / max(height, width)  # [H, W] each
+    waves = [np.sin((4 + number) * np.pi * (x + y * shift)) for shift in (0.3, -0.7, 1.1)]
+    return Image.fromarray((np.stack(waves, axis=-1) > np.array([0.9, 0.0, -0.5])).astype(np.uint8) * np.uint8(255))
+
+
+def _shown(bundle: ImageBundle, controls: int) -> Shown:
+    facts = bundle.manifest.image
+    side = min(facts.height, SIDE), min(facts.width, SIDE)
+    pictures = tuple(_drawn(number, *side) for number in range(controls + 1))
+    adapted = (bundle.folder / ENCODER / FACTS).is_file()
+    return Shown(pictures[:controls], pictures[-1] if adapted else None)
+
+
+def _options(facts: ImageFacts, model: ImageModel, shown: Shown) -> list[Diffusion]:
     """For each prompt."""
     sizes = model.pipeline.sizes
     height, width = (
@@ -125,7 +166,18 @@ def _options(facts: ImageFacts, model: ImageModel) -> list[Diffusion]:
     )
     steps = min(facts.steps, STEPS)
     guidance = facts.guidance if "guidance" in model.pipeline.takes else None
-    return [Diffusion(steps=steps, guidance=guidance, seed=seed, height=height, width=width) for seed in SEEDS]
+    return [
+        Diffusion(
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            height=height,
+            width=width,
+            control=shown.controls or None,
+            ip_adapter_image=shown.reference,
+        )
+        for seed in SEEDS
+    ]
 
 
 def _lacks_memory(source: PipelineSource) -> str | None:
@@ -136,7 +188,7 @@ def _lacks_memory(source: PipelineSource) -> str | None:
     return f"the source takes about {need / 1e9:.1f} GB in PyTorch, {free / 1e9:.1f} GB are free"
 
 
-def _pipeline(kind: type[Any], source: PipelineSource, modules: Mapping[str, Any]) -> Any:  # noqa: ANN401 - diffusers is untyped
+def _pipeline(kind: type[Any], source: PipelineSource, modules: Mapping[str, Any], folder: Path) -> Any:  # noqa: ANN401 - diffusers is untyped
     """The source in PyTorch, with these modules. Raises SourceError."""
     parameters = inspect.signature(kind.__init__).parameters
     parts: dict[str, Any] = {name: None for name in parameters if isinstance(source.index.get(name), list)}
@@ -144,6 +196,10 @@ def _pipeline(kind: type[Any], source: PipelineSource, modules: Mapping[str, Any
         with quiet_libraries():
             parts |= {part.name: part.kind.from_pretrained(part.folder) for part in source.parts if not part.is_module}
             parts |= modules
+            if ENCODER in modules and parts.get(PROCESSOR) is None:
+                parts[PROCESSOR] = transformers.CLIPImageProcessor.from_pretrained(folder / PROCESSOR)
+            nets = [parts.pop(part.name) for part in source.parts if is_controlnet(part)]
+            parts |= {"controlnet": nets if len(nets) > 1 else nets[0]} if nets else {}
             plain = {
                 name: value
                 for name, value in source.index.items()
@@ -171,6 +227,11 @@ def _painted(
     if "complex_human_instruction" in parameters:
         file = folder / INSTRUCTION
         others["complex_human_instruction"] = file.read_text("utf-8").split("\n")
+    if options.control is not None:
+        shown = list(options.control) if isinstance(options.control, tuple) else [options.control]
+        others["image"] = shown if len(shown) > 1 else shown[0]
+    if options.ip_adapter_image is not None:
+        others["ip_adapter_image"] = options.ip_adapter_image
     with quiet_libraries(), torch.no_grad():
         image = pipeline(
             prompt=[prompt],
@@ -185,10 +246,15 @@ def _painted(
     return np.asarray(image.convert("RGB"))
 
 
-def _keep(folder: Path, image: GeneratedImage, tolerance: float) -> ImageGolden:
+def _keep(folder: Path, image: GeneratedImage, shown: Shown, tolerance: float) -> ImageGolden:
     path = folder / GOLDEN
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(image.png())
+    controls = [CONTROL.format(number) for number in range(len(shown.controls))]
+    for file, picture in zip(controls, shown.controls, strict=True):
+        picture.save(folder / file)
+    if shown.reference is not None:
+        shown.reference.save(folder / REFERENCE)
     settings = image.settings
     return ImageGolden(
         prompt=settings.prompt,
@@ -198,6 +264,8 @@ def _keep(folder: Path, image: GeneratedImage, tolerance: float) -> ImageGolden:
         height=settings.height,
         width=settings.width,
         file=GOLDEN,
+        controls=tuple(controls),
+        ip_adapter_image=None if shown.reference is None else REFERENCE,
         tolerance=tolerance,
     )
 

@@ -24,14 +24,18 @@ from fmedge_runtimes.bundle import (
 )
 from fmedge_runtimes.errors import ExportError, SourceError
 
+from fmedge_converters.controlnet_source import check_controlnets, is_controlnet, with_controlnets
 from fmedge_converters.export_checks import check_block_size, check_disk, graph_facts, judge, made_by
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.hub import fetch
 from fmedge_converters.image_adapter import ImageAdapter
 from fmedge_converters.image_evidence import Pictured, compare_images
 from fmedge_converters.image_facts import image_facts
+from fmedge_converters.ip_adapter import IpAdapter
+from fmedge_converters.ip_adapter_source import with_image_encoder, write_processor
+from fmedge_converters.kept_adapter import KeptAdapter
 from fmedge_converters.output_folder import flush, written_aside
-from fmedge_converters.part_build import BuiltGraph, PartOptions, build_part
+from fmedge_converters.part_build import Adapter, BuiltGraph, PartOptions, build_part
 from fmedge_converters.part_evidence import compare, parts_evidence
 from fmedge_converters.part_forms import Choice, Form, choose, speed_evidence
 from fmedge_converters.parts import find_kind
@@ -59,14 +63,13 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     _check_options(options)
     for scheme in schemes:
         check_block_size(scheme, options)
-    source = open_pipeline(options.source, options.revision, prior=options.prior, allow_pickle=options.allow_pickle)
-    for part in source.parts:
-        check_part_files(part)
+    source, file = _source(options)
     modules = {part.name: empty_part(part) for part in source.parts if part.is_module}
+    check_controlnets(source, modules)
     calls = {part.name: _calls(part, modules[part.name], source) for part in source.parts if part.is_module}
     parameters = sum(value.numel() for module in modules.values() for value in module.parameters())
     check_disk(options.output, parameters, sum(scheme.bits for scheme in schemes))
-    adapter = _adapter(source, modules, options)
+    adapters = _adapters(source, modules, file, options)
     with written_aside(options.output) as folder:
         (folder / MODEL_INDEX).write_text(json.dumps(source.index, indent=2, sort_keys=True) + "\n", "utf-8")
         choices: list[Choice] = []
@@ -74,15 +77,19 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
             if not part.is_module:
                 write_part_files(part, folder)
                 continue
-            chosen = _part_options(modules[part.name], target, schemes, adapter, options)
-            choice = _choose(part, modules[part.name], calls[part.name], folder, chosen, adapter, options, progress)
+            chosen = _part_options(modules[part.name], target, schemes, adapters, options)
+            choice = _choose(part, modules[part.name], calls[part.name], folder, chosen, adapters, options, progress)
             choice.install(folder)
             choices.append(choice)
         write_instruction(source.pipeline, folder)
-        facts = image_facts(source, modules)
+        for one in adapters:
+            if isinstance(one, IpAdapter):
+                one.write_facts(folder)
+                write_processor(source, folder)
+        facts = image_facts(source, modules, options.adapter_scale if options.keep_adapter else None)
         while True:
             manifest = _manifest(source, facts, target, schemes, choices, options)
-            pictures = _pictured(source, folder, manifest, choices, adapter, options, progress)
+            pictures = _pictured(source, folder, manifest, choices, adapters, options, progress)
             if all(item.passed for item in pictures.evidence) or not _step_down(choices, folder, progress):
                 break
         for item in (*manifest.evidence, *pictures.evidence):
@@ -96,6 +103,18 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
         # Last, so that a folder with a manifest is whole.
         write_manifest(folder, manifest.model_copy(update={"forced": forced, "files": files}))
     return open_image_bundle(options.output, checksums=False)
+
+
+def _source(options: ExportOptions) -> tuple[PipelineSource, Path | None]:
+    """The pipeline with all that is added to it, and the file of an IP-Adapter. Raises SourceError."""
+    source = open_pipeline(options.source, options.revision, prior=options.prior, allow_pickle=options.allow_pickle)
+    source = with_controlnets(source, options.controlnets, allow_pickle=options.allow_pickle)
+    file = None
+    if options.ip_adapter is not None:
+        source, file = with_image_encoder(source, options.ip_adapter, allow_pickle=options.allow_pickle)
+    for part in source.parts:
+        check_part_files(part)
+    return source, file
 
 
 def _check_options(options: ExportOptions) -> None:
@@ -113,6 +132,8 @@ def _check_options(options: ExportOptions) -> None:
         raise ExportError("--adapter-scale is for --adapter, and there is none; leave it out.")
     if options.quantize == AUTO and options.verify != "full":
         raise ExportError("--quantize auto takes what holds its tolerance, so it has to compare; leave --verify out.")
+    if options.adapter is None and options.keep_adapter:
+        raise ExportError("--keep-adapter is for --adapter, and there is none; leave it out.")
     for name, given in meaningless.items():
         if given:
             raise ExportError(f"{name} is for decoders of text; {options.source} is a pipeline that makes images.")
@@ -123,26 +144,35 @@ def _calls(part: PartSource, module: Any, source: PipelineSource) -> Mapping[str
     if kind is None:
         raise SourceError(
             f"{source.folder}: fmedge does not know how a {part.kind.__name__} (the part {part.name}) is called; it "
-            "exports text and image encoders, autoencoders, and denoisers that take a sample, a timestep and the "
-            "states of a text."
+            "exports text and image encoders, autoencoders, denoisers that take a sample, a timestep and the states "
+            "of a text, and ControlNets of Stable Diffusion."
         )
-    return kind.graphs(module, Asked(part.name, source.pipeline))
+    controlled = part.name == "unet" and any(map(is_controlnet, source.parts))
+    return kind.graphs(module, Asked(part.name, source.pipeline, residuals=controlled))
 
 
-def _adapter(source: PipelineSource, modules: Mapping[str, Any], options: ExportOptions) -> ImageAdapter | None:
-    if options.adapter is None:
-        return None
-    path = Path(options.adapter).expanduser()
-    if not path.exists():
-        path = fetch(options.adapter, None, ["*.json", "*.safetensors"])
-    return ImageAdapter(path, source.pipeline, options.adapter_scale, list(modules), modules.get("unet"))
+def _adapters(
+    source: PipelineSource, modules: Mapping[str, Any], file: Path | None, options: ExportOptions
+) -> tuple[Adapter, ...]:
+    """The LoRA and the IP-Adapter (`file`) that are asked for. Raises SourceError."""
+    found: list[Adapter] = []
+    if options.adapter is not None:
+        path = Path(options.adapter).expanduser()
+        if not path.exists():
+            path = fetch(options.adapter, None, ["*.json", "*.safetensors"])
+        scale = 1.0 if options.keep_adapter else options.adapter_scale
+        lora = ImageAdapter(path, source.pipeline, scale, list(modules), modules.get("unet"))
+        found.append(KeptAdapter(lora, options.adapter_scale) if options.keep_adapter else lora)
+    if file is not None:
+        found.append(IpAdapter(file, modules["unet"], modules["image_encoder"], allow_pickle=options.allow_pickle))
+    return tuple(found)
 
 
 def _part_options(
     module: Any,  # noqa: ANN401 - any module
     target: Target,
     schemes: tuple[Scheme, ...],
-    adapter: ImageAdapter | None,
+    adapters: tuple[Adapter, ...],
     options: ExportOptions,
 ) -> PartOptions:
     config = getattr(module, "config", None)
@@ -150,7 +180,7 @@ def _part_options(
     dtype = torch.float32 if getattr(config, "force_upcast", False) else target.dtype
     autoencodes = hasattr(module, "encode") and hasattr(module, "decode")
     return PartOptions(
-        dtype, (FLOATING,) if autoencodes else schemes, options.block_size, options.allow_pickle, adapter
+        dtype, (FLOATING,) if autoencodes else schemes, options.block_size, options.allow_pickle, adapters
     )
 
 
@@ -160,7 +190,7 @@ def _choose(
     calls: Mapping[str, Call],
     folder: Path,
     chosen: PartOptions,
-    adapter: ImageAdapter | None,
+    adapters: tuple[Adapter, ...],
     options: ExportOptions,
     progress: Progress,
 ) -> Choice:
@@ -177,7 +207,7 @@ def _choose(
     reference = None
     if options.verify == "full":
         progress(f"{part.name}: comparing with PyTorch", 0, 0)
-        reference = _module(part, adapter, options)
+        reference = _module(part, adapters, options)
     for scheme, place, graphs in zip(chosen.schemes, places, built, strict=False):
         compared = {
             graph.name: compare(reference, graph.call, graph.written.graph)
@@ -268,7 +298,7 @@ def _pictured(
     folder: Path,
     manifest: ImageManifest,
     choices: Sequence[Choice],
-    adapter: ImageAdapter | None,
+    adapters: tuple[Adapter, ...],
     options: ExportOptions,
     progress: Progress,
 ) -> Pictured:
@@ -283,23 +313,23 @@ def _pictured(
     worst = max((choice.chosen.scheme for choice in choices if choice.chosen.scheme in order), key=order.index)
     precision = (str(target.dtype).removeprefix("torch."), worst)
     pictured = compare_images(
-        ImageBundle(folder, manifest), source, lambda: _modules(source, adapter, options), precision
+        ImageBundle(folder, manifest), source, lambda: _modules(source, adapters, options), precision
     )
     if pictured.why_not is not None:
         progress(f"images were not compared with PyTorch's: {pictured.why_not}", 0, 0)
     return pictured
 
 
-def _module(part: PartSource, adapter: ImageAdapter | None, options: ExportOptions) -> Any:  # noqa: ANN401 - any module
-    """The module of a part in fp32, with the adapter merged by PyTorch."""
+def _module(part: PartSource, adapters: tuple[Adapter, ...], options: ExportOptions) -> Any:  # noqa: ANN401 - any module
+    """The module of a part in fp32, with the adapters merged by PyTorch."""
     module = loaded_part(part, torch.float32, allow_pickle=options.allow_pickle)
-    if adapter is not None:
+    for adapter in adapters:
         adapter.merge(part.name, module)
     return module
 
 
-def _modules(source: PipelineSource, adapter: ImageAdapter | None, options: ExportOptions) -> dict[str, Any]:
-    return {part.name: _module(part, adapter, options) for part in source.parts if part.is_module}
+def _modules(source: PipelineSource, adapters: tuple[Adapter, ...], options: ExportOptions) -> dict[str, Any]:
+    return {part.name: _module(part, adapters, options) for part in source.parts if part.is_module}
 
 
 def _graph_facts(graph: BuiltGraph) -> GraphFacts:

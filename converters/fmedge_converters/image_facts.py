@@ -23,11 +23,14 @@ ONE_STEP = (1, 0.0)
 """The same of those that need a single one (SD-Turbo, SDXL-Turbo): Euler with trailing steps."""
 
 
-def image_facts(source: PipelineSource, modules: Mapping[str, Any]) -> ImageFacts:
-    """The facts of a pipeline, given its modules by the names of their parts."""
+def image_facts(source: PipelineSource, modules: Mapping[str, Any], adapter_scale: float | None = None) -> ImageFacts:
+    """The facts of a pipeline, given its modules by the names of their parts; and the usual scale of a LoRA that stays
+    apart, if there is one."""
     steps, guidance = _steps(source, modules)
     size = _size(source, modules)
-    return ImageFacts(pipeline=source.pipeline, height=size, width=size, steps=steps, guidance=guidance)
+    return ImageFacts(
+        pipeline=source.pipeline, height=size, width=size, steps=steps, guidance=guidance, adapter_scale=adapter_scale
+    )
 
 
 def _steps(source: PipelineSource, modules: Mapping[str, Any]) -> tuple[int, float]:

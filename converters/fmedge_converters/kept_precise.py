@@ -38,6 +38,15 @@ KEPT: tuple[Kept, ...] = (
         re.compile(r"^(proj_out|conv_out|final_layer|proj_to_clip_embeddings|text_projection|visual_projection)\b"),
         "the last product makes the output",
     ),
+    Kept(re.compile(r"\.lora_[ab]\b"), "a LoRA that stays apart has few numbers, and is there to be scaled"),
+    Kept(
+        re.compile(r"^ip_projection\b|\.processor\.to_[kv]_ip\b"),
+        "an image's few tokens are made once, and are attended to in every layer",
+    ),
+    Kept(
+        re.compile(r"^(controlnet_cond_embedding|controlnet_down_blocks|controlnet_mid_block)\b"),
+        "the control image is read once, and what a ControlNet gives is added to every layer that follows",
+    ),
     Kept(
         re.compile(
             r"^(conv_in|x_embedder|img_in|proj_in|context_embedder|txt_in|caption_projection|pos_embed|patch_embed)\b"

@@ -167,7 +167,7 @@ def name_values(graph: ir.Graph, call: Call, names: Sequence[str]) -> None:
     """Name the axes of a graph's inputs as the call has them, and its outputs; a value that is two of these, or an
     input too, is copied."""
     for value, item in zip(graph.inputs, call.inputs, strict=True):
-        value.shape = ir.Shape([call.batched[item.name]] if item.name in call.batched else item.dims)
+        value.shape = ir.Shape(call.spread.get(item.name, item.dims))
     taken: set[ir.Value] = set(graph.inputs)
     for index, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
         output = value

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,6 @@ from fmedge_converters.build import bind_weights, numpy_dtype
 from fmedge_converters.checkpoint import Checkpoint, Files
 from fmedge_converters.decoder import quiet_libraries
 from fmedge_converters.graph import DecoderGraph
-from fmedge_converters.image_adapter import ImageAdapter
 from fmedge_converters.kept_precise import is_kept
 from fmedge_converters.module_trace import name_values, trace_module
 from fmedge_converters.parts.part import Call
@@ -36,6 +35,30 @@ STEM = "model"
 Progress = Callable[[str, int, int], None]
 
 
+class Adapter(Protocol):
+    """What changes the parts of a pipeline on their way: a LoRA, an IP-Adapter."""
+
+    def applied(self, part: str, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+        """The weights of a part with it. Raises SourceError."""
+        ...
+
+    def attach(self, part: str, module: torch.nn.Module) -> None:
+        """Add the layers that it needs to a module that is about to be traced. Raises SourceError."""
+        ...
+
+    def call(self, part: str, call: Call) -> Call:
+        """How the part is called with it."""
+        ...
+
+    def check_used(self, part: str, parameters: Iterable[str]) -> None:
+        """Raise SourceError if a graph with these parameters does not have it."""
+        ...
+
+    def merge(self, part: str, module: torch.nn.Module) -> None:
+        """Bring it into a module with weights, by PyTorch."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PartOptions:
     """What decides the graphs of a part."""
@@ -46,8 +69,8 @@ class PartOptions:
     """Each gives a form of the part."""
     block_size: int | None
     allow_pickle: bool = False
-    adapter: ImageAdapter | None = None
-    """A LoRA to merge."""
+    adapters: tuple[Adapter, ...] = ()
+    """A LoRA to merge, or to keep beside the weights; an IP-Adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +104,15 @@ def build_part(
         for name, value in checkpoint.buffers(module).items():
             module.get_buffer(name).copy_(value)
         weights = checkpoint.weights(module)
-        if options.adapter is not None:
-            weights = options.adapter.applied(part.name, weights)
+        for adapter in options.adapters:
+            weights = adapter.applied(part.name, weights)
+            adapter.attach(part.name, module)
+            calls = {name: adapter.call(part.name, call) for name, call in calls.items()}
         for name, call in calls.items():
             progress(f"{name}: tracing", 0, 0)
             traced = trace_module(module, call, options.dtype, str(part.folder))
+            for adapter in options.adapters:
+                adapter.check_used(part.name, traced.parameters.values())
             typed = {
                 parameter: _typed(f"{part.folder}: {parameter}", weights[parameter], traced.dtypes[parameter])
                 for parameter in traced.parameters.values()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ class PartSource:
     def settings(self) -> dict[str, Any]:
         """Its configuration; empty for a part without one. Raises SourceError when it cannot be read."""
         path = next((self.folder / name for name in CONFIGS if (self.folder / name).is_file()), None)
-        return {} if path is None else _read_json(path)
+        return {} if path is None else read_json(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ NOT_RUN = {
 """Pipelines whose parts could be exported, but not used; and why."""
 LEFT_OUT = ("safety_checker", "watermarker")
 """Parts that are not exported: they judge or mark images that others have made."""
+CONTROLNET, SEVERAL = "ControlNetModel", "MultiControlNetModel"
+"""The classes of a ControlNet, and of several, which an index names as one part."""
 
 
 def open_pipeline(
@@ -119,7 +122,7 @@ def _open_one(source: str, revision: str | None, allow_pickle: bool) -> Pipeline
     if local.is_dir() and revision is not None:
         raise SourceError(f"--revision is for hub ids; {source} is a local folder.")
     folder = local if local.is_dir() else fetch(source, revision, SMALL_FILES)
-    index = _read_json(folder / MODEL_INDEX)
+    index = read_json(folder / MODEL_INDEX)
     name = index.get("_class_name")
     # Of a folder with code of its own, [module, class].
     pipeline = name[1] if isinstance(name, list) and len(name) == 2 else name
@@ -128,7 +131,9 @@ def _open_one(source: str, revision: str | None, allow_pickle: bool) -> Pipeline
     parts = [
         part
         for key, value in sorted(index.items())
-        if not key.startswith("_") and (part := _part(folder, key, value)) is not None
+        if not key.startswith("_")
+        for part in _parts(folder, key, value)
+        if part is not None
     ]
     if not any(part.is_module for part in parts):
         raise SourceError(f"{folder / MODEL_INDEX} names no part with weights; it is not a pipeline of diffusers.")
@@ -141,7 +146,9 @@ def _open_one(source: str, revision: str | None, allow_pickle: bool) -> Pipeline
         found_id, commit = folder.resolve().name, None
     else:
         found_id, commit = source, folder.name
-        _fetch_weights(source, commit, parts, allow_pickle)
+        for part in parts:
+            if part.is_module:
+                fetch_weights(source, commit, part.folder, f"{part.folder.name}/", allow_pickle=allow_pickle)
     return PipelineSource(found_id, commit, folder, pipeline, index, tuple(parts), licence_of(folder, index))
 
 
@@ -160,21 +167,28 @@ def _missing(pipeline: str, index: Mapping[str, Any], found: AbstractSet[str]) -
     return None
 
 
-def _fetch_weights(source: str, commit: str, parts: Sequence[PartSource], allow_pickle: bool) -> None:
-    for part in parts:
-        if not part.is_module:
-            continue
-        # Without a variant if there is one: the rest of the repository is other precisions of the same numbers.
-        for variant in VARIANTS:
-            names = [
-                f"{part.name}/{stem}{variant}{end}" for stem in STEMS for end in (".safetensors", "-*.safetensors")
-            ]
-            fetch(source, commit, names)
-            if any(part.folder.glob("*.safetensors")):
-                break
-        else:
-            if allow_pickle:
-                fetch(source, commit, [f"{part.name}/{name}" for name in ("*.bin",)])
+def fetch_weights(source: str, commit: str, folder: Path, where: str, *, allow_pickle: bool) -> None:
+    """Fetch the weights that lie in `where` in the repository, which is `folder` here."""
+    # Without a variant if there is one: the rest of the repository is other precisions of the same numbers.
+    for variant in VARIANTS:
+        fetch(
+            source,
+            commit,
+            [f"{where}{stem}{variant}{end}" for stem in STEMS for end in (".safetensors", "-*.safetensors")],
+        )
+        if any(folder.glob("*.safetensors")):
+            return
+    if allow_pickle:
+        fetch(source, commit, [f"{where}*.bin"])
+
+
+def _parts(folder: Path, name: str, value: object) -> list[PartSource | None]:
+    """The parts that an entry of the index stands for: one, or several ControlNets in folders with numbers."""
+    if not isinstance(value, list) or value[-1] != SEVERAL:
+        return [_part(folder, name, value)]
+    number = next(number for number in itertools.count(1) if not (folder / f"{name}_{number}").is_dir())
+    names = [name, *(f"{name}_{other}" for other in range(1, number))]
+    return [_part(folder, one, ["diffusers", CONTROLNET]) for one in names]
 
 
 def _part(folder: Path, name: str, value: object) -> PartSource | None:
@@ -212,7 +226,7 @@ def empty_part(part: PartSource) -> Any:  # noqa: ANN401 - any module
 
     Raises SourceError when its configuration is damaged, or its class cannot be built from it.
     """
-    config = _read_json(part.folder / CONFIGS[0])
+    config = read_json(part.folder / CONFIGS[0])
     try:
         with quiet_libraries(), init_empty_weights(include_buffers=False), LargeOnMeta():
             if issubclass(part.kind, transformers.PreTrainedModel):
@@ -254,7 +268,8 @@ def loaded_part(part: PartSource, dtype: torch.dtype, *, allow_pickle: bool) -> 
         return part.kind.from_pretrained(part.folder, **options).eval()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A table of settings. Raises SourceError when there is none."""
     if not path.is_file():
         raise SourceError(f"{path} is missing; download or copy the folder again.")
     try:

@@ -27,6 +27,12 @@ EPILOG = """
 
   fmedge export ./stable-diffusion out/images --quantize auto
 
+  fmedge export ./stable-diffusion out/images --controlnet ./canny
+
+  fmedge export ./stable-diffusion out/images --ip-adapter ./models/ip-adapter_sd15.safetensors
+
+  fmedge export ./stable-diffusion out/images --adapter ./style.safetensors --keep-adapter
+
   fmedge export ./kandinsky-decoder out/images --prior ./kandinsky-prior
 
   fmedge export ./model.Q4_0.gguf out/bundle --quantize int4
@@ -85,12 +91,26 @@ def command(
     prior: Annotated[
         str | None, typer.Option(help="First stage of an image pipeline in two (Kandinsky 2.2): folder or hub id.")
     ] = ExportOptions.prior,
+    controlnet: Annotated[
+        list[str] | None,
+        typer.Option(help="ControlNet to add to Stable Diffusion (XL): folder or hub id; may be repeated."),
+    ] = None,
+    ip_adapter: Annotated[
+        str | None,
+        typer.Option(help="IP-Adapter to add to Stable Diffusion (XL): its file or folder, image_encoder beside it."),
+    ] = ExportOptions.ip_adapter,
     adapter: Annotated[
         str | None, typer.Option(help="LoRA to merge into the weights: a folder, a hub id, or for images a file.")
     ] = ExportOptions.adapter,
     adapter_scale: Annotated[
         float, typer.Option(help="How much of an image pipeline's LoRA is added.")
     ] = ExportOptions.adapter_scale,
+    keep_adapter: Annotated[
+        bool,
+        typer.Option(
+            "--keep-adapter", help="Do not merge an image pipeline's LoRA: generate --adapter-scale scales it."
+        ),
+    ] = ExportOptions.keep_adapter,
     allow_pickle: Annotated[
         bool,
         typer.Option("--allow-pickle", help="Read pytorch_model.bin, with PyTorch's weights-only loader."),
@@ -127,8 +147,11 @@ def command(
         verify=verify,
         text=text,
         prior=prior,
+        controlnets=tuple(controlnet or ()),
+        ip_adapter=ip_adapter,
         adapter=adapter,
         adapter_scale=adapter_scale,
+        keep_adapter=keep_adapter,
         allow_pickle=allow_pickle,
         layout=layout,
         force=force,

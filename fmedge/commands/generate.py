@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from fmedge_runtimes.diffusion import Diffusion
@@ -39,11 +39,14 @@ EPILOG = """
 
   fmedge generate out/images "a red circle" "a blue square" -n 4 --seed 7 --output made --grid grid.png
 
+  fmedge generate out/images "a house" --control edges.png --control-scale 0.8 --output house.png
+
   fmedge generate out/images "a (red:1.3) circle" --image in.png --strength 0.6 --scheduler dpm++2m-karras -o out.png
 
   fmedge generate out/images "a red circle" --steps 50 --preview-every 5 -o made
 """
 
+T = TypeVar("T")
 SHAPES = "How draws are shaped"
 TOKENS = "Which tokens"
 ENDS = "Where completions end"
@@ -59,6 +62,14 @@ IMAGE_OPTIONS = frozenset(
         "image",
         "strength",
         "mask",
+        "control",
+        "control_scale",
+        "control_start",
+        "control_end",
+        "guess_mode",
+        "adapter_scale",
+        "ip_adapter_image",
+        "ip_adapter_scale",
         "guidance_rescale",
         "clip_skip",
         "literal",
@@ -236,6 +247,48 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="With --image: repaint only where this is white.", rich_help_panel=IMAGES),
     ] = None,
+    control: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Image for the ControlNet: one for all prompts, or repeated for each; of a bundle with several "
+            "ControlNets one for each of them.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None,
+    control_scale: Annotated[
+        list[float] | None,
+        typer.Option(help="How strongly ControlNets pull; may be repeated for each.", rich_help_panel=IMAGES),
+    ] = None,
+    control_start: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the steps behind which a ControlNet begins.", rich_help_panel=IMAGES),
+    ] = None,
+    control_end: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the steps behind which a ControlNet rests.", rich_help_panel=IMAGES),
+    ] = None,
+    guess_mode: Annotated[
+        bool,
+        typer.Option(
+            "--guess-mode", help="The ControlNet's image speaks even without a prompt.", rich_help_panel=IMAGES
+        ),
+    ] = False,
+    adapter_scale: Annotated[
+        float | None,
+        typer.Option(help="How much of a LoRA is added, of a bundle that keeps one apart.", rich_help_panel=IMAGES),
+    ] = None,
+    ip_adapter_image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Image for the IP-Adapter: one for all prompts, or repeated for each.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None,
+    ip_adapter_scale: Annotated[
+        float | None, typer.Option(help="How strongly that image pulls.", rich_help_panel=IMAGES)
+    ] = None,
     guidance_rescale: Annotated[
         float | None, typer.Option(help="Contrast brought back, from 0 (off) to 1.", rich_help_panel=IMAGES)
     ] = None,
@@ -328,6 +381,14 @@ def command(
             "image": image,
             "strength": strength,
             "mask": mask,
+            "control": _one_or_each(control),
+            "control_scale": _one_or_each(control_scale),
+            "control_start": _one_or_each(control_start),
+            "control_end": _one_or_each(control_end),
+            "guess_mode": guess_mode or None,
+            "adapter_scale": adapter_scale,
+            "ip_adapter_image": _one_or_each(ip_adapter_image),
+            "ip_adapter_scale": ip_adapter_scale,
             "guidance_rescale": guidance_rescale,
             "clip_skip": clip_skip,
             "weights": False if literal else None,
@@ -375,6 +436,13 @@ def command(
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _one_or_each(values: list[T] | None) -> T | tuple[T, ...] | None:
+    """What an option says that may be repeated; None if it was not given."""
+    if not values:
+        return None
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 def _bias(text: str) -> tuple[str, float]:

@@ -44,6 +44,9 @@ def show(bundle: Bundle | ImageBundle, *, as_json: bool) -> None:
 
 
 def _image_rows(bundle: ImageBundle) -> list[tuple[str, str]]:
+    from fmedge_runtimes.pipelines.control import control_nets
+    from fmedge_runtimes.pipelines.reference import FACTS, PART
+
     manifest, image = bundle.manifest, bundle.manifest.image
     parts = []
     for name in manifest.graphs:
@@ -56,6 +59,13 @@ def _image_rows(bundle: ImageBundle) -> list[tuple[str, str]]:
         ("target", f"{manifest.target}, quantization {manifest.precision}"),
         ("makes", f"{image.width}x{image.height} in {image.steps} steps with {guidance}, unless told otherwise"),
     ]
+    if image.adapter_scale is not None:
+        model.append(("adapter", f"{manifest.source.adapter}, not merged: scale {image.adapter_scale:g} unless told"))
+    if (bundle.folder / PART / FACTS).is_file():
+        model.append(("reference", "an IP-Adapter: --ip-adapter-image shows it an image"))
+    nets = control_nets(manifest.graphs)
+    if nets:
+        model.append(("control", f"{len(nets)} ControlNet{'s' * (len(nets) > 1)}: --control shows each an image"))
     return _framed(bundle, model)
 
 

@@ -145,6 +145,8 @@ class ImageFacts(_Record):
     steps: Positive
     """When a request names none: what the authors recommend, else the pipeline's own default."""
     guidance: float
+    adapter_scale: float | None = None
+    """Of a LoRA that is not merged, when a request names none; None: there is no such LoRA."""
 
 
 class ImageGolden(_Record):
@@ -158,6 +160,10 @@ class ImageGolden(_Record):
     width: Positive
     file: str
     """PNG of what came out where the bundle was made."""
+    controls: tuple[str, ...] = ()
+    """PNGs that the ControlNets are shown, one for each."""
+    ip_adapter_image: str | None = None
+    """PNG that the IP-Adapter is shown."""
     tolerance: float
     """Largest mean absolute difference of a pixel's channel, in levels of 0 to 255."""
 

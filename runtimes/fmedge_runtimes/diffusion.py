@@ -10,12 +10,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 from fmedge_runtimes.errors import RequestError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    Picture: TypeAlias = str | PathLike[str] | Image
+    """A file, or an image of Pillow."""
 
 MOST_IMAGES = 10_000
 """Of one prompt."""
@@ -47,13 +50,31 @@ class Diffusion:
     """Images of each prompt."""
     scheduler: str | None = None
     """How noise is taken away, by name; the bundle's own unless given."""
-    image: str | PathLike[str] | Image | None = None
+    image: Picture | None = None
     """Where to start from, instead of noise: a file, or an image of Pillow."""
     strength: float | None = None
     """With an image, how much of the trajectory is run: near 0 it stays the image, at 1 nothing is left of it.
     0.8 unless given; with a mask, 1."""
-    mask: str | PathLike[str] | Image | None = None
+    mask: Picture | None = None
     """With an image, what is painted anew: where the mask is white."""
+    control: Picture | tuple[Picture | tuple[Picture, ...] | None, ...] | None = None
+    """What a ControlNet is shown: one image for all prompts, or a list with one for each. With several ControlNets a
+    list with such an entry for each of them; None lets one rest."""
+    control_scale: float | tuple[float, ...] = 1.0
+    """How strongly ControlNets pull: one number for all, or one for each."""
+    control_start: float | tuple[float, ...] = 0.0
+    """Share of the steps behind which a ControlNet begins."""
+    control_end: float | tuple[float, ...] = 1.0
+    """Share of the steps behind which it rests."""
+    guess_mode: bool = False
+    """Whether ControlNets tell only the prompt's half of guidance, the first layers the least: the image speaks even
+    without a prompt."""
+    adapter_scale: float | None = None
+    """How much of a LoRA is added that the bundle keeps beside its weights."""
+    ip_adapter_image: Picture | tuple[Picture, ...] | None = None
+    """What an IP-Adapter is shown beside the prompt: one image for all prompts, or a list with one for each."""
+    ip_adapter_scale: float = 1.0
+    """How strongly that image pulls."""
     guidance_rescale: float = 0.0
     """Brings the contrast that guidance adds back to that of the prompt's prediction (Lin et al. 2023); 0 is off."""
     clip_skip: int = 0
@@ -82,6 +103,13 @@ class Diffusion:
         if self.image is None and self.strength is not None:
             raise RequestError(f"Diffusion.strength is {self.strength} without image; it is for images only.")
 
+        if self.ip_adapter_image is None and self.ip_adapter_scale != 1.0:
+            raise RequestError(f"Diffusion.ip_adapter_scale is {self.ip_adapter_scale:g} without ip_adapter_image.")
+        if self.control is None:
+            for name in ("control_scale", "control_start", "control_end", "guess_mode"):
+                if getattr(self, name) != self.__dataclass_fields__[name].default:
+                    raise RequestError(f"Diffusion.{name} is given without control; it is for ControlNets only.")
+
     def seed_of(self, prompt: int) -> int | None:
         """The seed of a prompt's first image."""
         return self.seed[prompt] if isinstance(self.seed, tuple) else self.seed
@@ -105,14 +133,15 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises RequestError when one is outside its range; whether they go together, Diffusion itself says.
     """
-    known = {
-        name: tuple(value) if name in ("seed", "negative") and _is_list(value) else value
-        for name, value in values.items()
-    }
+    known = {name: _as_tuple(value) if name in _LISTED else value for name, value in values.items()}
     for name, valid, wanted in _RULES:
         if name in known and not _holds(valid, known[name]):
             raise RequestError(f"Diffusion.{name} is {known[name]!r}; it must be {wanted}.")
     return known
+
+
+def _as_tuple(value: Any) -> Any:  # noqa: ANN401 - what a user gave
+    return tuple(map(_as_tuple, value)) if _is_list(value) else value
 
 
 def _is_list(value: Any) -> bool:  # noqa: ANN401 - what a user gave
@@ -150,6 +179,22 @@ def _is_number(value: Any, least: float, most: float) -> bool:  # noqa: ANN401 -
     return not isinstance(value, bool) and least <= value <= most
 
 
+def _is_control(value: Any) -> bool:  # noqa: ANN401 - what a user gave
+    return all(map(_is_control, value)) if isinstance(value, tuple) else _is_picture(value)
+
+
+def _is_share(value: Any) -> bool:  # noqa: ANN401 - what a user gave
+    return all(_is_number(one, 0.0, 1.0) for one in (value if isinstance(value, tuple) else (value,)))
+
+
+def _is_scale(value: Any) -> bool:  # noqa: ANN401 - what a user gave
+    return all(_is_number(one, 0.0, 100.0) for one in (value if isinstance(value, tuple) else (value,)))
+
+
+_LISTED = frozenset(
+    {"seed", "negative", "control", "control_scale", "control_start", "control_end", "ip_adapter_image"}
+)
+"""Fields that may have one value for each of something."""
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("steps", lambda value: value is None or _is_whole(value, 1), "at least 1"),
     ("guidance", lambda value: value is None or _is_number(value, 0.0, 1e4), "from 0 to 10000 (up to 1 is off)"),
@@ -162,6 +207,18 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("image", _is_picture, "a file, or an image of Pillow"),
     ("mask", _is_picture, "a file, or an image of Pillow"),
     ("strength", lambda value: value is None or _is_number(value, 1e-9, 1.0), "above 0 and at most 1"),
+    ("control", _is_control, "a file or an image of Pillow, or a list of them"),
+    ("control_scale", _is_scale, "from 0 (off) to 100"),
+    ("control_start", _is_share, "from 0 to 1"),
+    ("control_end", _is_share, "from 0 to 1"),
+    ("guess_mode", lambda value: isinstance(value, bool), "true or false"),
+    (
+        "adapter_scale",
+        lambda value: value is None or _is_number(value, -100.0, 100.0),
+        "from -100 to 100 (0 is none of it)",
+    ),
+    ("ip_adapter_image", _is_control, "a file or an image of Pillow, or a list of them"),
+    ("ip_adapter_scale", lambda value: _is_number(value, 0.0, 100.0), "from 0 (off) to 100"),
     ("guidance_rescale", lambda value: _is_number(value, 0.0, 1.0), "from 0 (off) to 1"),
     ("max_sequence_length", lambda value: value is None or _is_whole(value, 1), "at least 1"),
     ("noise_level", lambda value: value is None or _is_whole(value, 0), "0 (none) or more"),

@@ -30,6 +30,16 @@ OWN_CHUNK = "fmedge"
 
 
 @dataclass(frozen=True, slots=True)
+class ControlSettings:
+    """How a ControlNet was at work."""
+
+    net: str
+    scale: float
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Everything that an image depends on, beside the bundle; with the same settings it is the same image."""
 
@@ -54,6 +64,13 @@ class Settings:
     noise_level: int | None
     model: str
     """The source of the bundle."""
+    controls: tuple[ControlSettings, ...] | None = None
+    """The ControlNets that were at work; None without."""
+    guess_mode: bool = False
+    adapter_scale: float | None = None
+    """Of the LoRA that the bundle keeps beside its weights; None without."""
+    ip_adapter_scale: float | None = None
+    """Of the image that an IP-Adapter was shown; None without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +162,13 @@ def parameters(settings: Settings) -> str:
     if settings.clip_skip:
         # There, 1 is the last layer.
         facts["Clip skip"] = settings.clip_skip + 1
+    for number, control in enumerate(settings.controls or ()):
+        shown = f"Model: {control.net}, Weight: {control.scale:g}, Guidance: {control.start:g} to {control.end:g}"
+        facts[f"ControlNet {number}"] = shown
+    if settings.adapter_scale is not None:
+        facts["LoRA scale"] = f"{settings.adapter_scale:g}"
+    if settings.ip_adapter_scale is not None:
+        facts["IP-Adapter scale"] = f"{settings.ip_adapter_scale:g}"
     facts["Version"] = f"fmedge {__version__}"
     lines = [settings.prompt, f"Negative prompt: {settings.negative}" if settings.negative else None]
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items()))

@@ -20,18 +20,25 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from fmedge_runtimes.bundle import ImageBundle
+from fmedge_runtimes.control_images import asked_controls, controls_of, one_or_each
 from fmedge_runtimes.diffusion import MOST_PIXELS, Diffusion
 from fmedge_runtimes.errors import FmedgeError, GenerationCancelledError, RequestError
-from fmedge_runtimes.generated_image import GeneratedImage, ImageStats, ImageUpdate, Settings
+from fmedge_runtimes.generated_image import ControlSettings, GeneratedImage, ImageStats, ImageUpdate, Settings
 from fmedge_runtimes.image_plan import plan_image
 from fmedge_runtimes.memory import available_bytes
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.picture import image_array, mask_array, open_picture
 from fmedge_runtimes.pipelines import family_of
+from fmedge_runtimes.pipelines.control import control_nets
 from fmedge_runtimes.pipelines.pipeline import EVERY, Job, OpenScheduler, Order, Progress, Rendered, Stage
+from fmedge_runtimes.pipelines.reference import has_reference
 from fmedge_runtimes.schedulers import read_config
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 STRENGTH, STRENGTH_MASKED = 0.8, 1.0
 """Of the trajectory, for an image without and with a mask, if nobody said otherwise."""
@@ -139,9 +146,12 @@ class ImageModel:
         facts = self.bundle.manifest.image
         image = None if options.image is None else open_picture(options.image, "Diffusion.image")
         mask = None if options.mask is None else open_picture(options.mask, "Diffusion.mask")
+        asked = asked_controls(options, control_nets(self._parts.names), len(prompts), self.bundle.folder)
         multiple, larger = self.pipeline.sizes.multiple, self.pipeline.sizes.enlarges
-        # An image keeps its own size, cut to what is possible, as in diffusers; or is enlarged.
+        # An image (or a ControlNet's) keeps its own size, cut to what is possible, as in diffusers; or is enlarged.
         usual = (facts.height, facts.width) if image is None else (image.height * larger, image.width * larger)
+        if image is None and asked:
+            usual = (asked[0].images[0].height, asked[0].images[0].width)
         height, width = (
             max(own - own % multiple, multiple) if given is None else int(given)
             for given, own in zip((options.height, options.width), usual, strict=True)
@@ -173,7 +183,32 @@ class ImageModel:
                 main=self._family.scheduler,
                 read=self._read_scheduler,
             ),
+            controls=controls_of(asked, height, width),
+            references=self._references(options, len(prompts)),
+            adapter_scale=self._adapter_scale(options),
         )
+
+    def _references(self, options: Diffusion, prompts: int) -> tuple[Image, ...]:
+        """What the IP-Adapter is shown. Raises RequestError."""
+        given = options.ip_adapter_image
+        if given is None:
+            return ()
+        if not has_reference(self._parts):
+            raise RequestError(
+                f"{self.bundle.folder} has no IP-Adapter to show Diffusion.ip_adapter_image to; export it with "
+                "--ip-adapter."
+            )
+        return one_or_each(given if isinstance(given, tuple) else (given,), prompts, "Diffusion.ip_adapter_image")
+
+    def _adapter_scale(self, options: Diffusion) -> float | None:
+        """Of the LoRA that the bundle keeps beside its weights. Raises RequestError if there is none to scale."""
+        usual, asked = self.bundle.manifest.image.adapter_scale, options.adapter_scale
+        if usual is None and asked is not None:
+            raise RequestError(
+                f"{self.bundle.folder} has no LoRA that can be scaled, so Diffusion.adapter_scale means nothing to it; "
+                "export it with --adapter and --keep-adapter."
+            )
+        return usual if asked is None else float(asked)
 
     def _check_taken(self, options: Diffusion) -> None:
         for name in sorted(set(Diffusion.__dataclass_fields__) - EVERY - self.pipeline.takes):
@@ -244,6 +279,8 @@ class ImageModel:
 
     def _serve(self, order: Order, cancel: Stop | None) -> Generator[ImageUpdate, None, None]:
         with self._turn(cancel):
+            self._parts.standing.clear()
+            self._parts.standing.update(order.standing)
             for piece, first in self._pieces(order):
                 yield from self._render(piece, first, cancel)
 
@@ -314,6 +351,10 @@ class ImageModel:
                     options.tiny_vae,
                     options.noise_level,
                     self.bundle.manifest.source.id,
+                    tuple(ControlSettings(one.net, one.scale, one.start, one.end) for one in order.controls) or None,
+                    options.guess_mode,
+                    order.adapter_scale,
+                    options.ip_adapter_scale if order.references else None,
                 ),
                 job.prompt_index,
                 job.index,

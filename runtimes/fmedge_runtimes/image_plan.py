@@ -19,6 +19,7 @@ from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.parts import Config, MemoryMode
 from fmedge_runtimes.pipelines.autoencoder import TILED_FROM, TOGETHER
 from fmedge_runtimes.pipelines.clip_text import ROWS
+from fmedge_runtimes.pipelines.control import EMBEDDING, control_nets
 
 FLOAT = 4
 """Bytes; graphs of narrower types need less."""
@@ -34,6 +35,8 @@ TOKEN_ACTIVATIONS = 14
 """Values that a transformer holds of each token at once, as a multiple of its width."""
 TEXT_TOKENS = 512
 """Of a text encoder's batch at most, where nothing says how many."""
+DENOISER = "unet"
+"""The part beside which ControlNets run."""
 MOST_BATCH = 64
 """Larger batches are not planned."""
 
@@ -46,6 +49,8 @@ class PartPlan:
     weights: int
     working: int
     """While it runs: an estimate."""
+    beside: bool = False
+    """Whether it runs beside the denoiser, in every step: a ControlNet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +68,21 @@ class ImagePlan:
 
     @property
     def working(self) -> int:
-        """Of the part that needs most while it runs."""
-        return max(part.working for part in self.parts)
+        """Of the part that needs most while it runs, ControlNets beside it."""
+        return max(part.working + self._beside(part)[1] for part in self.parts)
 
     def total(self, mode: MemoryMode) -> int:
         """Bytes at the moment that takes most: all weights are there, or those of one part at a time."""
         if mode == "keep":
             return sum(part.weights for part in self.parts) + self.working
-        return max(part.weights + part.working for part in self.parts)
+        return max(part.weights + part.working + sum(self._beside(part)) for part in self.parts)
+
+    def _beside(self, part: PartPlan) -> tuple[int, int]:
+        """Weights and working memory of what runs beside a part."""
+        if part.name != DENOISER:
+            return 0, 0
+        beside = [other for other in self.parts if other.beside]
+        return sum(other.weights for other in beside), sum(other.working for other in beside)
 
     def fits(self, mode: MemoryMode) -> bool:
         """Whether it fits in the memory."""
@@ -96,13 +108,14 @@ def plan_image(
         raise RequestError(f"{width}x{height} is no size; both sides must be at least 1.")
     rows = batch * (2 if guided else 1)
     factor = _factor(bundle)
+    nets = control_nets(bundle.manifest.graphs)
     parts = []
     for name in bundle.manifest.graphs:
         weights = sum(
             facts.bytes for file, facts in bundle.manifest.files.items() if file.startswith(f"{name}/model.onnx")
         )
         working = _working(Config(bundle.folder / name / "config.json"), name, height, width, factor, rows, batch)
-        parts.append(PartPlan(name, round(weights * REARRANGED), round(working)))
+        parts.append(PartPlan(name, round(weights * REARRANGED), round(working), name in nets))
     return ImagePlan(height, width, batch, guided, tuple(parts), memory)
 
 
@@ -124,6 +137,9 @@ def _working(config: Config, name: str, height: int, width: int, factor: int, ro
     """Bytes that a part takes while it runs, told by what kind of config it has."""
     values = config.values
     area = height * width / factor**2
+    if "conditioning_embedding_out_channels" in values and name.endswith(EMBEDDING):
+        # An image for itself, whose widest activations are the first two.
+        return FLOAT * 2 * config.numbers("conditioning_embedding_out_channels")[0] * height * width
     if "latent_channels" in values:
         return _autoencoder(config, height, width, factor, batch)
     if "down_block_types" in values and "block_out_channels" in values:

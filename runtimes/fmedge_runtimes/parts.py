@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -89,8 +90,10 @@ class Config:
 class Part:
     """An opened graph that knows its name, so that what goes wrong in it is said of it."""
 
-    def __init__(self, name: str, session: Session) -> None:
+    def __init__(self, name: str, session: Session, standing: Mapping[str, Array] | None = None) -> None:
+        """`standing` are inputs that every run is given, if the graph takes them."""
         self.name = name
+        self._standing: Mapping[str, Array] = {} if standing is None else standing
         self._session = session
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in session.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in session.outputs}
@@ -101,6 +104,7 @@ class Part:
         self, feeds: Mapping[str, Array | Buffer], results: Mapping[str, Array | Buffer] | None = None
     ) -> dict[str, Array]:
         """Run the graph once; see `Session.run`. Raises BackendError, also for feeds that it does not take."""
+        feeds = {**{name: value for name, value in self._standing.items() if name in self.inputs}, **feeds}
         missing, unknown = self.inputs.keys() - feeds.keys(), feeds.keys() - self.inputs.keys()
         if missing or unknown:
             problem = f"needs {min(missing)}" if missing else f"takes no {min(unknown)}"
@@ -157,6 +161,8 @@ class Parts:
         self._open = open_part
         self._kept: dict[str, tuple[Part, Session]] = {}
         self._configs: dict[str, Config] = {}
+        self.standing: dict[str, Array] = {}
+        """Inputs that hold for a whole request, by name: every graph that takes one is given it."""
         self._closed = False
 
     def __contains__(self, name: str) -> bool:
@@ -196,7 +202,7 @@ class Parts:
             raise BackendError(f"the model of {self.folder} is closed; load it again.")
         if name not in self._kept:
             session = self._open(name)
-            self._kept[name] = Part(name, session), session
+            self._kept[name] = Part(name, session, MappingProxyType(self.standing)), session
         try:
             yield self._kept[name][0]
         finally:

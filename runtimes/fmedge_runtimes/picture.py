@@ -37,16 +37,24 @@ def image_array(image: Image, height: int, width: int) -> npt.NDArray[np.float32
     return _array(image, "RGB", height, width) * np.float32(2) - np.float32(1)
 
 
+def pixels(image: Image, height: int, width: int) -> npt.NDArray[np.uint8]:
+    """The image [height, width, 3], resized in the same way."""
+    return np.asarray(_resized(image, "RGB", height, width))
+
+
 def mask_array(mask: Image, height: int, width: int) -> npt.NDArray[np.float32]:
     """The mask [1, height, width]: 1 where it is bright, else 0."""
     return (_array(mask, "L", height, width) >= np.float32(0.5)).astype(np.float32)
 
 
 def _array(image: Image, mode: str, height: int, width: int) -> npt.NDArray[np.float32]:
+    levels = np.asarray(_resized(image, mode, height, width), np.float32) / np.float32(255)  # [H, W] or [H, W, 3]
+    return np.ascontiguousarray(np.moveaxis(levels.reshape(height, width, -1), -1, 0))
+
+
+def _resized(image: Image, mode: str, height: int, width: int) -> Image:
     from PIL import Image
 
     # Modes that Pillow cannot resize by a filter are converted first.
     image = image if image.mode in ("RGB", "L", "RGBA") else image.convert(mode)
-    resized = image.resize((width, height), Image.Resampling.LANCZOS).convert(mode)
-    levels = np.asarray(resized, np.float32) / np.float32(255)  # [H, W] or [H, W, 3]
-    return np.ascontiguousarray(np.moveaxis(levels.reshape(height, width, -1), -1, 0))
+    return image.resize((width, height), Image.Resampling.LANCZOS).convert(mode)

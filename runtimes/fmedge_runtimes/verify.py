@@ -103,11 +103,20 @@ def _replay_images(bundle: ImageBundle, device: str, progress: Callable[[str, in
 def _difference(bundle: ImageBundle, golden: ImageGolden, model: ImageModel) -> float:
     """The mean absolute difference of the golden image and the same one made here, in levels of 0 to 255."""
     guidance = golden.guidance if "guidance" in model.pipeline.takes else None
-    options = Diffusion(
-        steps=golden.steps, guidance=guidance, seed=golden.seed, height=golden.height, width=golden.width
-    )
-    made = np.asarray(model.generate(golden.prompt, options)[0].image, np.float64)
     try:
+        controls = tuple(open_picture(bundle.file(name), "the golden control image") for name in golden.controls)
+        options = Diffusion(
+            steps=golden.steps,
+            guidance=guidance,
+            seed=golden.seed,
+            height=golden.height,
+            width=golden.width,
+            control=controls or None,
+            ip_adapter_image=None
+            if golden.ip_adapter_image is None
+            else open_picture(bundle.file(golden.ip_adapter_image), "the golden image of the IP-Adapter"),
+        )
+        made = np.asarray(model.generate(golden.prompt, options)[0].image, np.float64)
         expected = np.asarray(open_picture(bundle.file(golden.file), "the golden image").convert("RGB"), np.float64)
     except RequestError as error:
         raise BundleDamagedError(f"{error}; export the bundle again.") from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fmedge_converters.parts.autoencoders import autoencoder
+from fmedge_converters.parts.controlnets import controlnet
 from fmedge_converters.parts.denoisers import ARGUMENTS, denoiser
 from fmedge_converters.parts.encoders import image_encoder, text_encoder
 from fmedge_converters.parts.part import Graphs
@@ -47,6 +48,7 @@ def _denoises(module: type[Any]) -> bool:
 KINDS: tuple[Kind, ...] = (
     Kind("prior", _called("PriorTransformer"), prior),
     Kind("text projection", _called("UnCLIPTextProjModel"), text_projection),
+    Kind("ControlNet", _called("ControlNetModel"), controlnet),
     Kind("UNet", _called("UNet2DConditionModel", "UNet2DModel"), unet),
     Kind("denoiser", _denoises, denoiser),
     Kind("autoencoder", _has("encode", "decode"), autoencoder),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,8 +94,37 @@ MASKS: Mapping[str, str] = {
 """Classes, of modules or pipelines, that use the mask of the text; and the argument that takes it."""
 
 
-def denoiser(module: Any, asked: Asked) -> dict[str, Call]:  # noqa: ANN401 - any denoiser of diffusers
-    """The arguments of the module's `forward` -> out_sample, or out_hidden_states."""
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What a pipeline gives a denoiser, or a network beside it, in every step."""
+
+    inputs: Mapping[str, Input]
+    """By the names of arguments of `forward`."""
+    conditions: Mapping[str, Input]
+    """The tensors of added_cond_kwargs."""
+    absent: Mapping[str, None]
+    """Arguments that are to be None."""
+    conditioned: bool
+    """Whether there are added_cond_kwargs at all."""
+    multiple: int
+    """What height and width must be multiples of."""
+
+    @property
+    def all(self) -> tuple[Input, ...]:
+        """All inputs."""
+        return (*self.inputs.values(), *self.conditions.values())
+
+    def of(self, given: Tensors) -> dict[str, Any]:
+        """The arguments of `forward`, from the inputs."""
+        arguments: dict[str, Any] = {name: given[name] for name in self.inputs} | dict(self.absent)
+        if self.conditioned:
+            none = {"resolution": None, "aspect_ratio": None}
+            arguments[CONDITIONS] = none | {name: given[name] for name in self.conditions}
+        return arguments
+
+
+def arguments_of(module: Any, asked: Asked) -> Arguments:  # noqa: ANN401 - any denoiser of diffusers
+    """What a module is called with, by the arguments of its `forward` and its configuration."""
     config = dict(module.config)
     parameters = inspect.signature(module.forward).parameters
     known = {name: ARGUMENTS[name](config) for name in parameters if name in ARGUMENTS}
@@ -106,22 +135,22 @@ def denoiser(module: Any, asked: Asked) -> dict[str, Call]:  # noqa: ANN401 - an
     mask = MASKS.get(type(module).__name__) or MASKS.get(asked.pipeline)
     if mask is not None and "encoder_hidden_states" in inputs:
         inputs[mask] = Input(mask, ("batch", "sequence"), integer=True)
-    multiple = 1 if "img_ids" in inputs else _multiple(config)
-    conditions = _conditions(config) if CONDITIONS in parameters else {}
     absent = {name: None for name, item in known.items() if item is None and name == "encoder_hidden_states"}
-    main = "sample" if "sample" in inputs else "hidden_states"
+    conditioned = CONDITIONS in parameters
+    conditions = _conditions(config) if conditioned else {}
+    return Arguments(inputs, conditions, absent, conditioned, 1 if "img_ids" in inputs else _multiple(config))
+
+
+def denoiser(module: Any, asked: Asked) -> dict[str, Call]:  # noqa: ANN401 - any denoiser of diffusers
+    """The arguments of the module's `forward` -> out_sample, or out_hidden_states."""
+    arguments = arguments_of(module, asked)
+    main = "sample" if "sample" in arguments.inputs else "hidden_states"
 
     def run(model: Any, given: Tensors) -> dict[str, torch.Tensor]:  # noqa: ANN401 - any denoiser of diffusers
-        arguments: dict[str, Any] = {name: given[name] for name in inputs} | absent
-        if CONDITIONS in parameters:
-            arguments[CONDITIONS] = {"resolution": None, "aspect_ratio": None} | {
-                name: given[name] for name in conditions
-            }
-        output = model(**arguments, return_dict=False)[0]
-        return {f"out_{main}": output}
+        return {f"out_{main}": model(**arguments.of(given), return_dict=False)[0]}
 
-    call = Call((*inputs.values(), *conditions.values()), run, multiples={"height": multiple, "width": multiple})
-    return {asked.name: call}
+    multiples = {"height": arguments.multiple, "width": arguments.multiple}
+    return {asked.name: Call(arguments.all, run, multiples=multiples)}
 
 
 def _conditions(config: Config) -> dict[str, Input]:

@@ -38,8 +38,9 @@ class Call:
     """Axes whose sizes must be multiples of a number."""
     limits: Mapping[str, int] = field(default_factory=dict)
     """Axes that may not be longer."""
-    batched: Mapping[str, str] = field(default_factory=dict)
-    """Inputs with one axis of size 1 in the example that may also have the size of the batch; and that axis' name."""
+    spread: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    """Inputs with axes of size 1 in the example that may also be as long as those of what they are combined with; and
+    what these axes are called in the graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Asked:
     pipeline: str
     """The pipeline's class, which decides what it passes to its parts."""
     residuals: bool = False
-    """The UNet is to take the residuals of a ControlNet."""
+    """Whether a UNet is to take the residuals of ControlNets."""
 
 
 Graphs = Callable[[Any, Asked], dict[str, Call]]

@@ -7,19 +7,61 @@ from typing import Any
 
 import torch
 
-from fmedge_converters.parts.denoisers import denoiser
-from fmedge_converters.parts.part import Asked, Call, Tensors
+from fmedge_converters.parts.denoisers import arguments_of, denoiser
+from fmedge_converters.parts.part import Asked, Call, Input, Tensors
 
 STEPS = "steps"
+DOWN, MID = "down_block_additional_residual", "mid_block_additional_residual"
+"""What ControlNets add to the UNet: where its skip connections begin, and in its middle."""
 
 
 def unet(module: Any, asked: Asked) -> dict[str, Call]:  # noqa: ANN401 - any UNet of diffusers
-    """As a denoiser; `timestep` [steps] is one number, or one for each row."""
+    """As a denoiser; `timestep` [steps] is one number, or one for each row. With residuals it takes those of
+    ControlNets, or zeros of one row and one place."""
     call = denoiser(module, asked)[asked.name]
-    inputs = [replace(item, dims=(1,)) if item.name == "timestep" else item for item in call.inputs]
+    inputs = once_for_all(call.inputs)
+    spread: dict[str, tuple[int | str, ...]] = {"timestep": (STEPS,)}
+    residuals = residuals_of(skip_channels(module), mid_channels(module)) if asked.residuals else {}
+    for number, (name, channels) in enumerate(residuals.items()):
+        inputs.append(Input(name, (1, channels, 1, 1)))
+        spread[name] = ("residuals", channels, f"height_{number}", f"width_{number}")
+    arguments = arguments_of(module, asked)
 
     def run(model: Any, given: Tensors) -> dict[str, torch.Tensor]:  # noqa: ANN401 - any UNet of diffusers
         timestep = given["timestep"].expand(given["sample"].shape[0])
-        return call.run(model, {**given, "timestep": timestep})
+        if not residuals:
+            return call.run(model, {**given, "timestep": timestep})
+        found = model(
+            **arguments.of({**given, "timestep": timestep}),
+            down_block_additional_residuals=[given[name] for name in residuals if name != MID],
+            mid_block_additional_residual=given[MID],
+            return_dict=False,
+        )
+        return {"out_sample": found[0]}
 
-    return {asked.name: replace(call, inputs=tuple(inputs), run=run, batched={"timestep": STEPS})}
+    return {asked.name: replace(call, inputs=tuple(inputs), run=run, spread=spread)}
+
+
+def once_for_all(inputs: tuple[Input, ...]) -> list[Input]:
+    """The same inputs with a timestep for the whole batch."""
+    return [replace(item, dims=(1,)) if item.name == "timestep" else item for item in inputs]
+
+
+def residuals_of(skips: list[int], mid: int) -> dict[str, int]:
+    """Channels of each residual by name, from those of the skip connections and of the middle."""
+    return {f"{DOWN}.{number}": channels for number, channels in enumerate(skips)} | {MID: mid}
+
+
+def skip_channels(module: Any) -> list[int]:  # noqa: ANN401 - any UNet of diffusers
+    """Channels of each skip connection."""
+    found = [module.conv_in.out_channels]
+    for block in module.down_blocks:
+        found += [resnet.out_channels for resnet in block.resnets]
+        if block.downsamplers:
+            found.append(block.resnets[-1].out_channels)
+    return found
+
+
+def mid_channels(module: Any) -> int:  # noqa: ANN401 - any UNet of diffusers
+    """Channels in the middle."""
+    return int(module.config.block_out_channels[-1])

@@ -1,7 +1,7 @@
-"""A denoiser graph with its conditions and guidance, for one batch: (sample, timestep) -> prediction.
+"""A denoiser graph with its conditions and guidance, for one batch: (sample, timestep, step) -> prediction.
 
     denoiser = Denoiser(part, UNET, conditions, guidance=7.5)
-    prediction = denoiser(sample, timestep)
+    prediction = denoiser(sample, timestep, index)
 
 Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) runs the graph for the conditions and for the negative
 ones, as one batch of twice the rows or as two calls. Sample and prediction are copied in and out of buffers that nobody
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fmedge_runtimes.parts import Part, check_finite
+from fmedge_runtimes.pipelines.control import Residuals
 from fmedge_runtimes.pipelines.pipeline import Array
 
 
@@ -63,12 +64,15 @@ class Denoiser:
         rescale: float = 0.0,
         split: bool = False,
         guided_channels: int | None = None,
+        residuals: Residuals | None = None,
     ) -> None:
-        """`guided_channels` of the prediction are guided, the others (a learned variance) are the conditional ones."""
+        """`guided_channels` of the prediction are guided, the others (a learned variance) are the conditional ones.
+        `residuals` are what ControlNets give."""
         self._part, self._form = part, form
         self._guidance = np.float32(guidance)
         self._rescale = np.float32(rescale)
         self._guided = guided_channels
+        self._residuals = residuals
         self._extra = conditions.channels
         halves = [conditions.positive]
         if conditions.negative is not None:
@@ -81,8 +85,8 @@ class Denoiser:
         self.constants: dict[str, Array] = {}
         """Known behind the first run."""
 
-    def __call__(self, sample: Array, timestep: float) -> Array:
-        """The prediction for a sample [B, C, ...], in an array of its own. Raises BackendError."""
+    def __call__(self, sample: Array, timestep: float, index: int) -> Array:
+        """The prediction for a sample [B, C, ...] in the step `index`, in an array of its own. Raises BackendError."""
         rows = len(sample) * self._halves // len(self._feeds)
         feed = self._fill(sample, rows)
         steps = np.full(
@@ -91,6 +95,8 @@ class Denoiser:
         outputs = []
         for number, conditions in enumerate(self._feeds):
             given = {**conditions, self._form.sample: feed, self._form.timestep: steps}
+            if self._residuals is not None:
+                given |= self._residuals(given, self._form.sample, number, len(self._feeds), index)
             outputs.append(self._run(given, number))
         if self._halves == 1:
             alone: Array = outputs[0].astype(np.float32)  # a copy

@@ -17,13 +17,16 @@ from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.pipelines.autoencoder import Autoencoder, Posterior
 from fmedge_runtimes.pipelines.condition import Condition
+from fmedge_runtimes.pipelines.control import guides_of
 from fmedge_runtimes.pipelines.denoiser import Form
 from fmedge_runtimes.pipelines.latent_start import LatentStart
 from fmedge_runtimes.pipelines.pipeline import (
     AUTOENCODER,
     CLIP,
+    CONTROLLED,
     FROM_IMAGE,
     GUIDED,
+    REFERRED,
     Array,
     Order,
     Progress,
@@ -31,6 +34,7 @@ from fmedge_runtimes.pipelines.pipeline import (
     Rendered,
     Sizes,
 )
+from fmedge_runtimes.pipelines.reference import Reference, has_reference
 from fmedge_runtimes.pipelines.stage import Beginning, Stage, sample
 from fmedge_runtimes.schedulers.scheduler import Scheduler
 
@@ -52,13 +56,14 @@ class Texts(Protocol):
 class LatentUnet:
     """A pipeline of text encoders, a UNet and an autoencoder."""
 
-    takes = GUIDED | FROM_IMAGE | AUTOENCODER | CLIP | {"mask"}
+    takes = GUIDED | FROM_IMAGE | AUTOENCODER | CLIP | CONTROLLED | REFERRED | {"mask"}
 
     def __init__(self, parts: Parts, texts: Texts) -> None:
         """Raises BundleError when a part or one of its fields is missing."""
         parts.require("unet", "vae_decoder")
         self._parts, self._texts = parts, texts
         self._autoencoder = Autoencoder(parts)
+        self._reference = Reference(parts) if has_reference(parts) else None
         unet = parts.config("unet")
         self._channels = unet.whole("in_channels")
         self._guidance_width = unet.whole("time_cond_proj_dim", 0)
@@ -74,9 +79,14 @@ class LatentUnet:
         self._check(order)
         guided = order.guidance > 1 and not self._guidance_width
         conditions = self._texts.encode(order, guided=guided)
+        if self._reference is not None:
+            conditions = self._reference.added(conditions, order)
         yield Progress("encode", len(order.jobs), len(order.jobs))
         posteriors = self._posteriors(order)
         if posteriors:
+            yield Progress("encode", len(order.jobs), len(order.jobs))
+        guides = guides_of(self._parts, order)
+        if order.controls:
             yield Progress("encode", len(order.jobs), len(order.jobs))
         factor = self._autoencoder.factor
         shape = (self._latents, order.height // factor, order.width // factor)
@@ -88,6 +98,7 @@ class LatentUnet:
             guidance=order.guidance,
             rescale=order.options.guidance_rescale,
             begin=partial(self._begin, LatentStart(order, shape, posteriors.get("image")), posteriors),
+            guides=guides,
             preview=self._autoencoder.preview,
         )
         if self._guidance_width:

@@ -7,7 +7,8 @@ runs it can stop between two of them, and returns the images. It has tools for w
     padded_text.py      prompts through any other text encoder, padded to one length
     condition.py        what images are conditioned on, and the batches that share a call
     stage.py            a denoiser over all images: conditions, noise, scheduler, guidance; `sample`
-    denoiser.py         a denoiser graph with guidance: (sample, timestep) -> prediction
+    denoiser.py         a denoiser graph with guidance: (sample, timestep, step) -> prediction
+    control.py          ControlNets beside a denoiser
     trajectory.py       a scheduler's steps with that denoiser; `denoise`
     autoencoder.py      images to latents and back, in tiles where they are large
 
@@ -27,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,11 @@ from fmedge_runtimes.diffusion import Diffusion
 from fmedge_runtimes.noise import TorchNoise, normal_rows
 from fmedge_runtimes.schedulers import SchedulerConfig, open_scheduler, read_config, switch
 from fmedge_runtimes.schedulers.scheduler import Draw, Scheduler
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from fmedge_runtimes.pipelines.control import Control
 
 Array = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -125,9 +131,22 @@ class Order:
     split_guidance: bool
     """Whether guidance takes two calls of one batch, instead of one call of two."""
     open_scheduler: OpenScheduler
+    references: tuple[Image, ...] = ()
+    """What an IP-Adapter is shown: one image for all prompts, or one for each."""
+    adapter_scale: float | None = None
+    """Of a LoRA that is not merged; None: the bundle has none."""
+    controls: tuple[Control, ...] = ()
+    """What ControlNets are to do: those that are given an image."""
     _noises: list[TorchNoise] = field(init=False, default_factory=list)
     """The generator of each job, made with the first draw: what it draws depends on its own seed and on what it drew
     before alone."""
+
+    @property
+    def standing(self) -> dict[str, Array]:
+        """Inputs that every graph is given that takes them."""
+        shown = self.options.ip_adapter_scale if self.references else 0.0
+        scales = {"adapter_scale": self.adapter_scale, "ip_adapter_scale": shown}
+        return {name: np.array([scale], np.float32) for name, scale in scales.items() if scale is not None}
 
     def batches(self, alike: Sequence[object] | None = None) -> Iterator[list[int]]:
         """The numbers of jobs that go through a graph together: at most max_batch, and equal in what `alike` says.
@@ -211,11 +230,15 @@ class Pipeline(Protocol):
         ...
 
 
-EVERY = frozenset({"steps", "seed", "n", "height", "width", "scheduler", "preview_every"})
+EVERY = frozenset({"steps", "seed", "n", "height", "width", "scheduler", "preview_every", "adapter_scale"})
 GUIDED = frozenset({"guidance", "negative", "guidance_rescale"})
 FROM_IMAGE = frozenset({"image", "strength"})
 """Image to image; `mask` beside it is inpainting."""
 AUTOENCODER = frozenset({"tiling", "tiny_vae"})
 CLIP = frozenset({"clip_skip", "weights"})
+CONTROLLED = frozenset({"control", "control_scale", "control_start", "control_end", "guess_mode"})
+"""ControlNets, of a bundle that has some."""
+REFERRED = frozenset({"ip_adapter_image", "ip_adapter_scale"})
+"""An IP-Adapter, of a bundle that has one."""
 PADDED = frozenset({"max_sequence_length"})
 """A text encoder whose prompts are padded to a length that is not CLIP's."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.pipelines.condition import Condition, together
+from fmedge_runtimes.pipelines.control import Guides
 from fmedge_runtimes.pipelines.denoiser import Conditions, Denoiser, Form
 from fmedge_runtimes.pipelines.pipeline import Array, Order, Progress
 from fmedge_runtimes.pipelines.trajectory import Amend, Predict, Preview, check_varied, denoise
@@ -65,6 +66,8 @@ class Stage:
     """The part that takes the last step, if that is another one."""
     fold: bool = False
     """Whether a sample's first axis is one of rows of the denoiser, as it is of every condition: several for a job."""
+    guides: Guides | None = None
+    """ControlNets, for a denoiser that takes what they give."""
     preview: Preview | None = None
 
 
@@ -87,9 +90,12 @@ def sample(
     steps, constants = 0, {}
     with ExitStack() as opened:
         each = [opened.enter_context(parts.use(name)) for name in (stage.part, stage.last) if name is not None]
+        guides = stage.guides
+        nets = [opened.enter_context(parts.use(one.control.net)) for one in ([] if guides is None else guides.each)]
         for rows in order.batches([condition.alike for condition in conditions]):
             scheduler = stage.scheduler()
             begin = _from_noise(order, stage, scheduler, rows) if stage.begin is None else stage.begin(scheduler, rows)
+            residuals = None if guides is None else guides.batch(each[0], nets, rows, len(scheduler.timesteps))
             batch = _batch(stage, [conditions[row] for row in rows], begin.channels)
             denoisers = [
                 Denoiser(
@@ -100,6 +106,7 @@ def sample(
                     rescale=stage.rescale,
                     split=order.split_guidance,
                     guided_channels=stage.guided_channels,
+                    residuals=residuals,
                 )
                 for part in each
             ]
@@ -137,9 +144,10 @@ def _rows(values: Array) -> Array:
 def _predict(denoisers: Sequence[Denoiser], scheduler: Scheduler, *, fold: bool) -> Predict:
     end = float(scheduler.timesteps[-1])
 
-    def predict(values: Array, timestep: float) -> Array:
+    def predict(values: Array, timestep: float, index: int) -> Array:
         denoiser = denoisers[-1] if timestep == end else denoisers[0]
-        return denoiser(_rows(values), timestep).reshape(values.shape) if fold else denoiser(values, timestep)
+        found = denoiser(_rows(values) if fold else values, timestep, index)
+        return found.reshape(values.shape) if fold else found
 
     return predict
 

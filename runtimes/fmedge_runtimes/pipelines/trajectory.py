@@ -13,7 +13,8 @@ from fmedge_runtimes.errors import BackendError
 from fmedge_runtimes.pipelines.pipeline import Array, Order, Pixels, Progress
 from fmedge_runtimes.schedulers.scheduler import Scheduler
 
-Predict = Callable[[Array, float], Array]
+Predict = Callable[[Array, float, int], Array]
+"""(sample, timestep, number of the step) -> prediction"""
 Amend = Callable[[Array, int], Array]
 """(sample behind step `index`, index) -> the sample to go on with: what inpainting keeps."""
 Preview = Callable[[Array], list[Pixels]]
@@ -39,7 +40,7 @@ def denoise(
     draw = order.draw(rows, sample.shape[1:])
     every = order.options.preview_every
     for index, timestep in enumerate(timesteps):
-        output = predict(scheduler.scale(sample, index), timestep)
+        output = predict(scheduler.scale(sample, index), timestep, index)
         if not learned_variance:
             output = output[:, : sample.shape[1]]
         step = scheduler.step(output, index, sample, draw)
