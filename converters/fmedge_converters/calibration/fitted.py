@@ -63,6 +63,7 @@ class FittedMatrices:
             _rows(files.codes),
             _rows(files.scales, dtype),
             None if files.zero_points is None else _rows(files.zero_points),
+            of_source=False,
         )
         return Weight(files.shape, dtype, _dequantized(packed, files.shape[1], dtype), packed)
 

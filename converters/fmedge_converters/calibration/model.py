@@ -21,8 +21,9 @@ from fmedge_converters.rope import freeze_rope
 from fmedge_converters.streamed_model import StreamedModel
 from fmedge_converters.weight import Weight, weight_from_array
 
-Fit = Callable[[Inputs], None]
-"""Takes the inputs of some matrices of a layer; may write to the matrices what the layer is to compute with."""
+Fit = Callable[[list[Inputs], Mapping[str, torch.Tensor]], None]
+"""Takes the inputs of a layer's matrices, and the layer's parameters by name; may write to the matrices what the layer
+is to compute with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +68,10 @@ class CalibrationModel:
 
             def visit(parameters: Mapping[str, torch.nn.Parameter], rehearse: Callable[[], None]) -> None:
                 progress(opened.passed(), opened.layers)
-                inputs.watch(opened.own_names(parameters))
+                own = opened.own_names(parameters)
+                inputs.watch(own)
                 rehearse()
-                for record in inputs.taken():
-                    fit(record)
+                fit(inputs.taken(), own)
                 opened.keep_shared(parameters)
 
             opened.visit(self.rows, inputs, visit)

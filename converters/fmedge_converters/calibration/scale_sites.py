@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from fmedge_converters.graph import MICROSOFT, DecoderGraph, constant, dims, produced_by
 from fmedge_converters.passes.linear import Linear, linears
-from fmedge_converters.weight import Array, PackedMatrix, Read, Weight, weight_from_array
+from fmedge_converters.weight import Array, Read, Weight, weight_from_array
 
 NORMS = {
     ("SimplifiedLayerNormalization", ""): (1,),
@@ -86,9 +86,7 @@ def scaled_rows(weight: Weight, factors: Array) -> Weight:
 
     packed = weight.packed
     if packed is not None:
-        packed = PackedMatrix(
-            packed.bits, packed.block_size, packed.codes, scaled(packed.scales), packed.zero_points, packed.columns
-        )
+        packed = replace(packed, scales=scaled(packed.scales))
     return Weight(weight.shape, weight.dtype, scaled(weight.read), packed, weight.step)
 
 

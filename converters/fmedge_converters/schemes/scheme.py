@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
+from fmedge_runtimes.bundle import Evidence
 
+from fmedge_converters.calibration.calibration import Calibration, Report
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.passes.convolution import Convolution
 from fmedge_converters.passes.linear import Linear
 from fmedge_converters.passes.mixture import Mixture
+from fmedge_converters.rounding import Rounding
+from fmedge_converters.weight import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,20 @@ class SpellConvolution(Protocol):
     def __call__(self, graph: DecoderGraph, convolution: Convolution) -> None: ...
 
 
+class RoundingOf(Protocol):
+    """How a scheme rounds the weight of a layer in blocks of a size."""
+
+    def __call__(self, weight: Weight, block_size: int) -> Rounding: ...
+
+
+class Calibrate(Protocol):
+    """Fits a graph's weights to calibration text, before they are spelled; returns what was done."""
+
+    def __call__(
+        self, graph: DecoderGraph, calibration: Calibration, rounding: Callable[[Weight], Rounding] | None, report: Report
+    ) -> Evidence: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """A row of a target's table of quantizations."""
@@ -68,3 +87,9 @@ class Scheme:
     """The type that weights have in the file, if it is not the one that is computed with."""
     keeps: tuple[int, ...] = ()
     """Bits of the weights that are written with the codes of a source that is quantized already."""
+    rounding: RoundingOf | None = None
+    """For schemes that round in blocks."""
+    calibrate: Calibrate | None = None
+    """What is made of calibration text; None: nothing, so that there is none."""
+    needs_calibration: bool = False
+    """Whether the scheme is another one without it; calibration text that is not given is the built-in one then."""

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from fmedge_converters.calibration.weighted import weigh_errors
 from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
 from fmedge_converters.rounding import RoundedBlocks, Rounding, joined, round_blocks
@@ -139,6 +140,10 @@ class _WeightOnly:
         """The weight's own, or the scheme's."""
         return weight.rounding or Rounding(bits, block_size, self.symmetric, self.search)
 
+    def of_layers(self, weight: Weight, block_size: int) -> Rounding:
+        """How a weight of the layers is rounded."""
+        return self.rounding(weight, self.bits, block_size)
+
     def linear(self, graph: DecoderGraph, linear: Linear, *, is_head: bool, block_size: int) -> None:
         """Spell a Linear as MatMulNBits."""
         weight = graph.weights[linear.name]
@@ -234,4 +239,6 @@ def weight_only(
         block_size=BLOCK_SIZE,
         mixture=mixture,
         keeps=keeps,
+        rounding=shared.of_layers,
+        calibrate=weigh_errors,
     )
