@@ -8,7 +8,9 @@ export(ExportOptions("path/to/model", Path("out/bundle"), quantize="int4"))
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from fmedge_runtimes.bundle import (
     open_bundle,
     write_manifest,
 )
+from fmedge_runtimes.chat import ChatTemplate
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import ExportError, RequestError, SourceError
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
@@ -37,6 +40,9 @@ from fmedge_runtimes.tokenizer import Tokenizer
 from transformers import GenerationConfig
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder
+from fmedge_converters.calibration.calibration import Calibration
+from fmedge_converters.calibration.model import CalibrationModel
+from fmedge_converters.calibration.text import calibration_text
 from fmedge_converters.checkpoint import Checkpoint
 from fmedge_converters.decoder import empty_model, quiet_libraries, text_config
 from fmedge_converters.evidence import (
@@ -50,7 +56,15 @@ from fmedge_converters.evidence import (
     text_facts,
     weights_evidence,
 )
-from fmedge_converters.export_checks import check_block_size, check_disk, check_output, graph_facts, judge, made_by
+from fmedge_converters.export_checks import (
+    check_block_size,
+    check_calibration,
+    check_disk,
+    check_output,
+    graph_facts,
+    judge,
+    made_by,
+)
 from fmedge_converters.export_options import LONGEST_DEFAULT, ExportOptions
 from fmedge_converters.first_line import first_line
 from fmedge_converters.int8_cache import CALIBRATION_TOKENS, quantize_cache
@@ -109,6 +123,7 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     parameters = _require_weights(source)
     context = _context(source, options)
     check_block_size(scheme, options)
+    check_calibration(scheme, options)
     check_disk(options.output, parameters, scheme.bits)
     if options.verify == "full":
         require_memory(source, parameters, scheme.bits)
@@ -122,8 +137,11 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
         if layout is not None and tokenizer is not None:
             layout.check_tokenizer(folder / tokenizer.tokenizer)
         generation = _generation_config(source, folder)
-        build = BuildOptions(target, scheme, options.block_size, context, layout)
-        built = build_decoder(source.config, source.files, folder, build, progress)
+        with _calibration(options, source, scheme, folder, tokenizer, context, evaluation_text) as calibration:
+            build = BuildOptions(target, scheme, options.block_size, context, layout=layout, calibration=calibration)
+            built = build_decoder(source.config, source.files, folder, build, progress)
+        if built.calibration is not None:
+            evidence.append(built.calibration)
         if built.source_format is not None:
             evidence.insert(0, weights_evidence(built, scheme))
         facts = _text_facts(source, built, tokenizer, generation, context)
@@ -194,6 +212,35 @@ def _context(source: Source, options: ExportOptions) -> int:
     if longest is not None and options.context > longest:
         raise ExportError(f"--context {options.context} is more than the {longest} positions that {source.id} knows.")
     return options.context
+
+
+@contextmanager
+def _calibration(
+    options: ExportOptions,
+    source: Source,
+    scheme: Scheme,
+    folder: Path,
+    tokenizer: TokenizerFacts | None,
+    context: int,
+    evaluation_text: str,
+) -> Iterator[Calibration | None]:
+    """The calibration that a scheme needs, or that was asked for, while its codes are needed. Raises ExportError."""
+    asked = bool(options.calibrate) or options.statistics is not None
+    if scheme.calibrate is None or not (asked or scheme.needs_calibration):
+        yield None
+        return
+    if tokenizer is None:
+        raise ExportError(f"{source.id} has no tokenizer, without which calibration text cannot be read.")
+    reader = Tokenizer(folder / tokenizer.tokenizer)
+    template = None
+    if tokenizer.chat_template is not None:
+        template = ChatTemplate((folder / tokenizer.chat_template).read_text("utf-8"), tokenizer.special_tokens)
+    compared = reader.encode(evaluation_text)[:TEXT_TOKENS]
+    text = calibration_text(options, reader, template, context, compared, evaluation_text)
+    model = CalibrationModel(source.config, source.files, context, text.rows)
+    # Inside the folder that disappears if the export does.
+    with tempfile.TemporaryDirectory(prefix="calibration-", dir=folder) as scratch:
+        yield Calibration(model, text, options.statistics, Path(scratch))
 
 
 def _compare(

@@ -34,7 +34,7 @@ def check_output(options: ExportOptions) -> None:
         raise ExportError(f"{output} exists; choose another folder, or --force to replace a bundle.")
     if not (output / MANIFEST).is_file():
         raise ExportError(f"{output} exists and is not a bundle; --force replaces bundles only.")
-    for given in (options.source, options.adapter, options.text):
+    for given in (options.source, options.adapter, options.text, options.statistics, *options.calibrate):
         if given is not None and Path(given).expanduser().resolve().is_relative_to(output.resolve()):
             raise ExportError(f"{given} lies in {output}, which --force would replace; choose another folder.")
 
@@ -43,6 +43,29 @@ def check_block_size(scheme: Scheme, options: ExportOptions) -> None:
     """Raise ExportError for a block size where there are no blocks."""
     if options.block_size is not None and not scheme.block_size:
         raise ExportError(f"--block-size means nothing to --quantize {scheme.name} for {options.target}; leave it out.")
+
+
+def check_calibration(scheme: Scheme, options: ExportOptions) -> None:
+    """Raise ExportError for calibration options that would be ignored."""
+    given = [
+        name
+        for name, value in (
+            ("--calibrate", options.calibrate),
+            ("--statistics", options.statistics),
+            ("--calibrate-tokens", options.calibrate_tokens != ExportOptions.calibrate_tokens),
+        )
+        if value
+    ]
+    if given and scheme.calibrate is None:
+        raise ExportError(
+            f"{given[0]} means nothing to --quantize {scheme.name} for {options.target}, whose weights are rounded "
+            "without looking at text; leave it out."
+        )
+    if given == ["--calibrate-tokens"] and not scheme.needs_calibration:
+        raise ExportError(
+            f"--calibrate-tokens says how much text is used, and --quantize {scheme.name} looks at text only if "
+            "--calibrate or --statistics is given."
+        )
 
 
 def check_disk(output: Path, parameters: int, bits: int) -> None:

@@ -12,6 +12,7 @@ from fmedge_runtimes.errors import ExportError
 from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.dialects.ort import ORT
 from fmedge_converters.passes import ORT_PASSES, Pass
+from fmedge_converters.schemes.calibrated import calibrated_int4
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.int8_convolution import spell_convolution
@@ -48,8 +49,10 @@ def _int4(accuracy_level: int, experts: SpellMixture, keeps: tuple[int, ...]) ->
 
 
 CPU_INT4 = _int4(4, qmoe(4, 4, zero_points=True), (2, 4, 8))
+CPU_INT4_CALIBRATED = calibrated_int4(CPU_INT4)
 CPU_INT8_IMAGES = replace(DYNAMIC_INT8, convolution=spell_convolution)
 CUDA_INT4 = _int4(0, qmoe(4), (4, 8))
+CUDA_INT4_CALIBRATED = calibrated_int4(CUDA_INT4)
 CUDA_INT8 = weight_only("int8", "8-bit weights", 8, head_bits=8, accuracy_level=0, mixture=qmoe(8), keeps=(8,))
 
 
@@ -65,7 +68,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dialect=ORT,
             passes=ORT_PASSES,
             dtype=torch.float32,
-            schemes=_by_name(FLOATING, DYNAMIC_INT8, CPU_INT4),
+            schemes=_by_name(FLOATING, DYNAMIC_INT8, CPU_INT4, *CPU_INT4_CALIBRATED),
             image_schemes=_by_name(FLOATING, FP16, BF16, CPU_INT8_IMAGES, CPU_INT4),
             read_first=frozenset(("LinearAttention", "CausalConvWithState")),
         ),
@@ -75,7 +78,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dialect=ORT,
             passes=ORT_PASSES,
             dtype=torch.float16,
-            schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4),
+            schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4, *CUDA_INT4_CALIBRATED),
             image_schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4),
             read_first=frozenset(),
             no_int8_cache="ONNX Runtime's CUDA kernel has int8 caches, but none has run on a GPU here yet",

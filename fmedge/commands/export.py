@@ -15,6 +15,8 @@ EPILOG = """
 
   fmedge export owner/name out/bundle --revision main --context 4096
 
+  fmedge export out/model out/bundle --quantize int4-gptq --calibrate texts/ --calibrate-tokens 32768
+
   fmedge export out/model out/bundle --quantize int4 --cache int8
 
   fmedge export out/model out/bundle --adapter ./lora
@@ -42,7 +44,10 @@ def command(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = ExportOptions.revision,
     target: Annotated[str, typer.Option(help="cpu or cuda.")] = ExportOptions.target,
     quantize: Annotated[
-        str, typer.Option(help="none, int8 or int4; for images on the CPU fp16 and bf16, too.")
+        str,
+        typer.Option(
+            help="none, int8, int4, int4-awq, int4-gptq or w8a8; for images none, int8, int4, on the CPU fp16 and bf16."
+        ),
     ] = ExportOptions.quantize,
     block_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale (16 to 256), for int4 and for int8 on CUDA.")
@@ -58,6 +63,24 @@ def command(
         Verify,
         typer.Option(help="full: compare the real weights with PyTorch. graph: the architecture only. none: trust it."),
     ] = ExportOptions.verify,
+    calibrate: Annotated[
+        list[str],
+        typer.Option(
+            help="Text that weights are fitted to: a text file, a .jsonl file of text or messages, or a folder of "
+            "both; repeatable. int4-awq, int4-gptq and w8a8 take Python's own documentation without it.",
+            show_default=False,
+        ),
+    ] = list(ExportOptions.calibrate),  # noqa: B006 - typer copies it
+    calibrate_tokens: Annotated[
+        int, typer.Option(help="Tokens of that text that are used.")
+    ] = ExportOptions.calibrate_tokens,
+    calibrate_chat: Annotated[
+        bool, typer.Option("--calibrate-chat", help="Put messages of .jsonl files through the chat template.")
+    ] = ExportOptions.calibrate_chat,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(help="File of what is measured on that text: written, or read if it is there (.safetensors)."),
+    ] = ExportOptions.statistics,
     text: Annotated[
         Path | None,
         typer.Option(help="Text for comparisons and the scales of --cache; Python's own documentation unless given."),
@@ -102,6 +125,10 @@ def command(
         context=context,
         cache=cache,
         verify=verify,
+        calibrate=tuple(calibrate),
+        calibrate_tokens=calibrate_tokens,
+        calibrate_chat=calibrate_chat,
+        statistics=statistics,
         text=text,
         prior=prior,
         adapter=adapter,

@@ -168,7 +168,7 @@ class Evidence(_Record):
     the source's).
     """
 
-    name: Literal["weights", "graph", "cache", "full", "layout", "parts", "image"]
+    name: Literal["weights", "calibration", "graph", "cache", "full", "layout", "parts", "image"]
     what: str
     passed: bool
     figures: dict[str, float | int | str | bool]

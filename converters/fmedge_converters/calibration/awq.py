@@ -48,9 +48,7 @@ def searched_scales(
     return scales
 
 
-def rounded_with(
-    matrix: torch.Tensor, scales: torch.Tensor, gram: torch.Tensor, rounding: Rounding
-) -> torch.Tensor:
+def rounded_with(matrix: torch.Tensor, scales: torch.Tensor, gram: torch.Tensor, rounding: Rounding) -> torch.Tensor:
     """What a matrix [N, K] becomes when its columns are rounded after they are multiplied by `scales` [K]."""
     rounded = round_blocks(matrix * scales, rounding, gram.diagonal() / scales.square())
     return rounded.dequantized(matrix.shape[1]) / scales

@@ -67,7 +67,9 @@ def _fit(
     wanted |= _of_experts(graph, stacks, rounding)
     sites = _sites(graph, linears) if scaled else {}
     dtype = next((graph.weights[one.linear.name].dtype for one in linears), np.dtype(np.float32))
-    layers = _Layers(wanted, sites, round_matrix, FittedMatrices(calibration.scratch), torch.from_numpy(np.empty(0, dtype)).dtype)
+    layers = _Layers(
+        wanted, sites, round_matrix, FittedMatrices(calibration.scratch), torch.from_numpy(np.empty(0, dtype)).dtype
+    )
     calibration.fit(layers.fit, report)
     _apply(graph, linears, stacks, layers)
     figures: dict[str, float | int | str | bool] = {"matrices": len(layers.fitted), "of": len(wanted)}
@@ -75,7 +77,9 @@ def _fit(
         figures["experts_fitted_together"] = layers.pooled
     if scaled:
         figures["scaled_inputs"] = len(layers.scales)
-    figures |= {"plain_error": layers.plain / layers.total, "error": layers.error / layers.total} if layers.total else {}
+    figures |= (
+        {"plain_error": layers.plain / layers.total, "error": layers.error / layers.total} if layers.total else {}
+    )
     return calibration.evidence(f"weights fitted by {method}", figures)
 
 
@@ -129,9 +133,14 @@ class _Layers:
 
     def fit(self, records: list[Inputs], parameters: Mapping[str, torch.Tensor]) -> None:
         """Round the matrices of a layer."""
-        for inputs in [*(record for record in records if not self._is_rare(record)), *self._together(records, parameters)]:
+        for inputs in [
+            *(record for record in records if not self._is_rare(record)),
+            *self._together(records, parameters),
+        ]:
             asked = {place: matrix for place, matrix in inputs.matrices.items() if place in self.wanted}
-            known = {place: matrix for place, matrix in asked.items() if matrix is not None and place not in self.fitted}
+            known = {
+                place: matrix for place, matrix in asked.items() if matrix is not None and place not in self.fitted
+            }
             if known and inputs.gram is not None:
                 self._round(known, inputs, inputs.gram / max(1, inputs.tokens))
 
@@ -161,9 +170,7 @@ class _Layers:
             return ones
         groups = None if site.groups is None else torch.from_numpy(site.groups)
         roundings = [self.wanted[place] for place in matrices]
-        self.scales[identity] = searched_scales(
-            list(matrices.values()), inputs.mean_square, gram, roundings, groups
-        )
+        self.scales[identity] = searched_scales(list(matrices.values()), inputs.mean_square, gram, roundings, groups)
         return self.scales[identity]
 
     @staticmethod

@@ -129,5 +129,3 @@ class _Opened:
             if len(self._names[name]) > 1:
                 weight = weight_from_array(parameter.detach().numpy().copy())
                 self._changed.update(dict.fromkeys(self._names[name], weight))
-
-

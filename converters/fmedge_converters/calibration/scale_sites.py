@@ -131,7 +131,7 @@ class _Rows:
 def _behind_product(
     graph: DecoderGraph, x: ir.Value, consumers: list[Linear], producers: dict[ir.Value, Linear]
 ) -> ScaleSite | None:
-    """x = a * b where b is what a projection returned."""
+    """A product of two values, one of which a projection returned."""
     product = produced_by(x, "Mul")
     if product is None:
         return None
@@ -169,7 +169,7 @@ def _rows_behind(graph: DecoderGraph, value: ir.Value, producers: dict[ir.Value,
 def _behind_attention(
     graph: DecoderGraph, x: ir.Value, consumers: list[Linear], producers: dict[ir.Value, Linear]
 ) -> ScaleSite | None:
-    """x is what attention made of values that a projection returned; heads that share values share factors."""
+    """What attention made of values that a projection returned; heads that share values share factors."""
     node = x.producer()
     if node is None or node.op_type != "GroupQueryAttention" or node.domain != MICROSOFT or node.outputs[0] is not x:
         return None

@@ -19,12 +19,10 @@ from fmedge_runtimes.chat import ChatTemplate
 from fmedge_runtimes.errors import ExportError, RequestError
 from fmedge_runtimes.tokenizer import Tokenizer
 
-from fmedge_converters.export_options import ExportOptions
+from fmedge_converters.export_options import LEAST_CALIBRATION, ExportOptions
 
 ROW = 512
 """Tokens of a row, fewer where the model's context is shorter."""
-LEAST_TOKENS = 64
-"""Fewer say nothing about a model."""
 SUFFIXES = (".jsonl", ".md", ".txt")
 """What is read from a folder."""
 RUN = 32
@@ -80,8 +78,8 @@ def calibration_text(
         if len(ids) >= options.calibrate_tokens:
             break
     ids = ids[: options.calibrate_tokens]
-    if len(ids) < LEAST_TOKENS:
-        raise ExportError(f"the calibration text gives {len(ids)} tokens; at least {LEAST_TOKENS} are needed.")
+    if len(ids) < LEAST_CALIBRATION:
+        raise ExportError(f"the calibration text gives {len(ids)} tokens; at least {LEAST_CALIBRATION} are needed.")
     _require_other_text(ids, compared)
     length = min(ROW, context)
     rows = tuple(tuple(ids[start : start + length]) for start in range(0, len(ids), length))

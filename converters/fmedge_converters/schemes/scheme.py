@@ -63,7 +63,11 @@ class Calibrate(Protocol):
     """Fits a graph's weights to calibration text, before they are spelled; returns what was done."""
 
     def __call__(
-        self, graph: DecoderGraph, calibration: Calibration, rounding: Callable[[Weight], Rounding] | None, report: Report
+        self,
+        graph: DecoderGraph,
+        calibration: Calibration,
+        rounding: Callable[[Weight], Rounding] | None,
+        report: Report,
     ) -> Evidence: ...
 
 
