@@ -12,12 +12,13 @@ from fmedge_runtimes.errors import ExportError
 from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.dialects.ort import ORT
 from fmedge_converters.passes import ORT_PASSES, Pass
-from fmedge_converters.schemes.calibrated import calibrated_int4
+from fmedge_converters.schemes.calibrated import SMOOTHED_INT8, calibrated_int4
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.int8_convolution import spell_convolution
 from fmedge_converters.schemes.qmoe import qmoe
 from fmedge_converters.schemes.scheme import Scheme, SpellMixture
+from fmedge_converters.schemes.static_int8 import STATIC_INT8
 from fmedge_converters.schemes.stored_floats import BF16, FP16
 from fmedge_converters.schemes.weight_only import weight_only
 
@@ -68,7 +69,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dialect=ORT,
             passes=ORT_PASSES,
             dtype=torch.float32,
-            schemes=_by_name(FLOATING, DYNAMIC_INT8, CPU_INT4, *CPU_INT4_CALIBRATED),
+            schemes=_by_name(FLOATING, DYNAMIC_INT8, CPU_INT4, *CPU_INT4_CALIBRATED, SMOOTHED_INT8),
             image_schemes=_by_name(FLOATING, FP16, BF16, CPU_INT8_IMAGES, CPU_INT4),
             read_first=frozenset(("LinearAttention", "CausalConvWithState")),
         ),
@@ -78,7 +79,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dialect=ORT,
             passes=ORT_PASSES,
             dtype=torch.float16,
-            schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4, *CUDA_INT4_CALIBRATED),
+            schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4, *CUDA_INT4_CALIBRATED, STATIC_INT8),
             image_schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4),
             read_first=frozenset(),
             no_int8_cache="ONNX Runtime's CUDA kernel has int8 caches, but none has run on a GPU here yet",

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fmedge_converters.calibration.fit_codes import fit_awq, fit_gptq
+from fmedge_converters.calibration.smooth_quant import smooth
+from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.scheme import Scheme
+
+SMOOTHED_INT8 = replace(
+    DYNAMIC_INT8,
+    name="w8a8",
+    summary="W8A8 like int8, with activations smoothed by what calibration text shows (SmoothQuant)",
+    calibrate=smooth,
+    needs_calibration=True,
+)
 
 
 def calibrated_int4(scheme: Scheme) -> tuple[Scheme, ...]:
