@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from fmedge_runtimes.bundle import Evidence
+from fmedge_runtimes.errors import ExportError, SourceError
 
 from fmedge_converters.calibration.awq import searched_scales
 from fmedge_converters.calibration.calibration import Calibration, Report
@@ -65,12 +66,21 @@ def _fit(
     linears, stacks = placed_linears(graph, calibration.parameters), placed_stacks(graph, calibration.parameters)
     wanted = {place: rounding(graph.weights[one.linear.name]) for one in linears for place in one.places}
     wanted |= _of_experts(graph, stacks, rounding)
+    if not wanted:
+        raise ExportError(
+            f"no matrix of this model can be fitted by {method}: those of a source that is quantized already keep their "
+            "codes; use --quantize int4."
+        )
     sites = _sites(graph, linears) if scaled else {}
     dtype = next((graph.weights[one.linear.name].dtype for one in linears), np.dtype(np.float32))
     layers = _Layers(
         wanted, sites, round_matrix, FittedMatrices(calibration.scratch), torch.from_numpy(np.empty(0, dtype)).dtype
     )
     calibration.fit(layers.fit, report)
+    if not len(layers.fitted):
+        raise SourceError(
+            f"PyTorch runs none of this model's matrices in its layers, so {method} has nothing to look at."
+        )
     _apply(graph, linears, stacks, layers)
     figures: dict[str, float | int | str | bool] = {"matrices": len(layers.fitted), "of": len(wanted)}
     if stacks:
