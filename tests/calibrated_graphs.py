@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +15,17 @@ from fmedge_converters.calibration.text import CalibrationText
 from fmedge_converters.checkpoint import Files
 from fmedge_converters.decoder import quiet_libraries
 from fmedge_converters.evidence import text_facts
-from fmedge_converters.schemes.scheme import Scheme
+from fmedge_converters.schemes.qmoe import qmoe
+from fmedge_converters.schemes.scheme import Calibrate, Scheme
+from fmedge_converters.schemes.weight_only import weight_only
 from fmedge_converters.targets import TARGETS
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
+from models import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 CONTEXT = 64
+RANK = 8
 ROWS = tuple(tuple(row) for row in np.random.default_rng(1).integers(1, 320, (12, CONTEXT)).tolist())
 HELD_OUT = np.random.default_rng(2).integers(1, 320, (3, CONTEXT)).tolist()
 
@@ -62,11 +67,35 @@ def error(built: BuiltDecoder, wanted: np.ndarray) -> float:
     return float(np.square(logits(built) - wanted).sum() / np.square(wanted).sum())
 
 
-def plant_outliers(folder: Path, times: float = 40.0) -> Path:
-    """Make a few features of every norm large, and the weights behind them small, so that the model stays as it is."""
+def random_model(folder: Path, model_type: str = "llama", **changes: Any) -> Path:
+    """A model with random weights whose features depend on each other, as those of trained models do: tokens lie near a
+    space of few dimensions, a few features of each norm are large, and layers change what goes through them little."""
+    make_model(folder, model_type, **changes)
     with quiet_libraries():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         random = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            tokens = model.model.embed_tokens.weight  # [V, E]
+            low = torch.randn(len(tokens), RANK, generator=random) @ torch.randn(
+                RANK, tokens.shape[1], generator=random
+            )
+            tokens.copy_(low * RANK**-0.5 + 0.1 * torch.randn(tokens.shape, generator=random))
+            for layer in model.model.layers:
+                for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                    norm.weight[torch.randperm(len(norm.weight), generator=random)[:3]] *= 4
+                for name, parameter in layer.named_parameters():
+                    if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+                        parameter.mul_(0.3)
+        model.save_pretrained(folder)
+    return folder
+
+
+def plant_outliers(folder: Path, copy: Path, times: float = 40.0) -> Path:
+    """A copy of a llama in which a few features of every norm are large, and the weights behind them as much smaller:
+    it computes the same."""
+    with quiet_libraries():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        random = torch.Generator().manual_seed(4)
         with torch.no_grad():
             for layer in model.model.layers:
                 for norm, users in (
@@ -76,11 +105,14 @@ def plant_outliers(folder: Path, times: float = 40.0) -> Path:
                     chosen = torch.randperm(len(norm.weight), generator=random)[:3]
                     norm.weight[chosen] *= times
                     for user in users:
-                        user.weight[:, chosen] /= times / 4
-        model.save_pretrained(folder)
-    return folder
+                        user.weight[:, chosen] /= times
+        model.save_pretrained(copy)
+    return copy
 
 
-def plain(scheme: Scheme) -> Scheme:
-    """The scheme without what looks at text."""
-    return replace(scheme, calibrate=None, needs_calibration=False)
+def int4(fit: Calibrate | None, *, search: bool = True) -> Scheme:
+    """4 bits whose products are computed in fp32, so that errors are those of the weights."""
+    scheme = weight_only(
+        "int4", "for a test", 4, head_bits=8, accuracy_level=0, mixture=qmoe(4, search=search), search=search
+    )
+    return replace(scheme, calibrate=fit, needs_calibration=fit is not None)

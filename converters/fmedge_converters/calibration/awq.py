@@ -1,4 +1,4 @@
-"""Activation-aware scales: input features that matter are multiplied before rounding, and divided in front of the product.
+"""Activation-aware scales: input features that matter are multiplied before rounding, and divided before the product.
 
 Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", 2023
 (https://arxiv.org/abs/2306.00978). The scales are a power of each feature's magnitude, shared by all matrices with the

@@ -68,8 +68,8 @@ def _fit(
     wanted |= _of_experts(graph, stacks, rounding)
     if not wanted:
         raise ExportError(
-            f"no matrix of this model can be fitted by {method}: those of a source that is quantized already keep their "
-            "codes; use --quantize int4."
+            f"no matrix of this model can be fitted by {method}: those of a source that is quantized already keep "
+            "their codes; use --quantize int4."
         )
     sites = _sites(graph, linears) if scaled else {}
     dtype = next((graph.weights[one.linear.name].dtype for one in linears), np.dtype(np.float32))

@@ -116,6 +116,6 @@ def fitted_scales(matrix: torch.Tensor, gram: torch.Tensor, rounded: RoundedBloc
 
 
 def output_error(matrix: torch.Tensor, rounded: torch.Tensor, gram: torch.Tensor) -> float:
-    """The squared error of the product with `rounded` [N, K] in place of `matrix`, over all inputs of the Gram matrix."""
+    """The squared error of the product with `rounded` [N, K] in place of `matrix`, over the Gram matrix's inputs."""
     difference = matrix - rounded
     return float(((difference @ gram) * difference).sum())

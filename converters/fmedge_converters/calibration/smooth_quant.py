@@ -2,8 +2,8 @@
 features of the activations.
 
 Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", 2022
-(https://arxiv.org/abs/2211.10438): features are divided by max|x| ** a / max|w| ** (1 - a), and their weights multiplied
-by it.
+(https://arxiv.org/abs/2211.10438): features are divided by max|x| ** a / max|w| ** (1 - a), and their weights are
+multiplied by it.
 """
 
 from __future__ import annotations

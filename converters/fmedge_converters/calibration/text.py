@@ -25,7 +25,7 @@ ROW = 512
 """Tokens of a row, fewer where the model's context is shorter."""
 SUFFIXES = (".jsonl", ".md", ".txt")
 """What is read from a folder."""
-RUN = 32
+RUN = 64
 """So many tokens in a row that are those of the comparison's text are the same text."""
 
 
@@ -70,24 +70,32 @@ def calibration_text(
     Raises ExportError: a file cannot be read, holds no text, or holds the text of the evidence; a conversation cannot
     be rendered.
     """
-    documents = _of_files(options.calibrate) if options.calibrate else _of_python(compared_text)
+    documents = _of_files(options.calibrate) if options.calibrate else documents_of_python(compared_text)
     documents = _checked(documents, options, template)
     ids: list[int] = []
+    known = _runs(compared)
     for document in documents:
-        ids += _encoded(document, tokenizer, template)
+        found = _encoded(document, tokenizer, template)
+        if not known.isdisjoint(_runs(found)):
+            if not options.calibrate:
+                continue  # there is enough other text
+            raise ExportError(
+                f"{document.where} holds the text that the export is compared on, which would look better than it is; "
+                "give another --text, or another --calibrate."
+            )
+        ids += found
         if len(ids) >= options.calibrate_tokens:
             break
     ids = ids[: options.calibrate_tokens]
     if len(ids) < LEAST_CALIBRATION:
         raise ExportError(f"the calibration text gives {len(ids)} tokens; at least {LEAST_CALIBRATION} are needed.")
-    _require_other_text(ids, compared)
     length = min(ROW, context)
     rows = tuple(tuple(ids[start : start + length]) for start in range(0, len(ids), length))
     what = " and ".join(Path(source).name for source in options.calibrate) or "Python's documentation"
     return CalibrationText(rows, what)
 
 
-def _of_python(compared: str) -> list[Document]:
+def documents_of_python(compared: str) -> list[Document]:
     """The topics of Python's documentation that share no paragraph with the text of the evidence."""
     from pydoc_data.topics import topics
 
@@ -165,10 +173,5 @@ def _encoded(document: Document, tokenizer: Tokenizer, template: ChatTemplate | 
         raise ExportError(f"{document.where}: {error}") from error
 
 
-def _require_other_text(ids: Sequence[int], compared: Sequence[int]) -> None:
-    known = {tuple(compared[start : start + RUN]) for start in range(len(compared) - RUN + 1)}
-    if any(tuple(ids[start : start + RUN]) in known for start in range(len(ids) - RUN + 1)):
-        raise ExportError(
-            "the calibration text holds the text that the export is compared on, which would look better than it is; "
-            "give another --text, or another --calibrate."
-        )
+def _runs(ids: Sequence[int]) -> set[tuple[int, ...]]:
+    return {tuple(ids[start : start + RUN]) for start in range(len(ids) - RUN + 1)}
