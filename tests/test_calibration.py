@@ -19,6 +19,9 @@ from fmedge_runtimes.chat import ChatTemplate
 from fmedge_runtimes.errors import ExportError
 from fmedge_runtimes.tokenizer import Tokenizer
 from models import add_tokenizer, make_model
+from typer.testing import CliRunner
+
+from fmedge.cli import app
 
 OPTIONS = ExportOptions("source", Path("output"), quantize="int4-gptq")
 COMPARED = "This is the text that the bundle is compared on. " * 20
@@ -151,6 +154,45 @@ def test_options_that_would_be_ignored(
 def test_options_that_are_wrong(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ExportError, match=message):
         replace(OPTIONS, **changes)
+
+
+def test_the_command_hands_on_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fmedge_converters import export as module
+
+    given: list[ExportOptions] = []
+
+    def stop(options: ExportOptions, _progress: object) -> None:
+        given.append(options)
+        raise ExportError("far enough")
+
+    monkeypatch.setattr(module, "export", stop)
+    call = [
+        "export",
+        "a",
+        "b",
+        "--quantize",
+        "int4-gptq",
+        "--calibrate",
+        "x.txt",
+        "--calibrate",
+        "y",
+        "--calibrate-chat",
+    ]
+    done = CliRunner().invoke(app, [*call, "--calibrate-tokens", "99", "--statistics", "s.safetensors"])
+    assert isinstance(done.exception, ExportError)
+    assert given == [
+        ExportOptions(
+            "a",
+            Path("b"),
+            quantize="int4-gptq",
+            calibrate=("x.txt", "y"),
+            calibrate_tokens=99,
+            calibrate_chat=True,
+            statistics=Path("s.safetensors"),
+        )
+    ]
+    CliRunner().invoke(app, ["export", "a", "b"])
+    assert given[1] == ExportOptions("a", Path("b"))
 
 
 def test_a_model_without_a_tokenizer_cannot_be_calibrated(tmp_path: Path) -> None:

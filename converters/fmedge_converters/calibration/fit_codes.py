@@ -112,7 +112,7 @@ def _of_experts(
 def _sites(graph: DecoderGraph, linears: Sequence[PlacedLinear]) -> dict[Place, ScaleSite]:
     """The site of each matrix whose input can be scaled, if all matrices with that input are to be rounded."""
     placed = {one.linear.node: one for one in linears}
-    found = {}
+    found: dict[Place, ScaleSite] = {}
     for site in scale_sites(graph):
         consumers = [placed.get(linear.node) for linear in site.consumers]
         known = [one for one in consumers if one is not None]

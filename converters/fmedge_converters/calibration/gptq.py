@@ -78,6 +78,7 @@ def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
     while damping < 1e6:
         lower, failed = torch.linalg.cholesky_ex(_damped(gram, damping))
         if not failed:
+            upper: torch.Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and torch.isfinite(upper).all():
                 return upper

@@ -106,7 +106,7 @@ class LinearInputs:
         expert = None
         if parameter.dim() == 3:
             size = parameter.shape[1] * parameter.shape[2]
-            expert, rest = divmod(matrix.storage_offset() - parameter.storage_offset(), size)
+            expert, rest = divmod(int(matrix.storage_offset() - parameter.storage_offset()), size)
             if rest or matrix.numel() != size:
                 return
         place = Place(name, expert)

@@ -18,7 +18,7 @@ from fmedge_converters.decoder import quiet_libraries
 from fmedge_converters.pieces import NotLoadedError
 from fmedge_converters.reference import skeleton
 from fmedge_converters.rope import freeze_rope
-from fmedge_converters.streamed_model import StreamedModel
+from fmedge_converters.streamed_model import StreamedModel, Visitor
 from fmedge_converters.weight import Weight, weight_from_array
 
 Fit = Callable[[list[Inputs], Mapping[str, torch.Tensor]], None]
@@ -49,7 +49,8 @@ class CalibrationModel:
         inputs = LinearInputs(with_gram=False)
         with self._opened() as opened:
 
-            def look(parameters: Mapping[str, torch.nn.Parameter], _rehearse: Callable[[], None]) -> None:
+            def look(parameters: Mapping[str, torch.nn.Parameter], rehearse: Callable[[], None]) -> None:
+                del rehearse  # what goes through a layer as it is is all that is looked at
                 found.extend(inputs.taken())
                 progress(opened.passed(), opened.layers)
                 inputs.watch(opened.own_names(parameters))
@@ -103,7 +104,7 @@ class _Opened:
         self,
         rows: Sequence[Sequence[int]],
         inputs: LinearInputs,
-        visitor: Callable[[Mapping[str, torch.nn.Parameter], Callable[[], None]], None],
+        visitor: Visitor,
     ) -> None:
         try:
             with quiet_libraries():

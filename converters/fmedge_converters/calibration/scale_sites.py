@@ -157,11 +157,10 @@ def _rows_behind(graph: DecoderGraph, value: ir.Value, producers: dict[ir.Value,
     rank = len(dims(split.inputs[0]) or ())
     if split.attributes.get_int("axis", 0) not in (-1, rank - 1):
         return None
-    sizes = [(dims(output) or [None])[-1] for output in split.outputs]
-    total = graph.weights[linear.name].shape[0]
-    if not all(isinstance(size, int) for size in sizes) or sum(int(size or 0) for size in sizes) != total:
+    sizes = [dim for output in split.outputs for dim in (dims(output) or [""])[-1:] if isinstance(dim, int)]
+    if len(sizes) != len(split.outputs) or sum(sizes) != graph.weights[linear.name].shape[0]:
         return None
-    ends = np.cumsum([0, *(int(size or 0) for size in sizes)]).tolist()
+    ends = np.cumsum([0, *sizes]).tolist()
     place = list(split.outputs).index(value)
     return _Rows(linear, ends[place], ends[place + 1])
 
