@@ -100,7 +100,7 @@ def _of_experts(
     if not stacks:
         return {}
     sizes = [item.weight.shape[2] for item in expert_linears(graph)]
-    found = {}
+    found: dict[Place, Rounding] = {}
     for stack in stacks:
         own = rounding(graph.weights[stack.name])
         block = math.gcd(own.block_size, *sizes)
