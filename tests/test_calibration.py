@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from calibrated_graphs import calibration
+from fmedge_converters.calibration import model as model_module
 from fmedge_converters.calibration.statistics import read_statistics
 from fmedge_converters.calibration.text import ROW, calibration_text, documents_of_python
 from fmedge_converters.export import export
 from fmedge_converters.export_options import ExportOptions
 from fmedge_runtimes.chat import ChatTemplate
-from fmedge_runtimes.errors import ExportError
+from fmedge_runtimes.errors import ExportError, SourceError
 from fmedge_runtimes.tokenizer import Tokenizer
 from models import add_tokenizer, make_model
 from typer.testing import CliRunner
@@ -226,6 +227,15 @@ def test_statistics_are_used_again(tmp_path: Path) -> None:
     adapted.model = replace(adapted.model, files=replace(adapted.model.files, adapter=other))
     with pytest.raises(ExportError, match=r"another export: adapter differ"):
         adapted.statistics(lambda *_: None)
+
+
+def test_too_little_memory(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = calibration(llama, tmp_path)
+    monkeypatch.setattr(model_module, "available_bytes", lambda: 500_000)
+    with pytest.raises(SourceError, match=r"calibrating needs about 0\.0 GB .* states of 768 tokens"):
+        given.statistics(lambda *_: None)
+    monkeypatch.setattr(model_module, "available_bytes", lambda: 10_000_000)
+    assert given.statistics(lambda *_: None)
 
 
 def replace_model(kept: object) -> object:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from fmedge_runtimes.errors import SourceError
+from fmedge_runtimes.memory import available_bytes
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fmedge_converters.calibration.linear_inputs import Inputs, LinearInputs
@@ -18,8 +19,11 @@ from fmedge_converters.decoder import quiet_libraries
 from fmedge_converters.pieces import NotLoadedError
 from fmedge_converters.reference import skeleton
 from fmedge_converters.rope import freeze_rope
-from fmedge_converters.streamed_model import StreamedModel, Visitor
+from fmedge_converters.streamed_model import StreamedModel, Visitor, largest_part
 from fmedge_converters.weight import Weight, weight_from_array
+
+STATES = 2
+"""Copies of a row's hidden states that a layer holds while it runs, about."""
 
 Fit = Callable[[list[Inputs], Mapping[str, torch.Tensor]], None]
 """Takes the inputs of a layer's matrices, and the layer's parameters by name; may write to the matrices what the layer
@@ -47,7 +51,7 @@ class CalibrationModel:
         """
         found: list[Inputs] = []
         inputs = LinearInputs(with_gram=False)
-        with self._opened() as opened:
+        with self._opened(with_gram=False) as opened:
 
             def look(parameters: Mapping[str, torch.nn.Parameter], rehearse: Callable[[], None]) -> None:
                 del rehearse  # what goes through a layer as it is is all that is looked at
@@ -65,7 +69,7 @@ class CalibrationModel:
         Raises SourceError when the model cannot run layer by layer, and what `fit` raises.
         """
         inputs = LinearInputs(with_gram=True)
-        with self._opened() as opened:
+        with self._opened(with_gram=True) as opened:
 
             def visit(parameters: Mapping[str, torch.nn.Parameter], rehearse: Callable[[], None]) -> None:
                 progress(opened.passed(), opened.layers)
@@ -78,13 +82,26 @@ class CalibrationModel:
             opened.visit(self.rows, inputs, visit)
 
     @contextmanager
-    def _opened(self) -> Iterator[_Opened]:
+    def _opened(self, *, with_gram: bool) -> Iterator[_Opened]:
         model = skeleton(self.config)
+        self._require_memory(model, with_gram=with_gram)
         freeze_rope(model, self.context)
         with Checkpoint(self.files, np.dtype(np.float32)) as checkpoint:
             for name, value in checkpoint.buffers(model).items():
                 model.get_buffer(name).copy_(value)
             yield _Opened(model, checkpoint.weights(model))
+
+    def _require_memory(self, model: PreTrainedModel, *, with_gram: bool) -> None:
+        """Raise SourceError when memory cannot hold a layer and what goes into it."""
+        # Gram matrices take about as much as the matrices that they belong to, and their factors once more.
+        layer = largest_part(model) * (3 if with_gram else 1)
+        states = self.tokens * model.get_input_embeddings().weight.shape[-1] * STATES
+        need, free = (layer + states) * 4, available_bytes()
+        if free is not None and need > free * 0.9:
+            raise SourceError(
+                f"calibrating needs about {need / 1e9:.1f} GB of memory for a layer in fp32 and the states of "
+                f"{self.tokens} tokens, {free / 1e9:.1f} GB are free; use fewer --calibrate-tokens, or no text."
+            )
 
 
 class _Opened:
