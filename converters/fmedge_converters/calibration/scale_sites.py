@@ -54,14 +54,25 @@ def scale_sites(graph: DecoderGraph) -> list[ScaleSite]:
             continue
         if any(linear.exact for linear in consumers):
             continue
+        source = _unshaped(x)
         site = (
-            _behind_norm(graph, x, consumers)
-            or _behind_product(graph, x, consumers, producers)
-            or _behind_attention(graph, x, consumers, producers)
+            _behind_norm(graph, source, consumers)
+            or _behind_product(graph, source, consumers, producers)
+            or _behind_attention(graph, source, consumers, producers)
         )
         if site is not None:
             sites.append(site)
     return sites
+
+
+def _unshaped(value: ir.Value) -> ir.Value:
+    """What a value was before it was reshaped, for nobody else, in ways that leave its last axis as it is."""
+    node = produced_by(value, "Reshape")
+    before = None if node is None else node.inputs[0]
+    if before is None or before.is_graph_output() or len(list(before.uses())) != 1:
+        return value
+    last, was = (dims(value) or [""])[-1:], (dims(before) or [""])[-1:]
+    return _unshaped(before) if last == was and isinstance(last[0], int) else value
 
 
 def scaled_columns(weight: Weight, factors: Array) -> Weight:
@@ -147,13 +158,16 @@ def _behind_product(
 
 def _rows_behind(graph: DecoderGraph, value: ir.Value, producers: dict[ir.Value, Linear]) -> _Rows | None:
     """The rows of the projection whose output, or part of it, a value is."""
+    value = _unshaped(value)
     if value in producers:
         linear = producers[value]
         return _Rows(linear, 0, graph.weights[linear.name].shape[0])
-    split = value.producer()
-    if split is None or split.op_type != "Split" or split.domain or split.inputs[0] not in producers:
+    split = produced_by(value, "Split")
+    if split is None or split.inputs[0] is None or _unshaped(split.inputs[0]) not in producers:
         return None
-    linear = producers[split.inputs[0]]
+    if len(list(split.inputs[0].uses())) != 1 or split.inputs[0].is_graph_output():
+        return None
+    linear = producers[_unshaped(split.inputs[0])]
     rank = len(dims(split.inputs[0]) or ())
     if split.attributes.get_int("axis", 0) not in (-1, rank - 1):
         return None
