@@ -135,7 +135,7 @@ def _calibrate(
         return None
     rounding = None
     if scheme.rounding is not None:
-        rounding = functools.partial(scheme.rounding, block_size=options.block_size or scheme.block_size)
+        rounding = functools.partial(scheme.rounding, is_head=False, block_size=options.block_size or scheme.block_size)
     calibration.parameters = traced.parameters
     return scheme.calibrate(graph, calibration, rounding, progress)
 

@@ -164,8 +164,8 @@ class Evidence(_Record):
     """One comparison of the bundle with its source.
 
     Text: `weights` (which of a quantized source's codes it has), `calibration` (what was fitted to text), `graph`,
-    `cache` (what a quantized cache does to the output), `full`, `layout`. Images: `parts` (each graph against its module), `image` (the pipeline's images against
-    the source's).
+    `cache` (what a quantized cache does to the output), `full`, `layout`. Images: `parts` (each graph against its
+    module), `image` (the pipeline's images against the source's).
     """
 
     name: Literal["weights", "calibration", "graph", "cache", "full", "layout", "parts", "image"]

@@ -53,10 +53,10 @@ class SpellConvolution(Protocol):
     def __call__(self, graph: DecoderGraph, convolution: Convolution) -> None: ...
 
 
-class RoundingOf(Protocol):
-    """How a scheme rounds the weight of a layer in blocks of a size."""
+class RoundsWeight(Protocol):
+    """How a scheme rounds a matrix [N, K] in blocks."""
 
-    def __call__(self, weight: Weight, block_size: int) -> Rounding: ...
+    def __call__(self, weight: Weight, *, is_head: bool, block_size: int) -> Rounding: ...
 
 
 class Calibrate(Protocol):
@@ -91,8 +91,8 @@ class Scheme:
     """The type that weights have in the file, if it is not the one that is computed with."""
     keeps: tuple[int, ...] = ()
     """Bits of the weights that are written with the codes of a source that is quantized already."""
-    rounding: RoundingOf | None = None
-    """For schemes that round in blocks."""
+    rounding: RoundsWeight | None = None
+    """None for a scheme without blocks."""
     calibrate: Calibrate | None = None
     """What is made of calibration text; None: nothing, so that there is none."""
     needs_calibration: bool = False

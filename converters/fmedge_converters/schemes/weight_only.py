@@ -140,9 +140,9 @@ class _WeightOnly:
         """The weight's own, or the scheme's."""
         return weight.rounding or Rounding(bits, block_size, self.symmetric, self.search)
 
-    def of_layers(self, weight: Weight, block_size: int) -> Rounding:
-        """How a weight of the layers is rounded."""
-        return self.rounding(weight, self.bits, block_size)
+    def rounds(self, weight: Weight, *, is_head: bool, block_size: int) -> Rounding:
+        """How a matrix is rounded."""
+        return self.rounding(weight, self.head_bits if is_head else self.bits, block_size)
 
     def linear(self, graph: DecoderGraph, linear: Linear, *, is_head: bool, block_size: int) -> None:
         """Spell a Linear as MatMulNBits."""
@@ -239,6 +239,6 @@ def weight_only(
         block_size=BLOCK_SIZE,
         mixture=mixture,
         keeps=keeps,
-        rounding=shared.of_layers,
+        rounding=shared.rounds,
         calibrate=weigh_errors,
     )
