@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
+from fmedge_runtimes.bundle import Evidence
 from transformers import PretrainedConfig
 
+from fmedge_converters.calibration.calibration import Calibration
 from fmedge_converters.checkpoint import Checkpoint, Files
 from fmedge_converters.decoder import TracedDecoder
 from fmedge_converters.graph import DecoderGraph
@@ -55,6 +57,8 @@ class BuildOptions:
     prepare: Prepare = as_they_are
     bits: float | None = None
     """A budget of bits per weight, for roundings whose costs `prepare` gives; None: as the scheme has it."""
+    calibration: Calibration | None = None
+    """What the scheme fits its weights to, if it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ class BuiltDecoder:
     quantization: Quantization
     source_format: str | None
     """The quantization of the source, None if it has none."""
+    calibration: Evidence | None
+    """What was fitted to calibration text."""
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
@@ -95,6 +101,7 @@ def build_decoder(
         progress("rewriting", 0, 0)
         for rewrite in target.passes:
             rewrite(graph, options.context)
+        calibration = _calibrate(graph, traced, options, progress)
         quantization = quantize(graph, options.scheme, options.block_size, options.bits)
         if options.scheme.storage is not None:
             store_weights(graph, options.scheme.storage)
@@ -113,8 +120,29 @@ def build_decoder(
         in_place = updates_in_place(graph.graph, past, present, target.read_first)
         states.append(replace(state, in_place=in_place))
     return BuiltDecoder(
-        written, graph.model, traced.caches, tuple(states), int(size), quantization, checkpoint.source_format
+        written,
+        graph.model,
+        traced.caches,
+        tuple(states),
+        int(size),
+        quantization,
+        checkpoint.source_format,
+        calibration,
     )
+
+
+def _calibrate(
+    graph: DecoderGraph, traced: TracedDecoder, options: BuildOptions, progress: Progress
+) -> Evidence | None:
+    """Let the scheme fit its weights."""
+    scheme, calibration = options.scheme, options.calibration
+    if calibration is None or scheme.calibrate is None:
+        return None
+    rounding = None
+    if scheme.rounding is not None:
+        rounding = functools.partial(scheme.rounding, is_head=False, block_size=options.block_size or scheme.block_size)
+    calibration.parameters = traced.parameters
+    return scheme.calibrate(graph, calibration, rounding, progress)
 
 
 def _keeping(weights: dict[str, Weight], scheme: Scheme) -> dict[str, Weight]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import math
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from fmedge_runtimes.bundle import (
     open_bundle,
     write_manifest,
 )
+from fmedge_runtimes.chat import ChatTemplate
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import ExportError, RequestError, SourceError
 from fmedge_runtimes.memory import available_bytes
@@ -42,6 +45,9 @@ from transformers import GenerationConfig
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, as_they_are, build_decoder
 from fmedge_converters.builtin_text import builtin_text
+from fmedge_converters.calibration.calibration import Calibration
+from fmedge_converters.calibration.model import CalibrationModel
+from fmedge_converters.calibration.text import calibration_text
 from fmedge_converters.candidates_graph import write_candidates
 from fmedge_converters.checkpoint import Checkpoint
 from fmedge_converters.decoder import empty_model, quiet_libraries, text_config
@@ -61,6 +67,7 @@ from fmedge_converters.evidence import (
 from fmedge_converters.export_checks import (
     check_bits,
     check_block_size,
+    check_calibration,
     check_disk,
     check_output,
     graph_facts,
@@ -138,6 +145,7 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     context = _context(source, options)
     check_block_size(scheme, options)
     check_bits(scheme, options)
+    check_calibration(scheme, options)
     check_disk(options.output, parameters, scheme.bits if options.bits is None else math.ceil(options.bits))
     if options.verify == "full" or options.bits is not None:
         require_memory(source, parameters, scheme.bits)
@@ -153,9 +161,14 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
         generation = _generation_config(source, folder)
         found = _sensitivities(source, folder, tokenizer, evaluation_text, context, options, progress)
         prepare = as_they_are if found is None else found.attach
-        build = BuildOptions(target, scheme, options.block_size, context, layout, prepare, options.bits)
-        built = build_decoder(source.config, source.files, folder, build, progress)
+        with _calibration(options, source, scheme, folder, tokenizer, context, evaluation_text) as calibration:
+            build = BuildOptions(
+                target, scheme, options.block_size, context, layout, prepare, options.bits, calibration
+            )
+            built = build_decoder(source.config, source.files, folder, build, progress)
         evidence[:0] = _of_weights(built, scheme, found)
+        if built.calibration is not None:
+            evidence.append(built.calibration)
         facts = _text_facts(source, built, tokenizer, generation, context)
         tokens = _evaluation_tokens(evaluation_text, folder, facts.tokenizer, facts.vocabulary, context)
         if options.cache == "int8":
@@ -233,6 +246,35 @@ def _context(source: Source, options: ExportOptions) -> int:
     if longest is not None and options.context > longest:
         raise ExportError(f"--context {options.context} is more than the {longest} positions that {source.id} knows.")
     return options.context
+
+
+@contextmanager
+def _calibration(
+    options: ExportOptions,
+    source: Source,
+    scheme: Scheme,
+    folder: Path,
+    tokenizer: TokenizerFacts | None,
+    context: int,
+    evaluation_text: str,
+) -> Iterator[Calibration | None]:
+    """The calibration that a scheme needs, or that was asked for, while its codes are needed. Raises ExportError."""
+    asked = bool(options.calibrate) or options.statistics is not None
+    if scheme.calibrate is None or not (asked or scheme.needs_calibration):
+        yield None
+        return
+    if tokenizer is None:
+        raise ExportError(f"{source.id} has no tokenizer, without which calibration text cannot be read.")
+    reader = Tokenizer(folder / tokenizer.tokenizer)
+    template = None
+    if tokenizer.chat_template is not None:
+        template = ChatTemplate((folder / tokenizer.chat_template).read_text("utf-8"), tokenizer.special_tokens)
+    compared = reader.encode(evaluation_text)[:TEXT_TOKENS]
+    text = calibration_text(options, reader, template, context, compared, evaluation_text)
+    model = CalibrationModel(source.config, source.files, context, text.rows)
+    # Inside the folder that disappears if the export does.
+    with tempfile.TemporaryDirectory(prefix="calibration-", dir=folder) as scratch:
+        yield Calibration(model, text, options.statistics, Path(scratch))
 
 
 def _compare(

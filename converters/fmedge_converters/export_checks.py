@@ -40,7 +40,9 @@ def check_output(options: ExportOptions) -> None:
         options.text,
         options.prior,
         options.ip_adapter,
+        options.statistics,
         *options.controlnets,
+        *options.calibrate,
     ):
         if given is not None and Path(given).expanduser().resolve().is_relative_to(output.resolve()):
             raise ExportError(f"{given} lies in {output}, which --force would replace; choose another folder.")
@@ -59,6 +61,29 @@ def check_bits(scheme: Scheme, options: ExportOptions) -> None:
     if options.bits is not None and scheme.vary is None:
         raise ExportError(
             f"--bits means nothing to --quantize {scheme.name} for {options.target}; use --quantize int4."
+        )
+
+
+def check_calibration(scheme: Scheme, options: ExportOptions) -> None:
+    """Raise ExportError for calibration options that would be ignored."""
+    given = [
+        name
+        for name, value in (
+            ("--calibrate", options.calibrate),
+            ("--statistics", options.statistics),
+            ("--calibrate-tokens", options.calibrate_tokens != ExportOptions.calibrate_tokens),
+        )
+        if value
+    ]
+    if given and scheme.calibrate is None:
+        raise ExportError(
+            f"{given[0]} means nothing to --quantize {scheme.name} for {options.target}, whose weights are rounded "
+            "without looking at text; leave it out."
+        )
+    if given == ["--calibrate-tokens"] and not scheme.needs_calibration:
+        raise ExportError(
+            f"--calibrate-tokens says how much text is used, and --quantize {scheme.name} looks at text only if "
+            "--calibrate or --statistics is given."
         )
 
 

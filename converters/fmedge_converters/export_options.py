@@ -13,6 +13,8 @@ Verify = Literal["full", "graph", "none"]
 Cache = Literal["float", "int8"]
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 HEAD_BITS = (4, 8)
+LEAST_CALIBRATION = 64
+"""Tokens; fewer say nothing about a model."""
 LONGEST_DEFAULT = 32768
 """Longer contexts are exported when asked for: the tables of the rotary embedding grow with them."""
 
@@ -42,6 +44,14 @@ class ExportOptions:
     cache: Cache = "float"
     """How keys and values are kept: float is the target's floating type."""
     verify: Verify = "full"
+    calibrate: tuple[str, ...] = ()
+    """Files or folders of text that weights are fitted to; none takes Python's own documentation where it is needed."""
+    calibrate_tokens: int = 16384
+    """Of that text."""
+    calibrate_chat: bool = False
+    """Put the messages of .jsonl files through the chat template."""
+    statistics: Path | None = None
+    """A file with what is measured on that text: written, or read if it is there."""
     text: Path | None = None
     """Text for the comparison of perplexities and the scales of a cache; None takes Python's own documentation."""
     prior: str | None = None
@@ -84,6 +94,12 @@ class ExportOptions:
                 raise ExportError(f"--bits chooses for every matrix what {name} says for all; leave one of them out.")
         if self.context is not None and self.context < 2:
             raise ExportError(f"--context is {self.context}; it must be at least 2.")
+        if self.calibrate_tokens < LEAST_CALIBRATION:
+            raise ExportError(
+                f"--calibrate-tokens is {self.calibrate_tokens}; it must be at least {LEAST_CALIBRATION}."
+            )
+        if self.calibrate_chat and not self.calibrate:
+            raise ExportError("--calibrate-chat is for the messages of .jsonl files; name them with --calibrate.")
         if self.text is not None and self.verify != "full" and self.cache == "float":
             raise ExportError(
                 f"--text is for the comparison of --verify full, and for --cache int8; not for --verify {self.verify}."

@@ -7,7 +7,7 @@ concatenate, transpose or quantize without reading it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +23,8 @@ class DecoderGraph:
 
     model: ir.Model
     weights: dict[str, Weight]
+    input_ranges: dict[str, float] = field(default_factory=dict)
+    """The largest magnitude that a product's input has on calibration text, by the name of the product's weight."""
 
     @property
     def graph(self) -> ir.Graph:

@@ -122,6 +122,9 @@ def _check_options(options: ExportOptions) -> None:
     meaningless = {
         "--context": options.context is not None,
         "--text": options.text is not None,
+        "--calibrate": bool(options.calibrate),
+        "--calibrate-tokens": options.calibrate_tokens != ExportOptions.calibrate_tokens,
+        "--statistics": options.statistics is not None,
         "--cache int8": options.cache != "float",
         "--head-bits": options.head_bits is not None,
         "--bits": options.bits is not None,

@@ -61,13 +61,15 @@ def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None, bits: 
     rounded = [linear.name for linear in projections if not linear.exact]
     names = dict.fromkeys([*rounded, *(str(embedding.weight.name) for embedding in embeddings)])
     weights = [*experts.values(), *(graph.weights[name] for name in names)]
-    kept = [weight.packed for weight in weights if weight.packed is not None]
-    sizes = Counter(packed.block_size for packed in kept)
+    packed = [weight.packed for weight in weights if weight.packed is not None]
+    kept = [one for one in packed if one.of_source]
+    sizes = Counter(one.block_size for one in kept)
     if block_size is not None and sizes and set(sizes) != {block_size}:
         raise ExportError(
             f"--block-size {block_size} contradicts the source: it is quantized already, and its matrices keep their "
             f"codes, in blocks of {' and '.join(map(str, sorted(sizes)))}; leave the option out."
         )
+    sizes += Counter(one.block_size for one in packed if not one.of_source)
     allocation: Allocation | None = None
     bits_per_weight: float | None = None
     if scheme.rounding is not None:

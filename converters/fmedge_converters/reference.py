@@ -94,7 +94,7 @@ def open_reference(source: Source, parameters: int, context: int) -> Iterator[Re
 @contextmanager
 def open_streamed(source: Source, context: int) -> Iterator[StreamedModel]:
     """The source in fp32, layer by layer, for texts of up to `context` tokens. Raises SourceError."""
-    model = _skeleton(source.config)
+    model = skeleton(source.config)
     freeze_rope(model, context)
     with Checkpoint(source.files, np.dtype(np.float32)) as checkpoint:
         for name, value in checkpoint.buffers(model).items():
@@ -109,7 +109,7 @@ def is_resident(source: Source, parameters: int) -> bool:
 
 def require_memory(source: Source, parameters: int, bits: int) -> None:
     """Raise SourceError when memory cannot hold the reference beside the bundle, whose weights have `bits` bits."""
-    part = parameters * LOADING if is_resident(source, parameters) else largest_part(_skeleton(source.config))
+    part = parameters * LOADING if is_resident(source, parameters) else largest_part(skeleton(source.config))
     need, free = part * 4 + parameters * max(bits, 8) // 8, available_bytes()
     if free is not None and need > free * 0.9:
         raise SourceError(
@@ -130,7 +130,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model without its weights, with transformers' own attention and experts."""
     model = empty_model(config, torch.float32)
     if model._can_set_experts_implementation():

@@ -14,10 +14,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -30,6 +31,17 @@ PIECES_BYTES = 256 << 20
 
 Consume = Callable[[int, torch.Tensor], None]
 """Takes the number of a row and its logits [S, V], which are gone afterwards."""
+Mode = Callable[[], contextlib.AbstractContextManager[object]]
+"""Makes what each row's forward runs in."""
+
+
+class Visitor(Protocol):
+    """Looks at each layer while it has its weights, and may change them."""
+
+    def __call__(self, parameters: Mapping[str, torch.nn.Parameter], rehearse: Callable[[], None]) -> None:
+        """`parameters` are the layer's, by their names in the model. `rehearse` runs all rows through the layer and
+        forgets what comes out; afterwards they run through it as the visitor has left it."""
+        ...
 
 
 Visit = Callable[[torch.Tensor, torch.Tensor], None]
@@ -51,14 +63,24 @@ class StreamedModel:
         """Compute the logits of each row. Raises what the model or a reader of weights raises, and NotLoadedError when
         one layer uses the weights of another."""
         try:
-            self._pass(rows, consume)
+            self._pass(rows, consume, contextlib.nullcontext)
         except NotLoadedError:
             layers = _layers(self._model)
             if len(layers) == len(self._parts):
                 raise
             # Something outside the layers uses the weights of a module without running it, or in ways of its own.
             self._divide(layers, layers)
-            self._pass(rows, consume)
+            self._pass(rows, consume, contextlib.nullcontext)
+
+    @property
+    def layers(self) -> int:
+        """How many a visitor sees."""
+        return len(_layers(self._model))
+
+    def visit(self, rows: Sequence[Sequence[int]], mode: Mode, visitor: Visitor) -> None:
+        """Run the rows, each in a `mode`, through all layers, which a visitor sees in the order in which they run. What
+        comes behind the layers does not run. Raises as `run` does."""
+        self._pass(rows, lambda _number, _logits: None, mode, visitor)
 
     def run_back(
         self,
@@ -125,11 +147,13 @@ class StreamedModel:
         for module in self._model.modules():
             self._fill(module, inside)
 
-    def _pass(self, rows: Sequence[Sequence[int]], consume: Consume) -> None:
-        workers = [_Worker(self._model, row, Pieces(self._pieces)) for row in rows]
-        hooks = [part.register_forward_pre_hook(self._wait) for part in self._parts]
+    def _pass(
+        self, rows: Sequence[Sequence[int]], consume: Consume, mode: Mode, visitor: Visitor | None = None
+    ) -> None:
+        workers = [_Worker(self._model, row, Pieces(self._pieces), mode()) for row in rows]
+        hooks = [part.register_forward_pre_hook(self._wait, with_kwargs=True) for part in self._parts]
         try:
-            self._take_turns(workers, consume)
+            self._take_turns(workers, consume, visitor)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -137,25 +161,47 @@ class StreamedModel:
                 worker.end()
 
     @staticmethod
-    def _wait(part: torch.nn.Module, _args: object) -> None:
+    def _wait(part: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         worker = threading.current_thread()
         if isinstance(worker, _Worker):
-            worker.wait_for(part)
+            worker.wait_for(part, args, kwargs)
 
-    def _take_turns(self, workers: Sequence[_Worker], consume: Consume) -> None:
+    def _take_turns(self, workers: Sequence[_Worker], consume: Consume, visitor: Visitor | None) -> None:
         order = {part: number for number, part in enumerate(self._parts)}
+        layers = set(_layers(self._model))
+        last = max((order[layer] for layer in layers), default=-1)
         running = list(enumerate(workers))
         for _, worker in running:
             worker.proceed()
         while running:
             waiting = [worker.part for _, worker in running if worker.part is not None]
-            with self._loaded(min(waiting, key=order.__getitem__)) if waiting else contextlib.nullcontext() as part:
+            following = min(waiting, key=order.__getitem__, default=None)
+            if visitor is not None and (following is None or order[following] > last):
+                return
+            with self._loaded(following) if following is not None else contextlib.nullcontext() as part:
+                if visitor is not None and part in layers:
+                    here = [worker for _, worker in running if worker.part is part]
+                    self._visit(visitor, part, here)
                 for number, worker in list(running):
                     while worker.part is not None and worker.part is part:
                         worker.proceed()
                     if worker.part is None:
                         consume(number, worker.result())
                         running.remove((number, worker))
+
+    def _visit(self, visitor: Visitor, layer: torch.nn.Module, workers: Sequence[_Worker]) -> None:
+        def rehearse() -> None:
+            for worker in workers:
+                worker.rehearse()
+
+        visitor(
+            {
+                f"{self._names[id(module)]}.{name}": parameter
+                for module in layer.modules()
+                for name, parameter in module.named_parameters(recurse=False)
+            },
+            rehearse,
+        )
 
     @contextlib.contextmanager
     def _loaded(self, part: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -224,13 +270,21 @@ class _Visited(torch.autograd.Function):
 class _Worker(threading.Thread):
     """The forward pass of one row. It runs only while its owner waits for it, and the other way round."""
 
-    def __init__(self, model: PreTrainedModel, row: Sequence[int], pieces: Pieces) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        row: Sequence[int],
+        pieces: Pieces,
+        mode: contextlib.AbstractContextManager[object],
+    ) -> None:
         super().__init__(daemon=True)
         self.part: torch.nn.Module | None = None
         """The part in front of which it waits; None once it has ended."""
         self._model = model
         self._row = row
         self._pieces = pieces
+        self._mode = mode
+        self._rehearsing = False
         self._turn = threading.Semaphore(0)
         self._stopped = threading.Semaphore(0)
         self._cancelled = False
@@ -247,6 +301,11 @@ class _Worker(threading.Thread):
         if self._error is not None:
             raise self._error
 
+    def rehearse(self) -> None:
+        """Let it run the part in front of which it waits, and forget the result. Raises what the part raises."""
+        self._rehearsing = True
+        self.proceed()
+
     def result(self) -> torch.Tensor:
         """The logits [S, V]; once."""
         if self._logits is None:
@@ -261,9 +320,17 @@ class _Worker(threading.Thread):
             self._turn.release()
             self.join()
 
-    def wait_for(self, part: torch.nn.Module) -> None:
-        """Called by the thread itself in front of a part."""
+    def wait_for(self, part: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called by the thread itself in front of a part, which is about to run with these arguments."""
         self.part = part
+        self._pause()
+        while self._rehearsing:
+            self._rehearsing = False
+            # Copies, because some layers add to what they are given.
+            part.forward(*_copied(args), **_copied(kwargs))
+            self._pause()
+
+    def _pause(self) -> None:
         self._stopped.release()
         self._turn.acquire()
         if self._cancelled:
@@ -272,7 +339,7 @@ class _Worker(threading.Thread):
     def run(self) -> None:
         """The thread."""
         try:
-            with torch.no_grad(), self._pieces:
+            with torch.no_grad(), self._pieces, self._mode:
                 output: Any = self._model(input_ids=torch.tensor([list(self._row)]), use_cache=False)
             self._logits = output.logits[0]
         except BaseException as error:
@@ -283,6 +350,10 @@ class _Worker(threading.Thread):
 
 class _Cancelled(BaseException):
     """The owner does not need the row any more."""
+
+
+def _copied(arguments: Any) -> Any:  # noqa: ANN401 - a tree of any arguments
+    return tree_map_only(torch.Tensor, torch.Tensor.clone, arguments)
 
 
 def parts(model: PreTrainedModel) -> list[torch.nn.Module]:

@@ -13,11 +13,13 @@ from fmedge_runtimes.errors import ExportError
 from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.dialects.ort import ORT
 from fmedge_converters.passes import ORT_PASSES, Pass
+from fmedge_converters.schemes.calibrated import SMOOTHED_INT8, calibrated_int4
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.int8_convolution import spell_convolution
 from fmedge_converters.schemes.qmoe import qmoe
 from fmedge_converters.schemes.scheme import USUAL, Scheme, SpellMixture, WeightOptions
+from fmedge_converters.schemes.static_int8 import STATIC_INT8
 from fmedge_converters.schemes.stored_floats import BF16, FP16
 from fmedge_converters.schemes.weight_only import weight_only
 
@@ -67,8 +69,10 @@ def _int4(
 
 
 CPU_INT4 = _int4(4, lambda symmetric: qmoe(4, 4, zero_points=True, symmetric=symmetric), (2, 4, 8))
+CPU_INT4_CALIBRATED = calibrated_int4(CPU_INT4)
 CPU_INT8_IMAGES = replace(DYNAMIC_INT8, convolution=spell_convolution)
 CUDA_INT4 = _int4(0, lambda _: qmoe(4), (4, 8))
+CUDA_INT4_CALIBRATED = calibrated_int4(CUDA_INT4)
 CUDA_INT8 = weight_only("int8", "8-bit weights", 8, head_bits=8, accuracy_level=0, mixture=qmoe(8), keeps=(8,))
 
 
@@ -84,7 +88,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dialect=ORT,
             passes=ORT_PASSES,
             dtype=torch.float32,
-            schemes=_by_name(FLOATING, FP16, BF16, DYNAMIC_INT8, CPU_INT4),
+            schemes=_by_name(FLOATING, FP16, BF16, DYNAMIC_INT8, CPU_INT4, *CPU_INT4_CALIBRATED, SMOOTHED_INT8),
             image_schemes=_by_name(FLOATING, FP16, BF16, CPU_INT8_IMAGES, CPU_INT4),
             automatic=(FLOATING.name, BF16.name, CPU_INT8_IMAGES.name),
             read_first=frozenset(("LinearAttention", "CausalConvWithState")),
@@ -95,7 +99,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dialect=ORT,
             passes=ORT_PASSES,
             dtype=torch.float16,
-            schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4),
+            schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4, *CUDA_INT4_CALIBRATED, STATIC_INT8),
             image_schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4),
             read_first=frozenset(),
             summarises=True,

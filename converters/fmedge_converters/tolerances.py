@@ -26,17 +26,19 @@ TOLERANCES = {
     ("float32", "bf16"): Tolerance(near_tie=0.1, mean_kl=5e-3, perplexity_ratio=1.02),
     ("float32", "int8"): Tolerance(near_tie=0.25, mean_kl=0.05, perplexity_ratio=1.05),
     ("float16", "int8"): Tolerance(near_tie=0.25, mean_kl=0.05, perplexity_ratio=1.05),
+    ("float32", "w8a8"): Tolerance(near_tie=0.25, mean_kl=0.05, perplexity_ratio=1.05),
+    ("float16", "w8a8"): Tolerance(near_tie=0.25, mean_kl=0.05, perplexity_ratio=1.05),
     ("float32", "int4"): Tolerance(near_tie=0.25, mean_kl=0.35, perplexity_ratio=1.35),
     ("float16", "int4"): Tolerance(near_tie=0.25, mean_kl=0.35, perplexity_ratio=1.35),
 }
-"""By (compute type, quantization)."""
+"""By (compute type, quantization); int4-gptq and the like may differ by no more than int4."""
 
 
 def tolerance_of(facts: TextFacts, quantize: str) -> Tolerance:
     """What a decoder with those weights and caches may differ by; a quantized cache is no better than int8 weights."""
     if quantize == "none" and _is_cache_quantized(facts):
         quantize = "int8"
-    return TOLERANCES[facts.cache_dtype, quantize]
+    return TOLERANCES[facts.cache_dtype, quantize.split("-")[0]]
 
 
 def is_exact(facts: TextFacts, quantize: str) -> bool:

@@ -55,6 +55,8 @@ class PackedMatrix:
     columns: Array | None = None
     """int64 [K]: the input feature behind each column of the codes, if it is not the identity (act-order). The weight
     itself reads in the order of the input features."""
+    of_source: bool = True
+    """False for codes that an export has fitted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ EPILOG = """
 
   fmedge export out/model out/bundle --quantize int4 --bits 4.5
 
+  fmedge export out/model out/bundle --quantize int4-gptq --calibrate texts/ --calibrate-tokens 32768
+
   fmedge export out/model out/bundle --quantize int4 --cache int8
 
   fmedge export out/model out/bundle --adapter ./lora
@@ -54,7 +56,8 @@ def command(
     quantize: Annotated[
         str,
         typer.Option(
-            help="none, int8 or int4; on the CPU fp16 and bf16, too, and for images auto (the fastest that holds)."
+            help="none, int8, int4, int4-awq, int4-gptq or w8a8; on the CPU fp16 and bf16, too; for images none, int8, "
+            "int4, and on the CPU fp16, bf16 and auto (the fastest that holds)."
         ),
     ] = ExportOptions.quantize,
     block_size: Annotated[
@@ -84,6 +87,24 @@ def command(
         Verify,
         typer.Option(help="full: compare the real weights with PyTorch. graph: the architecture only. none: trust it."),
     ] = ExportOptions.verify,
+    calibrate: Annotated[
+        list[str],
+        typer.Option(
+            help="Text that weights are fitted to: a text file, a .jsonl file of text or messages, or a folder of "
+            "both; repeatable. int4-awq, int4-gptq and w8a8 take Python's own documentation without it.",
+            show_default=False,
+        ),
+    ] = list(ExportOptions.calibrate),  # noqa: B006 - typer copies it
+    calibrate_tokens: Annotated[
+        int, typer.Option(help="Tokens of that text that are used.")
+    ] = ExportOptions.calibrate_tokens,
+    calibrate_chat: Annotated[
+        bool, typer.Option("--calibrate-chat", help="Put messages of .jsonl files through the chat template.")
+    ] = ExportOptions.calibrate_chat,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(help="File of what is measured on that text: written, or read if it is there (.safetensors)."),
+    ] = ExportOptions.statistics,
     text: Annotated[
         Path | None,
         typer.Option(help="Text for comparisons and the scales of --cache; Python's own documentation unless given."),
@@ -145,6 +166,10 @@ def command(
         context=context,
         cache=cache,
         verify=verify,
+        calibrate=tuple(calibrate),
+        calibrate_tokens=calibrate_tokens,
+        calibrate_chat=calibrate_chat,
+        statistics=statistics,
         text=text,
         prior=prior,
         controlnets=tuple(controlnet or ()),

@@ -182,14 +182,26 @@ class Evidence(_Record):
     """One comparison of the bundle with its source.
 
     Text: `weights` (which of a quantized source's codes it has), `allocation` (what the roundings that were chosen for
-    its matrices are expected to cost), `graph`, `cache` (what a quantized cache does to the output), `full`, `layout`,
-    `output` (what the bundle's own graph writes, where nothing was compared with the source), `eval` (what
-    `fmedge eval --record` measured afterwards). Images: `parts` (each graph against its module), `image` (the
-    pipeline's images against the source's), `speed` (by which measurement the parts' quantizations were chosen).
+    its matrices are expected to cost), `calibration` (what was fitted to text), `graph`, `cache` (what a quantized
+    cache does to the output), `full`, `layout`, `output` (what the bundle's own graph writes, where nothing was
+    compared with the source), `eval` (what `fmedge eval --record` measured afterwards). Images: `parts` (each graph
+    against its module), `image` (the pipeline's images against the source's), `speed` (by which measurement the
+    parts' quantizations were chosen).
     """
 
     name: Literal[
-        "weights", "allocation", "graph", "cache", "full", "output", "layout", "parts", "image", "speed", "eval"
+        "weights",
+        "allocation",
+        "calibration",
+        "graph",
+        "cache",
+        "full",
+        "output",
+        "layout",
+        "parts",
+        "image",
+        "speed",
+        "eval",
     ]
     what: str
     passed: bool

@@ -8,7 +8,9 @@ from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
+from fmedge_runtimes.bundle import Evidence
 
+from fmedge_converters.calibration.calibration import Calibration, Report
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.passes.convolution import Convolution
 from fmedge_converters.passes.linear import Linear
@@ -70,6 +72,18 @@ class WeightOptions:
 USUAL = WeightOptions()
 
 
+class Calibrate(Protocol):
+    """Fits a graph's weights to calibration text, before they are spelled; returns what was done."""
+
+    def __call__(
+        self,
+        graph: DecoderGraph,
+        calibration: Calibration,
+        rounding: Callable[[Weight], Rounding] | None,
+        report: Report,
+    ) -> Evidence: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """A row of a target's table of quantizations."""
@@ -94,3 +108,7 @@ class Scheme:
     """None for a scheme without blocks."""
     vary: Callable[[WeightOptions], Scheme] | None = None
     """The same scheme with other options; None if it has none."""
+    calibrate: Calibrate | None = None
+    """What is made of calibration text; None: nothing, so that there is none."""
+    needs_calibration: bool = False
+    """Whether the scheme is another one without it; calibration text that is not given is the built-in one then."""

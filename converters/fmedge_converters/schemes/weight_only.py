@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from fmedge_converters.calibration.weighted import weigh_errors
 from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
 from fmedge_converters.rounding import RoundedBlocks, Rounding, joined, round_blocks
@@ -258,4 +259,5 @@ def weight_only(
         mixture=mixture,
         keeps=keeps,
         rounding=shared.rounding,
+        calibrate=weigh_errors,
     )

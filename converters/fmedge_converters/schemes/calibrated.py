@@ -1,0 +1,40 @@
+"""Schemes with the operators of another one, whose weights are fitted to calibration text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fmedge_converters.calibration.fit_codes import fit_awq, fit_gptq
+from fmedge_converters.calibration.smooth_quant import smooth
+from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
+from fmedge_converters.schemes.scheme import Scheme
+
+SMOOTHED_INT8 = replace(
+    DYNAMIC_INT8,
+    name="w8a8",
+    summary="W8A8 like int8, with activations smoothed by what calibration text shows (SmoothQuant)",
+    calibrate=smooth,
+    needs_calibration=True,
+)
+
+
+def calibrated_int4(scheme: Scheme) -> tuple[Scheme, ...]:
+    """The rows for AWQ and GPTQ, which a target has beside its int4: the same operators, so the same speed."""
+    return (
+        replace(
+            scheme,
+            name="int4-awq",
+            summary="4-bit weights, scaled by what their input features matter on calibration text (AWQ), 8-bit head",
+            calibrate=fit_awq,
+            needs_calibration=True,
+            vary=None,
+        ),
+        replace(
+            scheme,
+            name="int4-gptq",
+            summary="4-bit weights, rounded so that the errors on calibration text cancel (GPTQ), 8-bit head",
+            calibrate=fit_gptq,
+            needs_calibration=True,
+            vary=None,
+        ),
+    )
