@@ -100,6 +100,7 @@ class Decoder:
             "logits_indices": wanted,
             "seqlens_k": past + np.int32(length - 1),  # [R]
             "total_sequence_length": np.array(int(past.max()) + length, np.int32),
+            "write_indices": past.astype(np.int64),  # [R]
         }
         feeds = {name: array for name, array in step.items() if name in self._inputs}
         logits: npt.NDArray[np.floating] = np.empty((len(wanted), self.facts.vocabulary), self._logits_dtype)  # [N, V]
