@@ -115,7 +115,7 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     evaluation_text = _evaluation_text(options.text)
     evidence: list[Evidence] = []
     if options.verify != "none":
-        evidence.append(graph_evidence(source.config, progress))
+        evidence.append(graph_evidence(source.config, target, progress))
         judge(evidence[-1], options)
     with written_aside(options.output) as folder:
         tokenizer = write_tokenizer(source.tokenizer_folder, folder, source.tokenizer_gguf)

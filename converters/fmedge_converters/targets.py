@@ -11,10 +11,13 @@ from fmedge_runtimes.errors import ExportError
 
 from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.dialects.ort import ORT
-from fmedge_converters.passes import ORT_PASSES, Pass
+from fmedge_converters.dialects.tensorrt import TENSORRT
+from fmedge_converters.dialects.tensorrt_compat import TENSORRT_COMPAT
+from fmedge_converters.passes import ORT_PASSES, TENSORRT_PASSES, Pass
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.int8_convolution import spell_convolution
+from fmedge_converters.schemes.plain_floating import PLAIN_FLOATING
 from fmedge_converters.schemes.qmoe import qmoe
 from fmedge_converters.schemes.scheme import Scheme, SpellMixture
 from fmedge_converters.schemes.stored_floats import BF16, FP16
@@ -57,6 +60,18 @@ def _by_name(*schemes: Scheme) -> Mapping[str, Scheme]:
     return MappingProxyType({scheme.name: scheme for scheme in schemes})
 
 
+TENSORRT_TARGET = Target(
+    name="tensorrt",
+    summary="TensorRT >= 10.15 (JetPack 7.2, desktops), in fp16",
+    dialect=TENSORRT,
+    passes=TENSORRT_PASSES,
+    dtype=torch.float16,
+    schemes=_by_name(PLAIN_FLOATING),
+    image_schemes=_by_name(PLAIN_FLOATING),
+    read_first=frozenset(),
+    no_int8_cache="TensorRT's cache update takes floats only",
+)
+
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         "cpu": Target(
@@ -80,19 +95,20 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             read_first=frozenset(),
             no_int8_cache="ONNX Runtime's CUDA kernel has int8 caches, but none has run on a GPU here yet",
         ),
+        "tensorrt": TENSORRT_TARGET,
+        "tensorrt-compat": replace(
+            TENSORRT_TARGET,
+            name="tensorrt-compat",
+            summary="TensorRT >= 10.3 (JetPack 6), in fp16",
+            dialect=TENSORRT_COMPAT,
+        ),
+        "rtx": replace(TENSORRT_TARGET, name="rtx", summary="TensorRT-RTX, in fp16"),
     }
 )
-
-PLANNED: Mapping[str, str] = MappingProxyType(
-    {"tensorrt": "TensorRT engines need dialects of their own (docs/targets.md), which this version does not write"}
-)
-"""Targets that people ask for and that are not there yet, with the reason."""
 
 
 def find_target(name: str) -> Target:
     """The row of a name. Raises ExportError when there is none."""
-    if name in PLANNED:
-        raise ExportError(f"target {name} is not available yet: {PLANNED[name]}; use {' or '.join(TARGETS)}.")
     if name not in TARGETS:
         raise ExportError(f"there is no target {name}; choose one of {', '.join(TARGETS)}.")
     return TARGETS[name]

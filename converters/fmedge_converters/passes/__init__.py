@@ -30,6 +30,15 @@ ORT_PASSES: tuple[Pass, ...] = (
     fuse_skip_norms,
 )
 
+TENSORRT_PASSES: tuple[Pass, ...] = (
+    fold_constants,
+    compute_bfloat16_in_float32,
+    simplify_reshapes,
+    recognise_linears,
+    simplify_reshapes,
+    merge_projections,
+)
+
 PART_PASSES: tuple[Pass, ...] = (
     fold_constants,
     simplify_reshapes,
