@@ -14,6 +14,7 @@ from fmedge_converters.dialects.ort import ORT
 from fmedge_converters.dialects.tensorrt import TENSORRT
 from fmedge_converters.dialects.tensorrt_compat import TENSORRT_COMPAT
 from fmedge_converters.passes import ORT_PASSES, TENSORRT_PASSES, Pass
+from fmedge_converters.schemes.dequantize_linear import dequantize_linear
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.int8_convolution import spell_convolution
@@ -55,6 +56,9 @@ CPU_INT8_IMAGES = replace(DYNAMIC_INT8, convolution=spell_convolution)
 CUDA_INT4 = _int4(0, qmoe(4), (4, 8))
 CUDA_INT8 = weight_only("int8", "8-bit weights", 8, head_bits=8, accuracy_level=0, mixture=qmoe(8), keeps=(8,))
 
+TENSORRT_INT4 = dequantize_linear("int4", "4-bit weights in symmetric blocks, 8-bit head", 4)
+TENSORRT_INT8 = dequantize_linear("int8", "8-bit weights per channel", 8)
+
 
 def _by_name(*schemes: Scheme) -> Mapping[str, Scheme]:
     return MappingProxyType({scheme.name: scheme for scheme in schemes})
@@ -66,8 +70,8 @@ TENSORRT_TARGET = Target(
     dialect=TENSORRT,
     passes=TENSORRT_PASSES,
     dtype=torch.float16,
-    schemes=_by_name(PLAIN_FLOATING),
-    image_schemes=_by_name(PLAIN_FLOATING),
+    schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4),
+    image_schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4),
     read_first=frozenset(),
     no_int8_cache="TensorRT's cache update takes floats only",
 )
