@@ -92,7 +92,7 @@ def check_parts(folder: Path, output: Path, scheme: str, *names: str) -> None:
         module = empty_part(part)
         kind = find_kind(part.kind)
         assert kind is not None
-        options = PartOptions(CPU.dtype, CPU.image_schemes[scheme], None)
+        options = PartOptions(CPU, CPU.dtype, CPU.image_schemes[scheme], None)
         calls = kind.graphs(module, Asked(part.name, source.pipeline))
         reference = loaded_part(part, torch.float32, allow_pickle=False)
         for graph in build_part(part, module, calls, output, options, lambda *_: None):

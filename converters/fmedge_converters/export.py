@@ -30,6 +30,7 @@ from fmedge_runtimes.bundle import (
     write_manifest,
 )
 from fmedge_runtimes.decoder import Decoder
+from fmedge_runtimes.devices import DEVICES
 from fmedge_runtimes.errors import ExportError, RequestError, SourceError
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from fmedge_runtimes.sampling import Sampling
@@ -38,7 +39,8 @@ from transformers import GenerationConfig
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, build_decoder
 from fmedge_converters.checkpoint import Checkpoint
-from fmedge_converters.decoder import empty_model, quiet_libraries, text_config
+from fmedge_converters.decoder import empty_model, find_caches, quiet_libraries, text_config
+from fmedge_converters.device_plan import ROWS, STATIC_DEFAULT, decoder_needs, plan_device
 from fmedge_converters.evidence import (
     PROMPTS,
     TEXT_TOKENS,
@@ -50,17 +52,26 @@ from fmedge_converters.evidence import (
     text_facts,
     weights_evidence,
 )
-from fmedge_converters.export_checks import check_block_size, check_disk, check_output, graph_facts, judge, made_by
+from fmedge_converters.export_checks import (
+    check_block_size,
+    check_disk,
+    check_output,
+    device_name,
+    graph_facts,
+    judge,
+    made_by,
+)
 from fmedge_converters.export_options import LONGEST_DEFAULT, ExportOptions
 from fmedge_converters.first_line import first_line
 from fmedge_converters.int8_cache import CALIBRATION_TOKENS, quantize_cache
 from fmedge_converters.layouts import find_layout
 from fmedge_converters.layouts.layout import Finished, Layout
 from fmedge_converters.output_folder import flush, sweep, written_aside
+from fmedge_converters.profiles import decoder_profiles
 from fmedge_converters.reference import open_reference, require_memory
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.source import Source, is_pipeline, open_source
-from fmedge_converters.targets import check_cache, find_scheme, find_target
+from fmedge_converters.targets import Target, check_cache, find_scheme, find_target
 from fmedge_converters.tokenizer_files import TokenizerFacts, write_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
@@ -106,8 +117,9 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     scheme = find_scheme(target, options.quantize)
     layout = find_layout(target, options.layout)
     source = open_source(options.source, options.revision, adapter=options.adapter, allow_pickle=options.allow_pickle)
-    parameters = _require_weights(source)
-    context = _context(source, options)
+    size = _require_weights(source)
+    parameters = size.parameters
+    context, rows = _room(source, size, target, scheme, options, progress)
     check_block_size(scheme, options)
     check_disk(options.output, parameters, scheme.bits)
     if options.verify == "full":
@@ -138,7 +150,8 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
             evidence.append(full.evidence)
             goldens = full.goldens
             judge(full.evidence, options)
-        graphs = {"decoder": graph_facts(built.model, built.written.graph)}
+        profiles = decoder_profiles(rows, context) if target.engines else ()
+        graphs = {"decoder": graph_facts(built.model, built.written.graph, profiles)}
         if layout is not None:
             finished = Finished(folder, built.written.graph, source.config, generation, facts, target)
             graphs[layout.name], proofs = _lay_out(layout, finished, goldens, progress)
@@ -157,6 +170,7 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
                 quantization=built.source_format,
             ),
             target=target.name,
+            device=device_name(options.target),
             precision=scheme.name,
             block_size=built.quantization.block_size,
             graphs=graphs,
@@ -173,24 +187,50 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     return open_bundle(options.output, checksums=False)
 
 
-def _require_weights(source: Source) -> int:
-    """The number of parameters, if the checkpoint has them all; read from names and shapes, before anything is traced.
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """Numbers of weights."""
+
+    parameters: int
+    embedding: int
+    vocabulary: int
+
+
+def _require_weights(source: Source) -> _Size:
+    """How large the model is, if the checkpoint has all of it; read from names and shapes, before anything is traced.
 
     Raises SourceError.
     """
     with Checkpoint(source.files, np.dtype(np.float32)) as checkpoint:
-        checkpoint.weights(empty_model(source.config, torch.float32))
-        return checkpoint.parameters
+        model = empty_model(source.config, torch.float32)
+        checkpoint.weights(model)
+        embedding = model.get_input_embeddings().weight
+        return _Size(checkpoint.parameters, embedding.numel(), embedding.shape[0])
 
 
-def _context(source: Source, options: ExportOptions) -> int:
+def _room(
+    source: Source, size: _Size, target: Target, scheme: Scheme, options: ExportOptions, progress: Progress
+) -> tuple[int, int]:
+    """Tokens of a row, and rows of an engine; both as the memory of the device allows, if one is named."""
+    context = _context(source, options, STATIC_DEFAULT if target.dialect.static else LONGEST_DEFAULT)
+    device = DEVICES.get(options.target)
+    if device is None:
+        return context, ROWS
+    caches = find_caches(source.config, target.dialect, target.dtype, context)
+    needs = decoder_needs(caches, target.dtype.itemsize, scheme.bits, size.parameters, size.embedding, size.vocabulary)
+    found = plan_device(device, needs, context, asked=options.context is not None)
+    progress(f"{device.name} is target {target.name} (JetPack {device.jetpack}); {found}", 0, 0)
+    return found.context, found.rows
+
+
+def _context(source: Source, options: ExportOptions, default: int) -> int:
     text = text_config(source.config)
     longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     if longest is not None and longest < 1:
         longest = None  # how some say that there is no limit
     if options.context is None:
         # A model that states no limit has none: its positions are relative, or it has a state instead.
-        return LONGEST_DEFAULT if longest is None else min(int(longest), LONGEST_DEFAULT)
+        return default if longest is None else min(int(longest), default)
     if longest is not None and options.context > longest:
         raise ExportError(f"--context {options.context} is more than the {longest} positions that {source.id} knows.")
     return options.context

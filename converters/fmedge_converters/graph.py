@@ -44,7 +44,9 @@ class DecoderGraph:
             return self.graph.initializers[name]
         dtype, shape = (ir.DataType.from_numpy(weight.dtype), weight.shape) if stored is None else stored
         tensor = ir.LazyTensor(
-            lambda: ir.PackedTensor(weight.array(), dtype, shape=shape) if dtype.itemsize < 1 else ir.tensor(weight.array()),
+            lambda: (
+                ir.PackedTensor(weight.array(), dtype, shape=shape) if dtype.itemsize < 1 else ir.tensor(weight.array())
+            ),
             dtype=dtype,
             shape=ir.Shape(shape),
             name=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,7 +16,9 @@ from fmedge_runtimes.bundle import (
     Evidence,
     GraphFacts,
     ImageBundle,
+    ImageFacts,
     ImageManifest,
+    ProfileFacts,
     SourceFacts,
     list_files,
     open_image_bundle,
@@ -23,7 +26,7 @@ from fmedge_runtimes.bundle import (
 )
 from fmedge_runtimes.errors import ExportError, SourceError
 
-from fmedge_converters.export_checks import check_block_size, check_disk, graph_facts, judge, made_by
+from fmedge_converters.export_checks import check_block_size, check_disk, device_name, graph_facts, judge, made_by
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.hub import fetch
 from fmedge_converters.image_adapter import ImageAdapter
@@ -33,9 +36,11 @@ from fmedge_converters.output_folder import flush, written_aside
 from fmedge_converters.part_build import BuiltGraph, PartOptions, build_part
 from fmedge_converters.part_evidence import Compared, compare, parts_evidence
 from fmedge_converters.parts import find_kind
+from fmedge_converters.parts.autoencoders import scale_factor
 from fmedge_converters.parts.part import Asked, Call
 from fmedge_converters.pipeline_files import check_part_files, write_instruction, write_part_files
 from fmedge_converters.pipeline_source import PartSource, PipelineSource, empty_part, loaded_part, open_pipeline
+from fmedge_converters.profiles import part_profiles
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.targets import Target, find_scheme, find_target
@@ -86,6 +91,8 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
             evidence = (parts_evidence(compared, precisions),)
             judge(evidence[0], options)
         write_instruction(source.pipeline, folder)
+        image = image_facts(source, modules)
+        profiles_of = functools.partial(_profiles, image=image, modules=modules) if target.engines else lambda _: ()
         manifest = ImageManifest(
             format=FORMAT,
             kind="image",
@@ -97,10 +104,11 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
                 adapter=None if options.adapter is None else Path(options.adapter).name,
             ),
             target=target.name,
+            device=device_name(options.target),
             precision=scheme.name,
             block_size=(options.block_size or scheme.block_size) or None,
-            graphs={graph.name: _graph_facts(graph) for graph in built},
-            image=image_facts(source, modules),
+            graphs={graph.name: _graph_facts(graph, profiles_of(graph)) for graph in built},
+            image=image,
             evidence=evidence,
             golden=(),
             forced=False,
@@ -173,8 +181,8 @@ def _part_options(
     config = getattr(module, "config", None)
     # Autoencoders that say so overflow in fp16, and what they make is the picture itself.
     dtype = torch.float32 if getattr(config, "force_upcast", False) else target.dtype
-    autoencodes = hasattr(module, "encode") and hasattr(module, "decode")
-    return PartOptions(dtype, FLOATING if autoencodes else scheme, options.block_size, options.allow_pickle, adapter)
+    chosen = target.image_schemes[FLOATING.name] if _autoencodes(module) else scheme
+    return PartOptions(target, dtype, chosen, options.block_size, options.allow_pickle, adapter)
 
 
 def _compare(
@@ -201,6 +209,19 @@ def _modules(source: PipelineSource, adapter: ImageAdapter | None, options: Expo
     return {part.name: _module(part, adapter, options) for part in source.parts if part.is_module}
 
 
-def _graph_facts(graph: BuiltGraph) -> GraphFacts:
-    facts = graph_facts(graph.model, graph.written.graph)
+def _profiles(graph: BuiltGraph, image: ImageFacts, modules: Mapping[str, Any]) -> tuple[ProfileFacts, ...]:
+    """The sizes that an engine of a graph is built for."""
+    encoders = {name: module for name, module in modules.items() if _autoencodes(module)}
+    factor = next((scale_factor(module) for module in encoders.values()), 1)
+    # What encodes an image takes pixels, everything else latents.
+    takes_pixels = graph.name.removesuffix("_encoder") in encoders
+    return part_profiles(graph.call, image, 1 if takes_pixels else factor)
+
+
+def _autoencodes(module: Any) -> bool:  # noqa: ANN401 - any module
+    return hasattr(module, "encode") and hasattr(module, "decode")
+
+
+def _graph_facts(graph: BuiltGraph, profiles: tuple[ProfileFacts, ...]) -> GraphFacts:
+    facts = graph_facts(graph.model, graph.written.graph, profiles)
     return facts.model_copy(update={"file": f"{graph.name}/{facts.file}"})

@@ -106,7 +106,9 @@ class _Network:
         trt, config = self._trt, self._builder.create_builder_config()
         known = trt.ComputeCapability.__members__
         if capability not in known:
-            raise BackendError(f"TensorRT-RTX has no compute capability {capability}; choose one of {', '.join(known)}.")
+            raise BackendError(
+                f"TensorRT-RTX has no compute capability {capability}; choose one of {', '.join(known)}."
+            )
         config.num_compute_capabilities = 1
         config.set_compute_capability(known[capability], 0)
         for profile in profiles:
@@ -121,9 +123,7 @@ class _Network:
         made = self._builder.create_optimization_profile()
         for number in range(self._network.num_inputs):
             tensor = self._network.get_input(number)
-            axes = [
-                self._sizes(tensor, axis, size, profile) for axis, size in enumerate(tuple(tensor.shape))
-            ]
+            axes = [self._sizes(tensor, axis, size, profile) for axis, size in enumerate(tuple(tensor.shape))]
             if any(len(set(sizes)) > 1 or size == -1 for sizes, size in zip(axes, tuple(tensor.shape), strict=True)):
                 least, usual, largest = (tuple(sizes[kind] for sizes in axes) for kind in range(3))
                 made.set_shape(tensor.name, least, usual, largest)
@@ -162,9 +162,9 @@ def _collector(trt: Any) -> Any:  # noqa: ANN401 - the bindings have no types
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: Any, message: str) -> None:  # noqa: ANN401 - an enumeration of the bindings
             """Called by TensorRT."""
-            if severity <= trt.ILogger.ERROR:
+            if int(severity) <= int(trt.ILogger.ERROR):
                 self.errors.append(" ".join(message.split()))
 
     return Collector()

@@ -7,13 +7,17 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
+from fmedge_runtimes.devices import DEVICES
 from fmedge_runtimes.errors import ExportError
 
 from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.dialects.ort import ORT
 from fmedge_converters.dialects.tensorrt import TENSORRT
 from fmedge_converters.dialects.tensorrt_compat import TENSORRT_COMPAT
-from fmedge_converters.passes import ORT_PASSES, TENSORRT_PASSES, Pass
+from fmedge_converters.fused_operators import ORT_OPERATORS, PartOperators
+from fmedge_converters.passes import ORT_PASSES, PART_PASSES, TENSORRT_PART_PASSES, TENSORRT_PASSES, Pass
+from fmedge_converters.passes.gelu import decompose_gelu
+from fmedge_converters.plain_operators import TENSORRT_COMPAT_OPERATORS, TENSORRT_OPERATORS
 from fmedge_converters.schemes.dequantize_linear import dequantize_linear
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
@@ -38,8 +42,12 @@ class Target:
     schemes: Mapping[str, Scheme]
     image_schemes: Mapping[str, Scheme]
     """For the parts of pipelines that make images."""
+    part_operators: PartOperators
+    part_passes: tuple[Pass, ...]
     read_first: frozenset[str]
     """Operators that may write a recurrent state over the one they read; tests/test_kernels.py has the proof."""
+    engines: bool = False
+    """Engines are built from the graphs, for sizes that the manifest lists (profiles.py)."""
     no_int8_cache: str | None = None
     """Why keys and values cannot be kept in int8; None if they can."""
 
@@ -72,7 +80,10 @@ TENSORRT_TARGET = Target(
     dtype=torch.float16,
     schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4),
     image_schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4),
+    part_operators=TENSORRT_OPERATORS,
+    part_passes=TENSORRT_PART_PASSES,
     read_first=frozenset(),
+    engines=True,
     no_int8_cache="TensorRT's cache update takes floats only",
 )
 
@@ -86,6 +97,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dtype=torch.float32,
             schemes=_by_name(FLOATING, DYNAMIC_INT8, CPU_INT4),
             image_schemes=_by_name(FLOATING, FP16, BF16, CPU_INT8_IMAGES, CPU_INT4),
+            part_operators=ORT_OPERATORS,
+            part_passes=PART_PASSES,
             read_first=frozenset(("LinearAttention", "CausalConvWithState")),
         ),
         "cuda": Target(
@@ -96,6 +109,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dtype=torch.float16,
             schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4),
             image_schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4),
+            part_operators=ORT_OPERATORS,
+            part_passes=PART_PASSES,
             read_first=frozenset(),
             no_int8_cache="ONNX Runtime's CUDA kernel has int8 caches, but none has run on a GPU here yet",
         ),
@@ -105,6 +120,9 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             name="tensorrt-compat",
             summary="TensorRT >= 10.3 (JetPack 6), in fp16",
             dialect=TENSORRT_COMPAT,
+            passes=(*TENSORRT_PASSES, decompose_gelu),
+            part_operators=TENSORRT_COMPAT_OPERATORS,
+            part_passes=(*TENSORRT_PART_PASSES, decompose_gelu),
         ),
         "rtx": replace(TENSORRT_TARGET, name="rtx", summary="TensorRT-RTX, in fp16"),
     }
@@ -112,9 +130,11 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 
 
 def find_target(name: str) -> Target:
-    """The row of a name. Raises ExportError when there is none."""
+    """The row of a name, or of the device of that name. Raises ExportError when there is none."""
+    if name in DEVICES:
+        return TARGETS[DEVICES[name].target]
     if name not in TARGETS:
-        raise ExportError(f"there is no target {name}; choose one of {', '.join(TARGETS)}.")
+        raise ExportError(f"there is no target {name}; choose one of {', '.join((*TARGETS, *DEVICES))}.")
     return TARGETS[name]
 
 

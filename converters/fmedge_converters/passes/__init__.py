@@ -47,3 +47,5 @@ PART_PASSES: tuple[Pass, ...] = (
     simplify_reshapes,
 )
 """For the parts of image pipelines."""
+
+TENSORRT_PART_PASSES: tuple[Pass, ...] = (fold_constants, simplify_reshapes, recognise_linears, simplify_reshapes)

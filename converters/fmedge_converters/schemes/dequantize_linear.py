@@ -31,9 +31,7 @@ BLOCK_SIZES = (128, 64, 32, 16)
 CODES = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 
 
-def quantize_symmetric(
-    rows: Array, bits: int, block_size: int, dtype: np.dtype[np.generic]
-) -> tuple[Array, Array]:
+def quantize_symmetric(rows: Array, bits: int, block_size: int, dtype: np.dtype[np.generic]) -> tuple[Array, Array]:
     """Quantize rows [n, K] to codes int8 [n, K] and positive scales [n, K / block_size] in a floating type."""
     count, size = rows.shape
     highest = (1 << (bits - 1)) - 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fmedge_converters.graph import DecoderGraph, replace as replace_value
+from fmedge_converters.graph import DecoderGraph
+from fmedge_converters.graph import replace as replace_value
 from fmedge_converters.passes.linear import Linear
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.weight import transposed
