@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fmedge_converters.dialects.tensorrt import LARGEST_HEAD
+from fmedge_converters.dialects.tensorrt import has_kernel
 from fmedge_converters.fused_operators import PartOperators, added_bias, group_norm
 from fmedge_converters.masked_attention import masked_attention
 
@@ -22,11 +22,9 @@ def attention_node(
 ) -> torch.Tensor:  # [B, N, S, E]
     """ONNX's Attention with the arguments of torch's scaled_dot_product_attention, where TensorRT has a kernel for it:
     16-bit floats, and heads of one size that is not too large. Matrix products elsewhere."""
-    size = query.shape[3]
-    if query.dtype == torch.float32 or size > LARGEST_HEAD or value.shape[3] != size:
-        return attention_products(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    del dropout_p, enable_gqa  # there is no dropout in evaluation; groups of heads follow from the shapes
+    if query.dtype == torch.float32 or not has_kernel(query, value):
+        return attention_products(query, key, value, attn_mask, 0.0, is_causal, scale=scale)
     inputs = [query, key, value]
     mask = _mask(query, key, attn_mask, is_causal=is_causal)
     if mask is not None:
@@ -34,7 +32,7 @@ def attention_node(
     output: torch.Tensor = torch.onnx.ops.symbolic(
         "Attention",
         inputs,
-        attrs={"scale": size**-0.5 if scale is None else scale},
+        attrs={"scale": query.shape[3] ** -0.5 if scale is None else scale},
         dtype=query.dtype,
         shape=query.shape,
         version=23,
@@ -54,7 +52,7 @@ def attention_products(
     enable_gqa: bool = False,
 ) -> torch.Tensor:  # [B, N, S, E]
     """The same in matrix products and a softmax in fp32."""
-    del dropout_p, enable_gqa  # there is no dropout in evaluation; groups of heads follow from the shapes
+    del dropout_p, enable_gqa
     mask = _mask(query, key, attn_mask, is_causal=is_causal)
     scaled = query * (query.shape[3] ** -0.5 if scale is None else scale)
     return masked_attention(scaled, key, value, mask, 1.0, None, None).transpose(1, 2)

@@ -2,7 +2,7 @@
 
 The mask is always there, made from positions. TensorRT's parser ignores Attention's `nonpad_kv_seqlen` without a word,
 and its `is_causal` counts from the upper left, which is wrong behind a cache. The attribute `softcap` and sinks are not
-in it, heads larger than LARGEST_HEAD and keys and values of two sizes have no kernel: all these are matrix products.
+in it, heads of sizes beside HEADS, and of two sizes for keys and values, have no kernel: all these are matrix products.
 Operators: https://onnx.ai/onnx/operators/onnx__Attention.html, https://onnx.ai/onnx/operators/onnx__TensorScatter.html
 """
 
@@ -16,8 +16,8 @@ from fmedge_converters.dialects.cache_positions import WRITE_INDICES, added_mask
 from fmedge_converters.dialects.dialect import Attention, Dialect
 from fmedge_converters.masked_attention import masked_attention
 
-LARGEST_HEAD = 256
-"""Dimensions for which TensorRT has a kernel."""
+HEADS = range(16, 257)
+"""Sizes of heads for which TensorRT has a kernel: TensorRT-RTX 1.7.1 refuses 8 and 512."""
 
 
 def attend(attention: Attention, step: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -25,13 +25,18 @@ def attend(attention: Attention, step: Mapping[str, torch.Tensor]) -> tuple[torc
     key, value = attention.past_key, attention.past_value
     if not attention.cached:
         key, value = append(key, attention.key, step), append(value, attention.value, step)
-    return (attention_node if _has_kernel(attention) else attention_products)(attention, key, value, step), key, value
+    return (attention_node if _is_plain(attention) else attention_products)(attention, key, value, step), key, value
 
 
-def _has_kernel(attention: Attention) -> bool:
-    size = attention.query.shape[3]
+def _is_plain(attention: Attention) -> bool:
     plain = attention.mask is None and attention.softcap is None and attention.sinks is None
-    return plain and size == attention.value.shape[3] and size <= LARGEST_HEAD
+    return plain and has_kernel(attention.query, attention.value)
+
+
+def has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether TensorRT has one for heads of these sizes."""
+    size = query.shape[3]
+    return size == value.shape[3] and size in HEADS
 
 
 def attention_node(
