@@ -17,6 +17,7 @@ from fmedge_converters.decoder import TracedDecoder
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.in_place import updates_in_place
 from fmedge_converters.layouts.layout import Layout
+from fmedge_converters.plain_graph import require_plain
 from fmedge_converters.quantize import Quantization, quantize
 from fmedge_converters.recording import LayerCache, LayerState
 from fmedge_converters.repeated_layers import trace_by_layers
@@ -93,6 +94,8 @@ def build_decoder(
         for rewrite in target.passes:
             rewrite(graph, options.context)
         quantization = quantize(graph, options.scheme, options.block_size)
+        if target.engines:
+            require_plain(graph, target.name)
         stage = "weights"
         if checkpoint.source_format is not None:
             stage = f"weights ({quantization.kept} of {quantization.matrices} matrices keep their codes)"

@@ -24,6 +24,7 @@ from fmedge_converters.parts.part import Call
 from fmedge_converters.passes.convolution import convolutions
 from fmedge_converters.passes.linear import linears
 from fmedge_converters.pipeline_source import PartSource
+from fmedge_converters.plain_graph import require_plain
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.schemes.stored_floats import store_weights
@@ -95,6 +96,8 @@ def build_part(
                 for rewrite in options.target.part_passes:
                     rewrite(graph, 0)
             quantized = _quantize(graph, options.scheme, options.block_size)
+            if options.target.engines:
+                require_plain(graph, options.target.name)
             name_values(graph.graph, call, traced.outputs)
             folder = output / name
             folder.mkdir(parents=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -48,6 +48,8 @@ class Target:
     """Operators that may write a recurrent state over the one they read; tests/test_kernels.py has the proof."""
     engines: bool = False
     """Engines are built from the graphs, for sizes that the manifest lists (profiles.py)."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Quantizations that people ask for, and why this target has them not."""
     no_int8_cache: str | None = None
     """Why keys and values cannot be kept in int8; None if they can."""
 
@@ -71,6 +73,11 @@ TENSORRT_INT8 = dequantize_linear("int8", "8-bit weights per channel", 8)
 def _by_name(*schemes: Scheme) -> Mapping[str, Scheme]:
     return MappingProxyType({scheme.name: scheme for scheme in schemes})
 
+NO_FP8 = (
+    "TensorRT multiplies in fp8 where both factors are in fp8, which needs static scales of the activations, and this "
+    "version measures none; weights alone in fp8 would be no faster than int8, and less exact"
+)
+NO_BF16 = "ONNX Runtime's CPU provider does not compute in bf16, so nothing could be compared with the source"
 
 TENSORRT_TARGET = Target(
     name="tensorrt",
@@ -84,6 +91,7 @@ TENSORRT_TARGET = Target(
     part_passes=TENSORRT_PART_PASSES,
     read_first=frozenset(),
     engines=True,
+    refused=MappingProxyType({"fp8": NO_FP8, "bf16": NO_BF16, "fp16": "fp16 is what none means there"}),
     no_int8_cache="TensorRT's cache update takes floats only",
 )
 
@@ -144,6 +152,8 @@ def find_scheme(target: Target, name: str, *, images: bool = False) -> Scheme:
     Raises ExportError when there is none.
     """
     schemes = target.image_schemes if images else target.schemes
+    if name in target.refused:
+        raise ExportError(f"target {target.name} has no quantization {name}: {target.refused[name]}.")
     if name not in schemes:
         raise ExportError(f"target {target.name} has no quantization {name}; choose one of {', '.join(schemes)}.")
     return schemes[name]
