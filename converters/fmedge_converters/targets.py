@@ -73,6 +73,7 @@ TENSORRT_INT8 = dequantize_linear("int8", "8-bit weights per channel", 8)
 def _by_name(*schemes: Scheme) -> Mapping[str, Scheme]:
     return MappingProxyType({scheme.name: scheme for scheme in schemes})
 
+
 NO_FP8 = (
     "TensorRT multiplies in fp8 where both factors are in fp8, which needs static scales of the activations, and this "
     "version measures none; weights alone in fp8 would be no faster than int8, and less exact"

@@ -42,7 +42,12 @@ def command(
     ],
     output: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = ExportOptions.revision,
-    target: Annotated[str, typer.Option(help="cpu, cuda, tensorrt, tensorrt-compat, rtx, or a device such as orin-nano-8gb (docs/targets.md).")] = ExportOptions.target,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="cpu, cuda, tensorrt, tensorrt-compat, rtx, or a device such as orin-nano-8gb (docs/targets.md)."
+        ),
+    ] = ExportOptions.target,
     quantize: Annotated[
         str, typer.Option(help="none, int8 or int4; for images on the CPU fp16 and bf16, too.")
     ] = ExportOptions.quantize,
