@@ -7,6 +7,7 @@ Operator: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperato
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,12 +46,22 @@ class FusedOperators(TorchFunctionMode):
             return self._operators.attention(*args, **(kwargs or {}))
         if func in (torch.nn.functional.group_norm, torch.group_norm):
             return self._operators.group_norm(*args, **(kwargs or {}))
+        if func in CONCATENATIONS:
+            return func(_of_one_type(args[0]), *args[1:], **(kwargs or {}))
         if func in SQUEEZES and len(args) == 2 and _is_dynamic(*args):
             return args[0]
         return func(*args, **(kwargs or {}))
 
 
+CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 SQUEEZES = (torch.squeeze, torch.Tensor.squeeze)
+
+
+def _of_one_type(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors in the type that torch would join them in, where ONNX has none: SDXL joins embeddings of sizes in fp32 to
+    those of a text in fp16."""
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
 
 
 def _is_dynamic(tensor: torch.Tensor, dim: int) -> bool:
