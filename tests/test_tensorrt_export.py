@@ -123,6 +123,8 @@ def test_a_dequantized_product_is_the_product_with_the_rounded_weights(outputs, 
     found = session.run({"x": x}, {})["y"]
     block = stored[1] or size
     integers, scales = quantize_symmetric(weight, 4 if stored[0] == "INT4" else 8, block, np.dtype(np.float32))
+    assert codes.const_value is not None
+    assert np.array_equal(codes.const_value.numpy().astype(np.int8), integers.T)
     wide = (integers.reshape(outputs, -1, block) * scales[..., None]).reshape(weight.shape)
     assert np.allclose(found, x @ wide.T + bias, atol=1e-4)
     assert not np.allclose(found, x @ weight.T + bias, atol=1e-4)

@@ -45,7 +45,9 @@ class DecoderGraph:
         dtype, shape = (ir.DataType.from_numpy(weight.dtype), weight.shape) if stored is None else stored
         tensor = ir.LazyTensor(
             lambda: (
-                ir.PackedTensor(weight.array(), dtype, shape=shape) if dtype.itemsize < 1 else ir.tensor(weight.array())
+                ir.PackedTensor(weight.array().reshape(-1), dtype, shape=shape)
+                if dtype.itemsize < 1
+                else ir.tensor(weight.array())
             ),
             dtype=dtype,
             shape=ir.Shape(shape),

@@ -3,10 +3,10 @@
     int4   a block of `block_size` weights along K shares a scale        codes [K, N], scales [K / block, N]
     int8   the weights of an output channel share one                    codes [K, N], scales [N]
 
-There is no zero point, and scales are positive. The plain scale of 4 bits is the smallest with which the largest and the
-smallest weight of a block both have a code: max(w_max / 7, -w_min / 8). Smaller and larger ones are tried, too, and the
-one with the least squared error is taken. All are rounded to the type that they are stored in before codes are chosen.
-The token embedding stays floating: TensorRT dequantizes integers in front of products and convolutions only.
+There is no zero point, and scales are positive. The plain scale of 4 bits is the smallest with which the largest and
+the smallest weight of a block both have a code: max(w_max / 7, -w_min / 8). Smaller and larger ones are tried, too, and
+the one with the least squared error is taken. All are rounded to the type that they are stored in before codes are
+chosen. The token embedding stays floating: TensorRT dequantizes integers in front of products and convolutions only.
 Operator: https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
 """
 
