@@ -14,7 +14,7 @@ from fmedge_converters import rtx
 from fmedge_converters.build import BuildOptions, BuiltDecoder, build_decoder
 from fmedge_converters.checkpoint import Files
 from fmedge_converters.device_plan import ROWS, Needs, plan_device
-from fmedge_converters.evidence import text_facts
+from fmedge_converters.evidence import graph_evidence, text_facts
 from fmedge_converters.export import export
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.graph import DecoderGraph
@@ -22,6 +22,7 @@ from fmedge_converters.parts.part import Call, Input
 from fmedge_converters.passes.gelu import decompose_gelu
 from fmedge_converters.passes.linear import insert_linear, linears
 from fmedge_converters.profiles import decoder_profiles, part_profiles
+from fmedge_converters.reduced import write_random_model
 from fmedge_converters.rounding import Rounding
 from fmedge_converters.schemes.dequantize_linear import quantize_symmetric, spell_linear
 from fmedge_converters.targets import TARGETS, find_scheme, find_target
@@ -35,6 +36,7 @@ from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import greedy, make_model
+from tiny import tiny_config
 
 PROMPTS = ([3, 7, 11, 19, 23, 4, 8], [5], [9, 2, 40, 41, 42])
 STEPS = (12, 12, 5)
@@ -230,6 +232,33 @@ def test_windows_and_softcaps_in_a_ragged_batch_give_the_tokens_of_pytorch(targe
     assert {cache.window for cache in caches} == {6, None}
     assert all(cache.capacity == 128 and not cache.rolling for cache in caches)
     assert all(cache.in_place == (target == "tensorrt") for cache in caches)
+
+
+ARCHITECTURES = ("qwen3", "gemma3_text", "phi", "gpt2", "mixtral", "gpt_oss", "bloom", "deepseek_v3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-compat"])
+def test_architectures_give_the_tokens_of_pytorch_and_build(model_type, target, tmp_path):
+    config = tiny_config(model_type)
+    evidence = graph_evidence(config, TARGETS[target], lambda *_: None)
+    assert evidence.passed, evidence.figures
+    if not rtx.is_available():
+        return
+    write_random_model(config, tmp_path / "model", seed=0)
+    row = TARGETS[target]
+    options = BuildOptions(row, row.schemes["none"], None, 100)
+    built = build_decoder(config, Files(tmp_path / "model"), tmp_path, options, lambda *_: None)
+    found = rtx.build(built.written.graph, decoder_profiles(4, 100))
+    assert found.problems == () and found.engine is not None
+
+
+@pytest.mark.medium
+def test_recurrent_layers_are_refused_by_the_name_of_their_operator(tmp_path):
+    folder = make_model(tmp_path / "model", "lfm2", layer_types=["conv", "full_attention"])
+    with pytest.raises(ExportError, match="target tensorrt has no com.microsoft::CausalConvWithState"):
+        build(folder, tmp_path / "out", "tensorrt", torch.float32)
 
 
 @pytest.fixture(scope="session")

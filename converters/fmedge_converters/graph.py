@@ -43,12 +43,13 @@ class DecoderGraph:
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         dtype, shape = (ir.DataType.from_numpy(weight.dtype), weight.shape) if stored is None else stored
+
+        def read() -> ir.TensorProtocol:
+            array = weight.array()
+            return ir.PackedTensor(array.reshape(-1), dtype, shape=shape) if dtype.itemsize < 1 else ir.tensor(array)
+
         tensor = ir.LazyTensor(
-            lambda: (
-                ir.PackedTensor(weight.array().reshape(-1), dtype, shape=shape)
-                if dtype.itemsize < 1
-                else ir.tensor(weight.array())
-            ),
+            read,
             dtype=dtype,
             shape=ir.Shape(shape),
             name=name,
