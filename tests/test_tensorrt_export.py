@@ -257,7 +257,7 @@ def test_architectures_give_the_tokens_of_pytorch_and_build(model_type, target, 
 @pytest.mark.medium
 def test_recurrent_layers_are_refused_by_the_name_of_their_operator(tmp_path):
     folder = make_model(tmp_path / "model", "lfm2", layer_types=["conv", "full_attention"])
-    with pytest.raises(ExportError, match="target tensorrt has no com.microsoft::CausalConvWithState"):
+    with pytest.raises(ExportError, match=r"target tensorrt has no com\.microsoft::CausalConvWithState"):
         build(folder, tmp_path / "out", "tensorrt", torch.float32)
 
 
