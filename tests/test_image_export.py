@@ -73,10 +73,10 @@ def traced_once(traces: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None
     """Exports of the same part share a trace, which is most of the work for a tiny one."""
     trace = part_build.trace_module
 
-    def trace_once(module: Any, call: Any, dtype: Any, where: str) -> Any:
-        key = (where.rsplit("/", 2)[-2:], type(module).__name__, str(call.inputs), str(dtype))
+    def trace_once(module: Any, call: Any, dtype: Any, where: str, operators: Any) -> Any:
+        key = (where.rsplit("/", 2)[-2:], type(module).__name__, str(call.inputs), str(dtype), operators.opset)
         if str(key) not in traces:
-            traces[str(key)] = trace(module, call, dtype, where)
+            traces[str(key)] = trace(module, call, dtype, where, operators)
         traced = traces[str(key)]
         return replace(traced, model=traced.model.clone())
 

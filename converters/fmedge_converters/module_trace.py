@@ -1,6 +1,6 @@
 """Trace a module of diffusers or transformers into ONNX, without its weights.
 
-    traced = trace_module(module, call, torch.float32)
+    traced = trace_module(module, call, torch.float32, "unet", ORT_OPERATORS)
     traced.model        # the ONNX graph; its weights are named, but have no values
 
 The module lies on the meta device; it is called as its pipeline calls it (parts/), on fake tensors, by
@@ -24,7 +24,7 @@ from fmedge_converters.complex_numbers import ComplexAsPairs
 from fmedge_converters.decoder import quiet_libraries
 from fmedge_converters.exported_program import traced_once
 from fmedge_converters.fakes import fake_parameters, is_fake, name_axes, reason
-from fmedge_converters.fused_operators import ORT_OPERATORS, FusedOperators, PartOperators
+from fmedge_converters.fused_operators import FusedOperators, PartOperators
 from fmedge_converters.parts.part import Call, Input
 from fmedge_converters.translations import TRANSLATIONS
 
@@ -92,11 +92,11 @@ def _example(item: Input, sizes: Mapping[str, int]) -> torch.Tensor:
 
 
 def trace_module(
-    module: torch.nn.Module, call: Call, dtype: torch.dtype, where: str, operators: PartOperators = ORT_OPERATORS
+    module: torch.nn.Module, call: Call, dtype: torch.dtype, where: str, operators: PartOperators
 ) -> TracedModule:
     """Trace one call of a module whose parameters are on the meta device.
 
-    `dtype` is that of what is computed; parameters that the module's class wants in fp32 stay so. Buffers become
+    `operators` spell attention and group norms. `dtype` is that of what is computed; parameters that the module's class wants in fp32 stay so. Buffers become
     constants of the graph. Raises SourceError, which names the part (`where`), when it cannot be traced.
     """
     kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
