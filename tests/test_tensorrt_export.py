@@ -38,6 +38,8 @@ from hypothesis import strategies as st
 from models import greedy, make_model
 from tiny import tiny_config
 
+from fmedge.commands.inspect import show
+
 PROMPTS = ([3, 7, 11, 19, 23, 4, 8], [5], [9, 2, 40, 41, 42])
 STEPS = (12, 12, 5)
 needs_rtx = pytest.mark.skipif(not rtx.is_available(), reason="TensorRT-RTX has wheels for Linux on x86-64 only")
@@ -269,7 +271,7 @@ def engine_bundle(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Bund
 
 
 @pytest.mark.medium
-def test_a_bundle_for_a_device_says_so_and_runs_on_the_cpu(engine_bundle: Bundle, llama: Path):
+def test_a_bundle_for_a_device_says_so_and_runs_on_the_cpu(engine_bundle: Bundle, capsys: pytest.CaptureFixture[str]):
     import fmedge
 
     manifest = open_bundle(engine_bundle.folder).manifest
@@ -284,6 +286,10 @@ def test_a_bundle_for_a_device_says_so_and_runs_on_the_cpu(engine_bundle: Bundle
     graph = onnx.load(engine_bundle.file(decoder.file), load_external_data=False).graph
     assert all(node.domain == "" for node in graph.node)
     assert {"TensorScatter", "Attention", "DequantizeLinear"} <= {node.op_type for node in graph.node}
+    show(engine_bundle, as_json=False)
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["target"] == "tensorrt for orin-nano-8gb-jp7.2, quantization int4, blocks of 128"
+    assert lines["device"].startswith("Jetson Orin Nano 8GB, JetPack 7.2: weights 0.00 GB, cache 0.00 GB for 8 rows")
     with fmedge.load(engine_bundle.folder, device="cpu", max_batch=2) as model:
         made = model.generate([list(golden.prompt) for golden in manifest.golden], fmedge.Sampling(max_new_tokens=8))
     wanted = [[step.token for step in golden.steps[:8]] for golden in manifest.golden]

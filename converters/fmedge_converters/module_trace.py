@@ -97,8 +97,8 @@ def trace_module(
     """Trace one call of a module whose parameters are on the meta device.
 
     `dtype` is that of what is computed; parameters that the module's class wants in fp32 stay so. `operators` spell
-    attention and group norms. Buffers become constants of the graph. Raises SourceError, which names the part (`where`),
-    when it cannot be traced.
+    attention and group norms. Buffers become constants of the graph. Raises SourceError, which names the part
+    (`where`), when it cannot be traced.
     """
     kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
 
