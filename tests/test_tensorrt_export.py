@@ -13,6 +13,7 @@ import torch
 from fmedge_converters import rtx
 from fmedge_converters.build import BuildOptions, BuiltDecoder, build_decoder
 from fmedge_converters.checkpoint import Files
+from fmedge_converters.decoder import quiet_libraries
 from fmedge_converters.device_plan import ROWS, Needs, plan_device
 from fmedge_converters.evidence import graph_evidence, text_facts
 from fmedge_converters.export import export
@@ -37,6 +38,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import greedy, make_model
 from tiny import tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fmedge.commands.inspect import show
 
@@ -206,8 +208,6 @@ def test_profiles_cover_every_dynamic_axis_within_what_a_part_takes():
 
 
 def build(folder: Path, output: Path, target: str, dtype: torch.dtype, scheme: str = "none") -> BuiltDecoder:
-    from transformers import AutoConfig
-
     output.mkdir()
     row = replace(TARGETS[target], dtype=dtype)
     options = BuildOptions(row, row.schemes[scheme], None, 100)
@@ -230,6 +230,15 @@ def test_windows_and_softcaps_in_a_ragged_batch_give_the_tokens_of_pytorch(targe
     folder = make_model(tmp_path / "model", "gemma2", sliding_window=6)
     built = build(folder, tmp_path / "out", target, torch.float32)
     assert continued(built) == [greedy(folder, prompt, steps) for prompt, steps in zip(PROMPTS, STEPS, strict=True)]
+    session = OnnxRuntimeSession(built.written.graph, "cpu", None)
+    decoder = Decoder(session, text_facts(built, 100))
+    text = np.random.default_rng(0).integers(1, built.vocabulary, 40).tolist()
+    with quiet_libraries(), torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        wanted = model(torch.tensor([text])).logits[0].numpy()  # [S, V]
+    # Tokens of a random model hardly depend on one position more or less; logits do.
+    assert np.abs(decoder.score(decoder.new_cache(), text) - wanted).max() < 2e-4 * np.abs(wanted).max()
+    session.close()
     caches = built.caches
     assert {cache.window for cache in caches} == {6, None}
     assert all(cache.capacity == 128 and not cache.rolling for cache in caches)
