@@ -68,7 +68,7 @@ def quantize_symmetric(
 
 def _stored(scales: torch.Tensor, dtype: np.dtype[np.generic]) -> torch.Tensor:
     """Scales as a type holds them, none of them zero."""
-    smallest = np.finfo(dtype).smallest_subnormal.astype(np.float32)
+    smallest = np.float32(np.finfo(dtype.name).smallest_subnormal)
     rounded = np.maximum(scales.numpy(), smallest).astype(dtype)
     return torch.from_numpy(rounded.astype(np.float32))
 
@@ -147,8 +147,8 @@ def spell_linear(graph: DecoderGraph, linear: Linear, *, is_head: bool, block_si
     else:
         scales = graph.add_weight(f"{name}.scales", matrix.scales())
         attributes = {"axis": 0, "block_size": block}
-    like = [(linear.output.dtype, (size, outputs))]
-    (wide,) = graph.insert(linear.node, "DequantizeLinear", (codes, scales), like, attributes)
+    matrix_like = [(linear.output.dtype, (size, outputs))]
+    (wide,) = graph.insert(linear.node, "DequantizeLinear", (codes, scales), matrix_like, attributes)
     like = [(linear.output.dtype, linear.output.shape)]
     (product,) = graph.insert(linear.node, "MatMul", (linear.x, wide), like)
     if linear.bias is not None:
