@@ -22,6 +22,7 @@ from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.parts.part import Call, Input
 from fmedge_converters.passes.gelu import decompose_gelu
 from fmedge_converters.passes.linear import insert_linear, linears
+from fmedge_converters.plain_graph import require_plain
 from fmedge_converters.profiles import decoder_profiles, part_profiles
 from fmedge_converters.reduced import write_random_model
 from fmedge_converters.rounding import Rounding
@@ -265,11 +266,14 @@ def test_architectures_give_the_tokens_of_pytorch_and_build(model_type, target, 
     assert found.problems == () and found.engine is not None
 
 
-@pytest.mark.medium
-def test_recurrent_layers_are_refused_by_the_name_of_their_operator(tmp_path):
-    folder = make_model(tmp_path / "model", "lfm2", layer_types=["conv", "full_attention"])
+def test_operators_of_other_domains_are_refused_by_name():
+    """mamba and lfm2, for example, have CausalConvWithState."""
+    graph = linear_graph(np.ones((4, 32), np.float32), None)
+    spell_linear(graph, linears(graph)[0], is_head=False, block_size=32, bits=4)
+    require_plain(graph, "tensorrt")
+    graph.graph.append(ir.node("CausalConvWithState", list(graph.graph.inputs), domain="com.microsoft"))
     with pytest.raises(ExportError, match=r"target tensorrt has no com\.microsoft::CausalConvWithState"):
-        build(folder, tmp_path / "out", "tensorrt", torch.float32)
+        require_plain(graph, "tensorrt")
 
 
 @pytest.fixture(scope="session")
