@@ -38,6 +38,7 @@ TENSORRT_CLASSES = (
 """What building and running engines is made of; a class that a version lacks is absent from its inventory."""
 CUDA_FUNCTIONS = r"cu(Init|DriverGetVersion|Get|Device|Ctx|Mem|Stream|Graph)\w*"
 CUDA_CLASSES = ("CUdevice_attribute", "CUresult", "CUstreamCaptureMode", "CUstream_flags", "CUmemorytype")
+CUDA_CONSTANTS = ("CU_MEMHOSTALLOC_PORTABLE", "CU_MEMHOSTALLOC_DEVICEMAP", "CU_MEMHOSTALLOC_WRITECOMBINED")
 CUDA_STRUCTS = ("CUDA_MEMCPY2D",)
 
 WHEELS = {
@@ -86,7 +87,7 @@ def main() -> None:
 def _pretty(inventory: dict[str, Any]) -> str:
     """JSON with a line for each class and function, so that two versions can be compared by eye."""
     groups = []
-    for group in ("functions", "classes"):
+    for group in ("constants", "functions", "classes"):
         lines = [f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(inventory[group].items())]
         groups.append(f' "{group}": {{\n' + ",\n".join(lines) + ("\n }" if lines else " }"))
     return "{\n" + ",\n".join([f' "version": {json.dumps(inventory["version"])}', *groups]) + "\n}\n"
@@ -120,13 +121,15 @@ def _tensorrt(module: ModuleType) -> dict[str, Any]:
         kind = getattr(module, name, None)
         if kind is not None:
             found[name] = _class(kind)
-    return {"functions": {}, "classes": found}
+        if hasattr(kind, "Severity"):
+            found[f"{name}.Severity"] = _class(kind.Severity)
+    return {"constants": {}, "functions": {}, "classes": found}
 
 
 def _class(kind: type) -> dict[str, Any]:
     if hasattr(kind, "__members__"):
         # Some enumerations carry functions, which are nobody's members.
-        return {"values": sorted(kind.__members__)}
+        return {"values": {name: int(value) for name, value in sorted(kind.__members__.items())}}
     methods: dict[str, list[list[str]]] = {}
     properties, writable = [], []
     for name in dir(kind):
@@ -137,7 +140,7 @@ def _class(kind: type) -> dict[str, Any]:
             properties.append(name)
             if member.fset is not None:
                 writable.append(name)
-        elif callable(member) or isinstance(member, staticmethod):
+        elif (callable(member) and not inspect.isclass(member)) or isinstance(member, staticmethod):
             methods[name] = _signatures(name, getattr(kind, name).__doc__ or "")
     return {"methods": methods, "properties": properties, "writable": writable}
 
@@ -177,13 +180,14 @@ def _cuda(module: ModuleType) -> dict[str, Any]:
             getattr(module, name)
         ):
             functions[name] = [[*inspect.signature(getattr(module, name)).parameters]]
-    classes = {name: {"values": sorted(getattr(module, name).__members__)} for name in CUDA_CLASSES}
+    classes = {name: _class(getattr(module, name)) for name in CUDA_CLASSES}
     for name in CUDA_STRUCTS:
         members = [
             member for member in dir(getattr(module, name)) if not member.startswith("_") and member != "getPtr"
         ]
         classes[name] = {"methods": {"__init__": [["self"]]}, "properties": members, "writable": members}
-    return {"functions": functions, "classes": classes}
+    constants = {name: int(getattr(module, name)) for name in CUDA_CONSTANTS}
+    return {"constants": constants, "functions": functions, "classes": classes}
 
 
 if __name__ == "__main__":

@@ -9,12 +9,21 @@ from types import MappingProxyType
 from fmedge_runtimes.errors import BackendError, RequestError
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from fmedge_runtimes.session import Session
+from fmedge_runtimes.tensorrt_session import TensorRTSession
 
 Open = Callable[[Path, str, int | None], Session]
 """Opens a graph on a device with a number of threads (None: as the backend likes)."""
 
-BACKENDS: Mapping[str, Open] = MappingProxyType({"cpu": OnnxRuntimeSession, "cuda": OnnxRuntimeSession})
-"""By device."""
+BACKENDS: Mapping[str, Open] = MappingProxyType(
+    {
+        "cpu": OnnxRuntimeSession,
+        "cuda": OnnxRuntimeSession,
+        "tensorrt": TensorRTSession,
+        "tensorrt-compat": TensorRTSession,
+        "rtx": TensorRTSession,
+    }
+)
+"""By device. Both of TensorRT's run its engines: tensorrt-compat is how a bundle calls what older versions parse."""
 
 
 def open_session(graph: Path, device: str, threads: int | None) -> Session:
