@@ -194,15 +194,13 @@ def hashes_of(graph: Path) -> tuple[str, str]:
 
 @contextmanager
 def stored_aside(path: Path) -> Iterator[Path]:
-    """A hidden file beside `path`, for an engine that takes its place at the end, or disappears."""
+    """A hidden file beside `path` that takes its place at the end, or disappears; a killed process's is overwritten."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = path.with_name(f".{path.name}.partial")
     try:
         yield aside
         with aside.open("rb") as file:
             os.fsync(file.fileno())
-        # An old record must not stand beside a new engine.
-        record_path(path).unlink(missing_ok=True)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -210,9 +208,8 @@ def stored_aside(path: Path) -> Iterator[Path]:
 
 def write_record(path: Path, facts: EngineFacts) -> None:
     """Write what is known of an engine, whole or not at all."""
-    aside = record_path(path).with_name(f".{path.name}.{os.getpid()}.json")
-    aside.write_text(facts.model_dump_json(indent=1) + "\n", "utf-8")
-    aside.replace(record_path(path))
+    with stored_aside(record_path(path)) as aside:
+        aside.write_text(facts.model_dump_json(indent=1) + "\n", "utf-8")
 
 
 def note_ran(graph: Path, library: str, what: str) -> None:
