@@ -64,7 +64,7 @@ class FakeCuda:
 
     def module(self, inventory: str = "cuda-12.9.4") -> StrictModule:
         """The module `cuda.bindings.driver`."""
-        plays = {name: getattr(self, name) for name in dir(self) if name.startswith("cu")}
+        plays = {name: getattr(self, name) for name in dir(self) if name[:2] == "cu" and name[2].isupper()}
         made = StrictModule(read_inventory(inventory), {**plays, "CUDA_MEMCPY2D": Block})
         self._module = made
         return made
