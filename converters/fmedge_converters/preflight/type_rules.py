@@ -1,0 +1,99 @@
+"""Rules about types: strongly typed networks convert nothing by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from fmedge_converters.preflight.graph import Graph, dtype_of, input_of
+from fmedge_converters.preflight.rule import Rule
+from fmedge_converters.preflight.versions import Asked, Number
+
+SAME = (
+    *("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max", "Mean", "Sum", "MatMul", "Gemm", "Concat", "Conv"),
+    *("ConvTranspose", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "PRelu", "LayerNormalization"),
+)
+"""Operators whose inputs must be of one type."""
+CHOICES = ("Where",)
+"""Of which only the later inputs must."""
+NEVER = frozenset({ir.DataType.STRING, ir.DataType.COMPLEX64, ir.DataType.COMPLEX128, ir.DataType.UNDEFINED})
+NARROW = frozenset(
+    {ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64, ir.DataType.INT16, ir.DataType.UINT4}
+    | {kind for kind in (getattr(ir.DataType, "INT2", None), getattr(ir.DataType, "UINT2", None)) if kind is not None}
+)
+HARDWARE: tuple[tuple[ir.DataType, Number, str], ...] = (
+    (ir.DataType.BFLOAT16, (8, 0), "Ampere"),
+    (ir.DataType.FLOAT8E4M3FN, (8, 9), "Ada"),
+    (ir.DataType.FLOAT4E2M1, (10, 0), "Blackwell"),
+)
+"""Types that need tensor cores of a generation: type, compute capability, its name."""
+
+
+def mixed(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    """Inputs of several types."""
+    del graph, asked
+    inputs = node.inputs[1:] if node.op_type in CHOICES else node.inputs
+    kinds = {kind.name for kind in map(dtype_of, inputs) if kind is not None}
+    if len(kinds) > 1:
+        yield f"its inputs are {' and '.join(sorted(kinds))}, and must have one type"
+
+
+def unsupported(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    """Types that TensorRT does not have."""
+    del graph, asked
+    kinds = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None and value.dtype is not None}
+    for kind in sorted(kinds & (NEVER | NARROW), key=lambda kind: kind.name):
+        yield f"there is no type {kind.name}"
+
+
+def bytes_inside(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    """Bytes are for inputs and outputs of the network, and for casts of them."""
+    del graph, asked
+    if node.op_type not in ("Cast", "CastLike", "QuantizeLinear", "DequantizeLinear", "Identity", "Constant"):
+        kinds = [value for value in node.inputs if dtype_of(value) is ir.DataType.UINT8]
+        if kinds:
+            yield "UINT8 is for inputs and outputs of the graph only"
+
+
+def doubles(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    """Doubles become floats."""
+    del graph, asked
+    if any(dtype_of(value) is ir.DataType.DOUBLE for value in (*node.inputs, *node.outputs)):
+        yield "doubles are computed in fp32"
+
+
+def hardware(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    """Types that the tensor cores of the device do not have."""
+    del graph
+    if asked.capability is None:
+        return
+    kinds = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None}
+    for kind, least, generation in HARDWARE:
+        if kind in kinds and asked.capability < least:
+            have = ".".join(map(str, asked.capability))
+            yield f"{kind.name} needs {generation} (compute capability {least[0]}.{least[1]}), and {asked.name} has {have}"
+
+
+def old_types(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    """Types that came later."""
+    del graph
+    kinds = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None}
+    for kind, since in ((ir.DataType.FLOAT4E2M1, (10, 8)), (getattr(ir.DataType, "FLOAT8E8M0", None), (10, 12))):
+        if kind in kinds and kind is not None and asked.version.number < since:
+            yield f"{kind.name} came with TensorRT {since[0]}.{since[1]}"
+
+
+TYPE_RULES = (
+    Rule("one-type", (*SAME, *CHOICES), mixed, "Cast one of them", "ran in TensorRT-RTX 1.7.1"),
+    Rule("types", (), unsupported, "Cast to a type that there is", "documentation"),
+    Rule("uint8", (), bytes_inside, "Cast the input first", "documentation"),
+    Rule("double", (), doubles, "Export in fp32 or fp16", "documentation", "note"),
+    Rule("new-types", (), old_types, "Quantize to int8 or int4", "changelog"),
+    Rule("hardware-types", (), hardware, "Export in fp16, int8 or int4", "documentation"),
+)
+
+
+def first_float(node: ir.Node) -> ir.DataType | None:
+    """The type that a node computes in, by its first input."""
+    return dtype_of(input_of(node, 0))
