@@ -36,6 +36,7 @@ TENSORRT_CLASSES = (
     *("ComputeCapability", "Dims"),
 )
 """What building and running engines is made of; a class that a version lacks is absent from its inventory."""
+TENSORRT_FUNCTIONS = ("init_libnvinfer_plugins",)
 CUDA_FUNCTIONS = r"cu(Init|DriverGetVersion|Get|Device|Ctx|Mem|Stream|Graph)\w*"
 CUDA_CLASSES = ("CUdevice_attribute", "CUresult", "CUstreamCaptureMode", "CUstream_flags", "CUmemorytype")
 CUDA_CONSTANTS = ("CU_MEMHOSTALLOC_PORTABLE", "CU_MEMHOSTALLOC_DEVICEMAP", "CU_MEMHOSTALLOC_WRITECOMBINED")
@@ -123,7 +124,10 @@ def _tensorrt(module: ModuleType) -> dict[str, Any]:
             found[name] = _class(kind)
         if hasattr(kind, "Severity"):
             found[f"{name}.Severity"] = _class(kind.Severity)
-    return {"constants": {}, "functions": {}, "classes": found}
+    functions = {
+        name: _signatures(name, getattr(module, name).__doc__ or "") for name in TENSORRT_FUNCTIONS if hasattr(module, name)
+    }
+    return {"constants": {}, "functions": functions, "classes": found}
 
 
 def _class(kind: type) -> dict[str, Any]:

@@ -274,9 +274,15 @@ class FakeTensorRT:
                 assert int(stream_handle) == 4242
                 return self._state.execute()
 
+        def init_libnvinfer_plugins(logger, namespace):
+            assert namespace == ""
+            return True
+
         plays = {name: value for name, value in locals().items() if isinstance(value, type) and name != "Base"}
-        known = read_inventory(self.inventory)["classes"]
-        module = StrictModule(read_inventory(self.inventory), {name: plays[name] for name in plays if name in known})
+        inventory = read_inventory(self.inventory)
+        known = inventory["classes"]
+        functions = {"init_libnvinfer_plugins": init_libnvinfer_plugins} if inventory["functions"] else {}
+        module = StrictModule(inventory, {name: plays[name] for name in plays if name in known} | functions)
         made |= {name: getattr(module, name) for name in plays if name in known}
         made |= {
             "flag": module.NetworkDefinitionCreationFlag,

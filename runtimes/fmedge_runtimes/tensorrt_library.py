@@ -73,3 +73,9 @@ def collecting_logger(trt: Any) -> Any:  # noqa: ANN401 - the bindings have no t
                 kept.append(" ".join(msg.split()))
 
     return Collector()
+
+
+def register_plugins(trt: Any, logger: Any) -> None:  # noqa: ANN401 - the bindings have no types
+    """Make TensorRT's own plugins known: some operators of ONNX are such, in the parser and in engines."""
+    if hasattr(trt, "init_libnvinfer_plugins"):
+        trt.init_libnvinfer_plugins(logger, "")

@@ -27,7 +27,7 @@ from fmedge_runtimes.engine_file import Engine, Machine, check_engine, read_engi
 from fmedge_runtimes.errors import BackendError, RequestError
 from fmedge_runtimes.session import Array, Buffer, TensorSpec
 from fmedge_runtimes.tensorrt_graphs import Graphs
-from fmedge_runtimes.tensorrt_library import LIBRARIES, collecting_logger, import_bindings
+from fmedge_runtimes.tensorrt_library import LIBRARIES, collecting_logger, import_bindings, register_plugins
 from fmedge_runtimes.tensorrt_step import Staging, Step, find_profile, largest_of, read_profiles
 
 DTYPES = {
@@ -84,6 +84,7 @@ class TensorRTSession:
         check_engine(engine, graph, machine_of(self._cuda, self._trt, library.name))
         self._rebuild = engine.rebuild
         self._logger = collecting_logger(self._trt)
+        register_plugins(self._trt, self._logger)
         self._engine: Any = self._deserialize(engine)
         self._lock = threading.RLock()
         self._closed = False

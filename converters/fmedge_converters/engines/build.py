@@ -31,7 +31,7 @@ from fmedge_runtimes.engine_file import (
     write_record,
 )
 from fmedge_runtimes.errors import BackendError
-from fmedge_runtimes.tensorrt_library import collecting_logger
+from fmedge_runtimes.tensorrt_library import collecting_logger, register_plugins
 from fmedge_runtimes.tensorrt_session import working_memory
 
 from fmedge_converters.engines.failure import explain
@@ -72,6 +72,7 @@ class Builder:
         started = time.perf_counter()
         self.cuda.activate()
         logger = collecting_logger(self.trt)
+        register_plugins(self.trt, logger)
         builder = self.trt.Builder(logger)
         network, parser = self._parse(builder, graph, logger)
         config = self._config(builder, facts)

@@ -11,6 +11,7 @@ from fmedge_converters.preflight.rule import Evidence, Rule
 from fmedge_converters.preflight.versions import Asked
 
 LARGEST_HEAD = 256
+LEAST_HEAD = 16
 RAN: Evidence = "ran in TensorRT-RTX 1.7.1"
 
 
@@ -70,6 +71,10 @@ def _kernel(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
     sizes = [_head(node, query, "q_num_heads"), _head(node, value, "kv_num_heads")]
     if sizes[0] is not None and sizes[0] > LARGEST_HEAD:
         yield f"heads of {sizes[0]} are larger than {LARGEST_HEAD}, and have no kernel"
+    elif sizes[0] is not None and (sizes[0] % 8 or sizes[0] < LEAST_HEAD):
+        yield f"heads of {sizes[0]} have no kernel: multiples of 8 from {LEAST_HEAD} on have"
+    elif None not in sizes and sizes[0] != sizes[1]:
+        yield f"keys of {sizes[0]} and values of {sizes[1]} have no kernel together"
 
 
 def _head(node: ir.Node, value: ir.Value | None, heads: str) -> int | None:

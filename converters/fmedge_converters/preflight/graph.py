@@ -78,7 +78,12 @@ def constant_of(value: ir.Value | None) -> np.ndarray | None:
     if value is None:
         return None
     tensor = ir.convenience.get_const_tensor(value)
-    return tensor.numpy() if tensor is not None and tensor.size <= SMALL else None
+    if tensor is None or tensor.size > SMALL:
+        return None
+    try:
+        return tensor.numpy()
+    except (OSError, ValueError):  # the file of the weights is missing or cut off, which is found apart
+        return None
 
 
 def input_of(node: ir.Node, number: int) -> ir.Value | None:

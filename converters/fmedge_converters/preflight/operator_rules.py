@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
 from fmedge_converters.preflight.graph import Graph, constant_of, input_of, is_constant, text, whole
-from fmedge_converters.preflight.operators import CONTRIB, FIRST, INSTEAD, RTX_KNOWS, RTX_LACKS
+from fmedge_converters.preflight.operators import CONTRIB, FIRST, INSTEAD, RTX_CONTRIB, RTX_KNOWS, RTX_LACKS
 from fmedge_converters.preflight.rule import Rule
 from fmedge_converters.preflight.versions import Asked
 
@@ -31,8 +31,9 @@ def unknown(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
 
 def foreign(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
     """An operator of another domain, which only a plugin could compute."""
-    del asked
     if node.domain in ONNX or (node.domain, node.op_type) in graph.functions:
+        return
+    if asked.version.rtx and node.op_type in RTX_CONTRIB:
         return
     words = CONTRIB.get(node.op_type) or "it needs a plugin of that name; fmedge ships none"
     yield f"{node.domain}::{node.op_type} is no operator of ONNX: {words}"
@@ -118,7 +119,7 @@ def _extra_outputs(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
         yield "only its first output is computed"
 
 
-def _normalised_scan(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+def _resize(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
     del graph, asked
     if text(node, "mode", "nearest") not in ("nearest", "linear", "cubic"):
         yield f"there is no mode {text(node, 'mode', '')}"
@@ -127,6 +128,21 @@ def _normalised_scan(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]
 def _constant_rule(operators: tuple[str, ...], number: int, what: str, until: tuple[int, int]) -> Rule:
     made = _constant(number, what)
     return Rule(made.name, operators, made.look, made.advice, made.evidence, until=until)
+
+
+SIZES: Mapping[str, tuple[int, ...]] = {
+    **{"Reshape": (1,), "Expand": (1,), "Tile": (1,), "ConstantOfShape": (0,), "TopK": (1,), "OneHot": (1,)},
+    **{"Range": (0, 1, 2), "Slice": (1, 2, 3, 4), "Pad": (1, 3), "Resize": (2, 3), "Split": (1,)},
+}
+"""Inputs that say how large something is."""
+
+
+def _sizes(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    del asked
+    for number in SIZES[node.op_type]:
+        value = input_of(node, number)
+        if value is not None and value in graph.model.graph.inputs and not value.is_initializer():
+            yield f"its sizes are the input {value.name} of the graph, for which engines would need profiles of values"
 
 
 OPERATOR_RULES = (
@@ -150,7 +166,8 @@ OPERATOR_RULES = (
         rtx=True,
     ),
     Rule("loop-outputs", ("Loop",), _loop, "Give the number of turns as a constant, or unroll it", "documentation"),
-    Rule("resize-mode", ("Resize", "Upsample"), _normalised_scan, "Use nearest, linear or cubic", "documentation"),
+    Rule("size-input", tuple(SIZES), _sizes, "Take them from the shape of another input", "ran in TensorRT-RTX 1.7.1"),
+    Rule("resize-mode", ("Resize", "Upsample"), _resize, "Use nearest, linear or cubic", "documentation"),
     Rule("cumsum-type", ("CumSum",), _cum_sum, "Cast to fp32 before and back behind", "documentation", until=(10, 8)),
     Rule("power-type", ("Pow",), _integer_power, "Cast it to a float", "changelog", until=(10, 12)),
     Rule("group-norm", ("GroupNormalization",), _group_norm, "Export for tensorrt-compat", "changelog", until=(10, 9)),
@@ -164,7 +181,7 @@ OPERATOR_RULES = (
     ),
     Rule("norm-outputs", ("LayerNormalization",), _extra_outputs, "Compute the others by operators", "documentation"),
     _constant_rule(("CumSum",), 1, "the axis", (10, 8)),
-    _constant_rule(("Squeeze", "Unsqueeze"), 1, "axes", (10, 7)),
+    _constant_rule(("Squeeze", "Unsqueeze"), 1, "axes", (999, 0)),
     _constant_rule(("Pad",), 3, "axes", (10, 4)),
     _constant_rule(("ReduceMax", "ReduceMin", "ReduceSum", "ReduceMean", "ReduceProd"), 1, "axes", (999, 0)),
 )

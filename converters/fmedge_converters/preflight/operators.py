@@ -40,9 +40,31 @@ FIRST: Mapping[str, tuple[int, int]] = MappingProxyType(
 )
 """The version that has an operator of ONNX's own domain first."""
 
-RTX_LACKS = frozenset({"DeformConv"})
-RTX_KNOWS = frozenset({"CausalConvWithState", "LinearAttention"})
+RTX_LACKS = frozenset({"DeformConv", "NonMaxSuppression", "NonZero", "RoiAlign"})
+"""Operators that TensorRT computes by plugins or by itself, and TensorRT-RTX 1.7.1 does not build without a GPU."""
+RTX_KNOWS = frozenset({"CausalConvWithState", "LinearAttention", "SimplifiedLayerNormalization"})
 """Operators that TensorRT-RTX 1.7.1 knows beside those of TensorRT."""
+RTX_CONTRIB = frozenset({"SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "MultiHeadAttention"})
+"""The same of ONNX Runtime's own domain."""
+
+FLOATS = frozenset(
+    "Acos Acosh Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu Conv ConvTranspose Cos Cosh Dropout Einsum "
+    "Elu Erf Exp Floor Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization GRU HardSigmoid Hardmax "
+    "InstanceNormalization IsInf LayerNormalization LeakyRelu Log LogSoftmax LRN LSTM LpNormalization LpPool MatMul "
+    "MaxPool MeanVarianceNormalization PRelu Reciprocal Resize RMSNormalization RNN Round Selu Sigmoid Sin Sinh Softmax "
+    "Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Upsample".split()
+)
+"""Operators that take floats only."""
+HALVES = frozenset("DeformConv GridSample HardSwish Mish NonMaxSuppression RoiAlign".split())
+"""Operators that take fp32 and fp16 only."""
+NUMBERS = frozenset(
+    "Abs Add ArgMax ArgMin Clip CumSum DepthToSpace Div Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Neg "
+    "Pow Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum "
+    "ReduceSumSquare Relu Shrink Sign SpaceToDepth Sub Sum TopK".split()
+)
+"""Operators that take no booleans."""
+BOOLEANS = frozenset("And Not Or Xor".split())
+"""Operators that take nothing else."""
 
 INSTEAD: Mapping[str, str] = MappingProxyType(
     {

@@ -29,8 +29,19 @@ def _codes(node: ir.Node) -> ir.Value | None:
 def _type(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
     del graph, asked
     kind = dtype_of(_codes(node))
-    if kind is not None and kind not in CODES:
+    if kind is not None and kind not in CODES and not _is_byte_activation(node):
         yield f"codes are INT8, INT4, FLOAT8E4M3FN or FLOAT4E2M1, and these are {kind.name}"
+
+
+def _is_byte_activation(node: ir.Node) -> bool:
+    """Whether a node makes or takes unsigned bytes that are computed."""
+    return dtype_of(_codes(node)) is ir.DataType.UINT8 and not is_constant(_codes(node))
+
+
+def _byte(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    del graph, asked
+    if _is_byte_activation(node):
+        yield "codes of UINT8 are not among the documented types: it may be refused, or taken for INT8"
 
 
 def _zero(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
@@ -76,6 +87,7 @@ def _int4_weights(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
 
 QUANTIZATION_RULES = (
     Rule("quantized-type", BOTH, _type, "Quantize symmetrically to one of these", RAN),
+    Rule("uint8-codes", BOTH, _byte, "Quantize symmetrically to INT8", "documentation", "wrong"),
     Rule("zero-point", BOTH, _zero, "Quantize symmetrically: export for tensorrt", RAN),
     Rule("scale", BOTH, _scale, "Quantize it again", "parser source"),
     Rule("blocks", BOTH, _blocks, "Export with --block-size 128", RAN, "note"),

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from fmedge_converters.preflight.graph import Graph, dtype_of, input_of
+from fmedge_converters.preflight.operators import BOOLEANS, FLOATS, HALVES, NUMBERS
 from fmedge_converters.preflight.rule import Rule
 from fmedge_converters.preflight.versions import Asked, Number
 
 SAME = (
     *("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max", "Mean", "Sum", "MatMul", "Gemm", "Concat", "Conv"),
     *("ConvTranspose", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "PRelu", "LayerNormalization"),
+    *("GroupNormalization", "InstanceNormalization"),
 )
 """Operators whose inputs must be of one type."""
 CHOICES = ("Where",)
@@ -22,6 +24,7 @@ NARROW = frozenset(
     {ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64, ir.DataType.INT16, ir.DataType.UINT4}
     | {kind for kind in (getattr(ir.DataType, "INT2", None), getattr(ir.DataType, "UINT2", None)) if kind is not None}
 )
+QUANTIZED = frozenset({ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2, ir.DataType.FLOAT4E2M1})
 HARDWARE: tuple[tuple[ir.DataType, Number, str], ...] = (
     (ir.DataType.BFLOAT16, (8, 0), "Ampere"),
     (ir.DataType.FLOAT8E4M3FN, (8, 9), "Ada"),
@@ -40,20 +43,64 @@ def mixed(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
 
 
 def unsupported(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
-    """Types that TensorRT does not have."""
+    """Types that TensorRT does not have; those of codes have a rule of their own."""
     del graph, asked
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        return
     kinds = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None and value.dtype is not None}
     for kind in sorted(kinds & (NEVER | NARROW), key=lambda kind: kind.name):
         yield f"there is no type {kind.name}"
 
 
+def operands(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    """Types that an operator does not compute with."""
+    del graph, asked
+    kind = dtype_of(input_of(node, 0))
+    if kind is None or kind is ir.DataType.DOUBLE:
+        return
+    if node.op_type in FLOATS:
+        fits, wanted = kind.is_floating_point(), "floats"
+    elif node.op_type in HALVES:
+        fits, wanted = kind in (ir.DataType.FLOAT, ir.DataType.FLOAT16), "fp32 and fp16"
+    elif node.op_type in BOOLEANS:
+        fits, wanted = kind is ir.DataType.BOOL, "booleans"
+    elif node.op_type in NUMBERS:
+        fits, wanted = kind is not ir.DataType.BOOL, "numbers"
+    else:
+        return
+    if not fits:
+        yield f"it computes with {wanted}, and gets {kind.name}"
+
+
+def remainders(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    """Remainders of integers, which are of 32 or 64 bits."""
+    del graph, asked
+    kind = dtype_of(input_of(node, 0))
+    if kind is not None and kind.is_integer() and kind not in (ir.DataType.INT32, ir.DataType.INT64):
+        yield f"it computes with INT32 and INT64, and gets {kind.name}"
+
+
+def casts(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    """Casts to types that only quantization makes."""
+    del asked
+    made = node.outputs[0]
+    if made.dtype in QUANTIZED:
+        yield f"{made.dtype.name} comes of QuantizeLinear only"
+    elif made.dtype is ir.DataType.UINT8 and made not in graph.model.graph.outputs:
+        yield "UINT8 is for inputs and outputs of the graph only"
+
+
+def batch_norm(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    """Statistics of another type than the input."""
+    yield from mixed(node, graph, asked)
+
+
 def bytes_inside(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
     """Bytes are for inputs and outputs of the network, and for casts of them."""
     del graph, asked
-    if node.op_type not in ("Cast", "CastLike", "QuantizeLinear", "DequantizeLinear", "Identity", "Constant"):
-        kinds = [value for value in node.inputs if dtype_of(value) is ir.DataType.UINT8]
-        if kinds:
-            yield "UINT8 is for inputs and outputs of the graph only"
+    others = ("Cast", "CastLike", "QuantizeLinear", "DequantizeLinear", "Identity", "Constant")
+    if node.op_type not in others and any(dtype_of(value) is ir.DataType.UINT8 for value in node.inputs):
+        yield "UINT8 is for inputs and outputs of the graph only"
 
 
 def doubles(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
@@ -86,14 +133,13 @@ def old_types(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
 
 TYPE_RULES = (
     Rule("one-type", (*SAME, *CHOICES), mixed, "Cast one of them", "ran in TensorRT-RTX 1.7.1"),
-    Rule("types", (), unsupported, "Cast to a type that there is", "documentation"),
+    Rule("types", (), unsupported, "Cast to a type that there is", "ran in TensorRT-RTX 1.7.1"),
+    Rule("operands", (), operands, "Cast it before, and back behind", "ran in TensorRT-RTX 1.7.1"),
+    Rule("operands", ("Mod",), remainders, "Cast it before, and back behind", "ran in TensorRT-RTX 1.7.1"),
+    Rule("cast", ("Cast", "CastLike"), casts, "Leave it out", "ran in TensorRT-RTX 1.7.1"),
+    Rule("batch-norm", ("BatchNormalization",), batch_norm, "Cast one of them", "changelog", until=(10, 7)),
     Rule("uint8", (), bytes_inside, "Cast the input first", "documentation"),
     Rule("double", (), doubles, "Export in fp32 or fp16", "documentation", "note"),
     Rule("new-types", (), old_types, "Quantize to int8 or int4", "changelog"),
     Rule("hardware-types", (), hardware, "Export in fp16, int8 or int4", "documentation"),
 )
-
-
-def first_float(node: ir.Node) -> ir.DataType | None:
-    """The type that a node computes in, by its first input."""
-    return dtype_of(input_of(node, 0))
