@@ -65,7 +65,7 @@ def command(
     until then is not timed again.
     """
     from fmedge_converters.engines.bundle_engines import EngineOptions, build_engines
-    from fmedge_converters.engines.profiles import Served
+    from fmedge_converters.engines.served import Served
 
     from fmedge.commands.console import progress_bar
 

@@ -17,7 +17,7 @@ from fmedge_runtimes.tensorrt_library import LIBRARIES, import_bindings
 from fmedge_runtimes.tensorrt_session import machine_of
 
 from fmedge_converters.engines.build import Builder, workspace_of
-from fmedge_converters.engines.profiles import Served, decoder_profiles, part_profiles
+from fmedge_converters.engines.served import Served, fit_decoder, fit_part
 
 Progress = Callable[[str, int, int], None]
 LEVELS = range(6)
@@ -108,11 +108,11 @@ def _profiles(bundle: Bundle | ImageBundle, options: EngineOptions) -> dict[str,
     if isinstance(bundle, ImageBundle):
         if served.rows is not None or served.tokens is not None:
             raise RequestError(f"--rows and --tokens are for bundles that write text; {bundle.folder} makes images.")
-        return {name: part_profiles(graphs[name], bundle.manifest.image, served) for name in names}
+        return {name: fit_part(graphs[name], bundle.manifest.image, served) for name in names}
     if served.sizes or served.batch is not None:
         raise RequestError(f"--size and --batch are for bundles that make images; {bundle.folder} writes text.")
     # A layout's graph is for another runtime.
-    return {name: decoder_profiles(graphs[name], served) for name in names if name == "decoder" or options.parts}
+    return {name: fit_decoder(graphs[name], served) for name in names if name == "decoder" or options.parts}
 
 
 def _known(

@@ -50,7 +50,7 @@ class Served:
             raise RequestError(f"--tokens is {self.tokens}; prompts go in pieces of {PREFILL_CHUNK} at most.")
 
 
-def decoder_profiles(graph: GraphFacts, served: Served) -> tuple[ProfileFacts, ...]:
+def fit_decoder(graph: GraphFacts, served: Served) -> tuple[ProfileFacts, ...]:
     """The profiles of a decoder. Raises RequestError if the bundle has none: it was exported for something else."""
     _require(graph)
     return tuple(_decoder_profile(profile, served) for profile in graph.profiles)
@@ -65,7 +65,7 @@ def _decoder_profile(profile: ProfileFacts, served: Served) -> ProfileFacts:
     return profile.model_copy(update={"axes": axes})
 
 
-def part_profiles(graph: GraphFacts, image: ImageFacts, served: Served) -> tuple[ProfileFacts, ...]:
+def fit_part(graph: GraphFacts, image: ImageFacts, served: Served) -> tuple[ProfileFacts, ...]:
     """The profiles of a part of a pipeline. Raises RequestError if the bundle has none, or a size cannot be."""
     _require(graph)
     inputs = {item.name for item in graph.inputs}
@@ -73,9 +73,9 @@ def part_profiles(graph: GraphFacts, image: ImageFacts, served: Served) -> tuple
     for profile in graph.profiles:
         axes = {axis: _grown(axis, sizes, image, served.sizes) for axis, sizes in profile.axes.items()}
         # Text is encoded beside the images, many prompts at a time; guidance doubles the rows of a denoiser.
-        if served.batch is not None and "batch" in axes and "input_ids" not in inputs:
+        if served.batch is not None and "input_ids" not in inputs:
             rows = served.batch * (2 if image.guidance > 1 and "timestep" in inputs else 1)
-            axes["batch"] = (min(axes["batch"][0], rows), rows, rows)
+            axes |= {axis: (min(axes[axis][0], rows), rows if axis == "batch" else 1, rows) for axis in ("batch", "steps") if axis in axes}
         made.append(profile.model_copy(update={"axes": axes}))
     return tuple(made)
 
