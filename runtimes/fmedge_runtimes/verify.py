@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,14 @@ from fmedge_runtimes.backends import open_session
 from fmedge_runtimes.bundle import Bundle, ImageBundle, ImageGolden, check_files, open_any_bundle
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.diffusion import Diffusion
-from fmedge_runtimes.errors import BundleDamagedError, BundleError, ParityError, RequestError
+from fmedge_runtimes.engine_file import note_ran
+from fmedge_runtimes.errors import BackendError, BundleDamagedError, BundleError, ParityError, RequestError
 from fmedge_runtimes.foreign import find_foreign
 from fmedge_runtimes.golden import replay
 from fmedge_runtimes.image import ImageModel
 from fmedge_runtimes.load import load_image
 from fmedge_runtimes.picture import open_picture
+from fmedge_runtimes.tensorrt_library import LIBRARIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,12 @@ def verify(
     elif bundle.manifest.golden:
         progress("replaying the golden continuations", 0, 0)
         tokens, near_ties = _replay_texts(bundle, device)
+    if device in LIBRARIES and (tokens or images):
+        # What `fmedge check` tells from then on.
+        what = f"{images} golden images" if images else f"{tokens} golden tokens"
+        for facts in bundle.manifest.graphs.values():
+            with suppress(BackendError):  # a graph that no engine was needed for
+                note_ran(bundle.file(facts.file), LIBRARIES[device].name, what)
     return Verified(len(bundle.manifest.files), bundle.nbytes, tokens, near_ties, images, device)
 
 

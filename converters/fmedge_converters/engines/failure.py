@@ -18,15 +18,14 @@ class Cure:
 
 CURES = (
     Cure(
-        r"insufficient memory|Device memory is insufficient|[Oo]ut ?[Oo]f ?[Mm]emory|OUT_OF_MEMORY|Requested amount of GPU"
-        r"|NvMapMem",
-        "memory is short: close what else runs (a desktop takes 1 GiB), add swap for the build, and give "
-        "`--workspace 256MiB`, fewer `--rows` or a smaller `--size`",
+        r"NvMapMemAllocInternalTagged|NvMapMemHandleAlloc",
+        "memory is short, or in pieces: L4T 36.4.7 refuses large ones on some boards: free it (sudo sysctl "
+        "vm.drop_caches=3), close what else runs, give `--workspace 256MiB`, or update to JetPack 6.2.2",
     ),
     Cure(
-        r"NvMapMemAllocInternalTagged|NvMapMemHandleAlloc",
-        "L4T 36.4.7 and later refuse large pieces of memory on some boards: free memory "
-        "(sudo sysctl vm.drop_caches=3), or update to JetPack 6.2.2",
+        r"insufficient memory|Device memory is insufficient|[Oo]ut ?[Oo]f ?[Mm]emory|OUT_OF_MEMORY|Requested amount of GPU",
+        "memory is short: close what else runs (a desktop takes 1 GiB), add swap for the build, and give "
+        "`--workspace 256MiB`, fewer `--rows` or a smaller `--size`",
     ),
     Cure(
         r"Could not find any implementation for node",
