@@ -125,7 +125,9 @@ def _tensorrt(module: ModuleType) -> dict[str, Any]:
         if hasattr(kind, "Severity"):
             found[f"{name}.Severity"] = _class(kind.Severity)
     functions = {
-        name: _signatures(name, getattr(module, name).__doc__ or "") for name in TENSORRT_FUNCTIONS if hasattr(module, name)
+        name: _signatures(name, getattr(module, name).__doc__ or "")
+        for name in TENSORRT_FUNCTIONS
+        if hasattr(module, name)
     }
     return {"constants": {}, "functions": functions, "classes": found}
 
@@ -156,7 +158,9 @@ def _signatures(name: str, text: str) -> list[list[str]]:
         match = re.match(rf"\s*(?:\d+\. )?{re.escape(name)}\((.*)\)(?: -> .*)?$", line)
         if match:
             arguments = [part for part in _split(match[1]) if part != "*"]
-            found.append([re.split(r"[:=]", part)[0].strip() + ("=" if "=" in _default(part) else "") for part in arguments])
+            found.append(
+                [re.split(r"[:=]", part)[0].strip() + ("=" if "=" in _default(part) else "") for part in arguments]
+            )
     return [arguments for number, arguments in enumerate(found) if arguments not in found[:number]]
 
 
@@ -180,15 +184,15 @@ def _default(part: str) -> str:
 def _cuda(module: ModuleType) -> dict[str, Any]:
     functions = {}
     for name in dir(module):
-        if re.fullmatch(CUDA_FUNCTIONS, name) and callable(getattr(module, name)) and not inspect.isclass(
-            getattr(module, name)
+        if (
+            re.fullmatch(CUDA_FUNCTIONS, name)
+            and callable(getattr(module, name))
+            and not inspect.isclass(getattr(module, name))
         ):
             functions[name] = [[*inspect.signature(getattr(module, name)).parameters]]
     classes = {name: _class(getattr(module, name)) for name in CUDA_CLASSES}
     for name in CUDA_STRUCTS:
-        members = [
-            member for member in dir(getattr(module, name)) if not member.startswith("_") and member != "getPtr"
-        ]
+        members = [member for member in dir(getattr(module, name)) if not member.startswith("_") and member != "getPtr"]
         classes[name] = {"methods": {"__init__": [["self"]]}, "properties": members, "writable": members}
     constants = {name: int(getattr(module, name)) for name in CUDA_CONSTANTS}
     return {"constants": constants, "functions": functions, "classes": classes}

@@ -1,6 +1,6 @@
 """A small decoder as fmedge exports it for TensorRT (docs/tensorrt.md), made by hand; and doubles of what runs it.
 
-One layer of attention in fp32 over a static cache, whose logits depend on every token before. It needs no export.
+One layer of attention over a static cache, whose logits depend on every token before. It needs no export.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ import onnx
 from fake_cuda import FakeCuda
 from fake_session import make_bundle
 from fake_tensorrt import FakeTensorRT
+from fmedge_runtimes.backends import open_session
 from fmedge_runtimes.bundle import (
     Bundle,
     CacheFacts,
     FileFacts,
+    Golden,
     GraphFacts,
     ProfileFacts,
     TensorFacts,
     sha256_of,
     write_manifest,
 )
+from fmedge_runtimes.decoder import Decoder
+from fmedge_runtimes.golden import continue_greedily
 from onnx import TensorProto, helper, numpy_helper
 
-VOCABULARY, HEADS, SIZE, CAPACITY, ROWS = 24, 2, 8, 64, 4
+VOCABULARY, HEADS, SIZE, CAPACITY, ROWS = 24, 2, 16, 64, 4
 """Of the tokenizer of fake_session; heads and their size, positions of a cache, rows of a step."""
 PROFILES = (
     ProfileFacts(name="prefill", axes={"batch": (1, 1, 1), "sequence": (1, 16, 16), "logits": (1, 1, 16)}),
@@ -37,12 +41,12 @@ PROFILES = (
 )
 
 
-def decoder_graph(in_place: bool = True) -> onnx.ModelProto:
+def decoder_graph() -> onnx.ModelProto:
     """The graph, which writes its cache by TensorScatter."""
-    del in_place
     random = np.random.default_rng(3)
     weights = {
-        name: (random.standard_normal((VOCABULARY, HEADS * SIZE)) * 2).astype(np.float32) for name in ("q", "k", "v", "h")
+        name: (random.standard_normal((VOCABULARY, HEADS * SIZE)) * 2).astype(np.float32)
+        for name in ("q", "k", "v", "h")
     }
     constants = [numpy_helper.from_array(value, f"w_{name}") for name, value in weights.items()]
     constants += [
@@ -66,7 +70,13 @@ def decoder_graph(in_place: bool = True) -> onnx.ModelProto:
     nodes += [
         node("Unsqueeze", ["position_ids", "axes"], ["rows"]),
         node("LessOrEqual", ["columns", "rows"], ["seen"]),
-        node("Attention", ["q", "present.0.key", "present.0.value", "seen"], ["mixed"], scale=0.5),
+        # There is no kernel in fp32.
+        *(
+            node("Cast", [name], [f"{name}16"], to=TensorProto.FLOAT16)
+            for name in ("q", "present.0.key", "present.0.value")
+        ),
+        node("Attention", ["q16", "present.0.key16", "present.0.value16", "seen"], ["mixed16"], scale=0.5),
+        node("Cast", ["mixed16"], ["mixed"], to=TensorProto.FLOAT),
         node("Transpose", ["mixed"], ["mixed1"], perm=[0, 2, 1, 3]),
         node("Reshape", ["mixed1", "flat"], ["states"]),
         node("Gather", ["states", "logits_indices"], ["asked"]),
@@ -86,6 +96,8 @@ def decoder_graph(in_place: bool = True) -> onnx.ModelProto:
         info("logits", TensorProto.FLOAT, ["logits", VOCABULARY]),
         *(info(f"present.0.{part}", TensorProto.FLOAT, cache) for _, part in caches),
     ]
+    for number, made in enumerate(nodes):
+        made.name = f"node{number}"
     graph = helper.make_graph(nodes, "decoder", inputs, outputs, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
 
@@ -97,13 +109,37 @@ def facts_of(value: onnx.ValueInfoProto) -> TensorFacts:
     return TensorFacts(name=value.name, dtype=kind, shape=shape)
 
 
+def with_goldens(bundle: Bundle) -> Bundle:
+    """The same bundle with golden continuations, made on the CPU."""
+    graph = bundle.file("decoder.onnx")
+    session = open_session(graph, "cpu", 1)
+    prompts = [[3, 1, 4, 1, 5], [2, 7]]
+    rows = continue_greedily(Decoder(session, bundle.manifest.text), prompts, [12, 12])
+    session.close()
+    goldens = tuple(
+        Golden(prompt=tuple(prompt), steps=tuple(row), near_tie=1e-4) for prompt, row in zip(prompts, rows, strict=True)
+    )
+    manifest = bundle.manifest.model_copy(update={"golden": goldens})
+    write_manifest(bundle.folder, manifest)
+    return Bundle(bundle.folder, manifest)
+
+
 def engine_bundle(folder: Path, *, in_place: bool = True, target: str = "tensorrt") -> Bundle:
     """A bundle of the decoder, with its manifest."""
     bundle = make_bundle(folder)
     model = decoder_graph()
-    onnx.save(model, folder / "decoder.onnx", save_as_external_data=True, location="decoder.onnx.data", size_threshold=512)
+    onnx.save(
+        model, folder / "decoder.onnx", save_as_external_data=True, location="decoder.onnx.data", size_threshold=512
+    )
     cache = CacheFacts(
-        layer=0, kv_heads=HEADS, key_dim=SIZE, value_dim=SIZE, window=None, rolling=False, capacity=CAPACITY, in_place=in_place
+        layer=0,
+        kv_heads=HEADS,
+        key_dim=SIZE,
+        value_dim=SIZE,
+        window=None,
+        rolling=False,
+        capacity=CAPACITY,
+        in_place=in_place,
     )
     text = bundle.manifest.text.model_copy(update={"caches": (cache,), "states": (), "context": CAPACITY})
     graph = GraphFacts(
@@ -124,7 +160,9 @@ def engine_bundle(folder: Path, *, in_place: bool = True, target: str = "tensorr
 
 
 @contextmanager
-def doubles(cuda: FakeCuda | None = None, inventory: str = "tensorrt-10.3.0", driver: str = "cuda-12.9.4") -> Iterator[FakeTensorRT]:
+def doubles(
+    cuda: FakeCuda | None = None, inventory: str = "tensorrt-10.3.0", driver: str = "cuda-12.9.4"
+) -> Iterator[FakeTensorRT]:
     """TensorRT and CUDA as their doubles, until the end of the block."""
     cuda = cuda or FakeCuda()
     library = FakeTensorRT(cuda, inventory)

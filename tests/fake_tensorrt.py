@@ -295,7 +295,10 @@ class FakeTensorRT:
 
 
 def _sizes(value: Any, dynamic: Any) -> list[Any]:
-    return [dim.dim_value if dim.HasField("dim_value") else dynamic or dim.dim_param for dim in value.type.tensor_type.shape.dim]
+    return [
+        dim.dim_value if dim.HasField("dim_value") else dynamic or dim.dim_param
+        for dim in value.type.tensor_type.shape.dim
+    ]
 
 
 class _Engine:

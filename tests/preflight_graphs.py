@@ -117,7 +117,11 @@ def weights(
     """A product with weights [size, 64] that are dequantized in blocks along their first axis."""
 
     def make() -> Any:
-        values = np.resize(np.arange(-7, 8), (size, 64)) if codes != TensorProto.UINT4 else np.resize(np.arange(15), (size, 64))
+        values = (
+            np.resize(np.arange(-7, 8), (size, 64))
+            if codes != TensorProto.UINT4
+            else np.resize(np.arange(15), (size, 64))
+        )
         if codes == TensorProto.INT8:
             values = values.astype(np.int8)
         elif codes == TensorProto.UINT8:
@@ -179,7 +183,12 @@ def norm(kind: int = F16, scale: int = F16, operator: str = "LayerNormalization"
         dtype = np.float16 if scale == F16 else np.float32
         names = ["x", "s", "b"] if operator == "LayerNormalization" else ["x", "s"]
         constants = [array(name, np.ones(64, dtype)) for name in names[1:]]
-        return model([helper.make_node(operator, names, ["y"])], [tensor("x", kind, 4, 64)], [tensor("y", kind, 4, 64)], constants)
+        return model(
+            [helper.make_node(operator, names, ["y"])],
+            [tensor("x", kind, 4, 64)],
+            [tensor("y", kind, 4, 64)],
+            constants,
+        )
 
     return make
 
@@ -206,6 +215,12 @@ def squeeze() -> Any:
     return model([node], [tensor("x", F32, 1, 8), tensor("a", I64, 1)], [tensor("y", F32, "n")])
 
 
+def gathered_codes() -> Any:
+    constants = [array("w", np.ones((64, 32), np.int8)), array("s", np.float16(0.1))]
+    nodes = [helper.make_node("Gather", ["w", "i"], ["c"]), helper.make_node("DequantizeLinear", ["c", "s"], ["y"])]
+    return model(nodes, [tensor("i", I64, 4)], [tensor("y", F16, 4, 32)], constants)
+
+
 def unnamed_axis() -> Any:
     node = helper.make_node("Relu", ["x"], ["y"])
     return model([node], [tensor("x", F32, None, 8)], [tensor("y", F32, None, 8)])
@@ -230,7 +245,11 @@ CASES = (
     Case("gelu", None, unary("Gelu", F16)),
     Case("swish", None, unary("Swish", F16, opset=24)),
     Case("bitwise", "operator", unary("BitwiseNot", TensorProto.INT32)),
-    Case("det", "operator", lambda: model([helper.make_node("Det", ["x"], ["y"])], [tensor("x", F32, 8, 8)], [tensor("y", F32)])),
+    Case(
+        "det",
+        "operator",
+        lambda: model([helper.make_node("Det", ["x"], ["y"])], [tensor("x", F32, 8, 8)], [tensor("y", F32)]),
+    ),
     Case("same_types", None, binary("Add", F16, F16, F16)),
     Case("mixed_add", "one-type", binary("Add", F16, F32, F32)),
     Case("mixed_product", "one-type", binary("MatMul", F16, F32, F32)),
@@ -267,6 +286,7 @@ CASES = (
     Case("int8_activations", None, quantized(0)),
     Case("int8_offset", "zero-point", quantized(3)),
     Case("uint8_activations", "uint8-codes", quantized(0, TensorProto.UINT8), "wrong", rtx_takes=True),
+    Case("gathered_codes", "quantized-constant", gathered_codes),
     Case("top_k", None, top_k(3840)),
     Case("top_k_large", "top-k", top_k(3841)),
     Case("scatter_nd", None, scatter_nd("none")),
@@ -286,7 +306,9 @@ CASES = (
     Case("cast_uint8", "cast", cast(TensorProto.UINT8)),
     Case("cast_int16", "types", cast(TensorProto.INT16)),
     Case("cast_bf16", None, cast(TensorProto.BFLOAT16)),
-    Case("skip_norm", None, contrib("SkipSimplifiedLayerNormalization", ["a", "b", "s"], [(1, 4, 64), (1, 4, 64), (64,)])),
+    Case(
+        "skip_norm", None, contrib("SkipSimplifiedLayerNormalization", ["a", "b", "s"], [(1, 4, 64), (1, 4, 64), (64,)])
+    ),
     Case("squeeze_computed", "constant-input", squeeze),
     Case("unnamed_axis", "axes", unnamed_axis, rtx_takes=True),
 )

@@ -91,9 +91,7 @@ class StrictModule:
                     taken = value.__code__.co_varnames[: value.__code__.co_argcount]
                     assert [len(taken)] == [len(known) for known in methods[attribute]], f"{name}.{attribute}"
 
-        nested = {
-            key.partition(".")[2]: value for key, value in self._made.items() if key.startswith(f"{name}.")
-        }
+        nested = {key.partition(".")[2]: value for key, value in self._made.items() if key.startswith(f"{name}.")}
         space = {"__getattribute__": read, "__setattr__": write, "__init_subclass__": classmethod(derive), **nested}
         if "__init__" in vars(made) or "__init__" not in methods:
             pass
@@ -101,7 +99,9 @@ class StrictModule:
         return strict
 
 
-def checked(label: str, name: str, signatures: list[list[str]], function: Any, calls: list[Any], bound: bool = False) -> Any:
+def checked(
+    label: str, name: str, signatures: list[list[str]], function: Any, calls: list[Any], bound: bool = False
+) -> Any:
     """A function that takes the arguments of one of the signatures only."""
     known = [signature for signature in signatures if "*args" not in signature]
 

@@ -183,7 +183,13 @@ def test_profiles_grow_with_what_is_to_be_served() -> None:
     assert fit_decoder(graph, Served()) == (prefill, decode)
     names = ("sample", "timestep", "encoder_hidden_states")
     inputs = tuple(TensorFacts(name=name, dtype="float16", shape=()) for name in names)
-    axes = {"batch": (1, 2, 8), "height": (32, 64, 128), "width": (32, 64, 128), "sequence": (1, 77, 512), "steps": (1, 1, 8)}
+    axes = {
+        "batch": (1, 2, 8),
+        "height": (32, 64, 128),
+        "width": (32, 64, 128),
+        "sequence": (1, 77, 512),
+        "steps": (1, 1, 8),
+    }
     unet = GraphFacts(file="unet", inputs=inputs, outputs=(), profiles=(ProfileFacts(name="default", axes=axes),))
     image = ImageFacts(pipeline="P", height=512, width=512, steps=4, guidance=7.5)
     (made,) = fit_part(unet, image, Served(sizes=((512, 768), (1024, 512)), batch=3))

@@ -96,10 +96,15 @@ def test_nodes_of_branches_are_looked_at_and_local_functions_are_not(tmp_path: P
         "own", "Twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], [helper.make_opsetid("", 20)]
     )
     graph = helper.make_graph(
-        [helper.make_node("Twice", ["x"], ["y"], domain="own", name="call")], "g", [tensor("x", F32, 4)], [tensor("y", F32, 4)]
+        [helper.make_node("Twice", ["x"], ["y"], domain="own", name="call")],
+        "g",
+        [tensor("x", F32, 4)],
+        [tensor("y", F32, 4)],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
-    onnx.save(helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10), tmp_path / "own.onnx")
+    onnx.save(
+        helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10), tmp_path / "own.onnx"
+    )
     assert not apply_rules(read_graph(tmp_path / "own.onnx"), find_version("11"))
 
 

@@ -36,7 +36,21 @@ CLASSES = {
     "profile": "IOptimizationProfile",
 }
 """What TensorRT's objects are called in our code."""
-OWN = {"path", "facts", "rebuild", "machine", "build", "number", "least", "most", "holds", "holds_one", "name", "axes", "model_copy"}
+OWN = {
+    "path",
+    "facts",
+    "rebuild",
+    "machine",
+    "build",
+    "number",
+    "least",
+    "most",
+    "holds",
+    "holds_one",
+    "name",
+    "axes",
+    "model_copy",
+}
 """Attributes of our own objects that have the same names."""
 GUARDED = {"num_compute_capabilities", "set_compute_capability", "ComputeCapability", "init_libnvinfer_plugins"}
 """What stands behind hasattr, and CURRENT of the third."""

@@ -29,7 +29,8 @@ EPILOG = """
 def command(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle that was exported for TensorRT.")],
     device: Annotated[
-        Literal["tensorrt", "rtx"] | None, typer.Option(help="Whose engines; those of the bundle's target, if not given.")
+        Literal["tensorrt", "rtx"] | None,
+        typer.Option(help="Whose engines; those of the bundle's target, if not given."),
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Of text: sequences that are decoded together.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Of text: tokens of a prompt that go through together.")] = None,
@@ -42,7 +43,9 @@ def command(
     workspace: Annotated[
         int | None,
         typer.Option(
-            parser=parse_bytes, metavar="SIZE", help="What a layer may take while it is built; what the device can spare."
+            parser=parse_bytes,
+            metavar="SIZE",
+            help="What a layer may take while it is built; what the device can spare.",
         ),
     ] = None,
     optimization_level: Annotated[

@@ -38,7 +38,8 @@ def command(
         ),
     ] = None,
     up_to: Annotated[
-        Literal["rules", "parse", "build"], typer.Option(help="How far to go; the last two with TensorRT-RTX, if it is here.")
+        Literal["rules", "parse", "build"],
+        typer.Option(help="How far to go; the last two with TensorRT-RTX, if it is here."),
     ] = "build",
     axis: Annotated[
         list[str] | None,

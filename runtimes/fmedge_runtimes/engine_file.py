@@ -94,7 +94,9 @@ class Engine:
 
 def root_of(graph: Path) -> Path:
     """The bundle that a graph is in; the folder of a graph that is in none."""
-    return next((folder for folder in graph.absolute().parents if (folder / MANIFEST).is_file()), graph.absolute().parent)
+    return next(
+        (folder for folder in graph.absolute().parents if (folder / MANIFEST).is_file()), graph.absolute().parent
+    )
 
 
 def engine_path(graph: Path, library: str) -> Path:

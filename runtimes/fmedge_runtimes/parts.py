@@ -94,6 +94,7 @@ class Part:
         self._session = session
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in session.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in session.outputs}
+        self.has_run = False
 
     def run(
         self, feeds: Mapping[str, Array | Buffer], results: Mapping[str, Array | Buffer] | None = None
@@ -106,6 +107,7 @@ class Part:
                 f"the graph of {self.name} {problem}, other than the pipeline does; export the bundle again."
             )
         given = {name: self._typed(name, value) for name, value in feeds.items()}
+        self.has_run = True
         try:
             return self._session.run(given, results or {})
         except BackendError as error:
@@ -156,6 +158,8 @@ class Parts:
         self._kept: dict[str, tuple[Part, Session]] = {}
         self._configs: dict[str, Config] = {}
         self._closed = False
+        self.ran: set[str] = set()
+        """Names of the parts that have run."""
 
     def __contains__(self, name: str) -> bool:
         """Whether the bundle has a part of that name."""
@@ -198,6 +202,8 @@ class Parts:
         try:
             yield self._kept[name][0]
         finally:
+            if name in self._kept and self._kept[name][0].has_run:
+                self.ran.add(name)
             if self.mode == "sequential" and (kept := self._kept.pop(name, None)) is not None:
                 kept[1].close()
 

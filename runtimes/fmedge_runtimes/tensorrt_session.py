@@ -185,7 +185,11 @@ class TensorRTSession:
         return binding.run(*arrays, [spec.name for spec in self.outputs if spec.name not in results])
 
     def step(
-        self, binding: TensorRTBinding, feeds: Mapping[str, Array], results: Mapping[str, Array], returned: Sequence[str]
+        self,
+        binding: TensorRTBinding,
+        feeds: Mapping[str, Array],
+        results: Mapping[str, Array],
+        returned: Sequence[str],
     ) -> dict[str, Array]:
         """Run the engine once, with buffers that are bound and arrays that are copied."""
         with self._lock:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from fmedge_runtimes.bundle import Bundle, ImageBundle, ImageGolden, check_files
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.diffusion import Diffusion
 from fmedge_runtimes.engine_file import note_ran
-from fmedge_runtimes.errors import BackendError, BundleDamagedError, BundleError, ParityError, RequestError
+from fmedge_runtimes.errors import BundleDamagedError, BundleError, ParityError, RequestError
 from fmedge_runtimes.foreign import find_foreign
 from fmedge_runtimes.golden import replay
 from fmedge_runtimes.image import ImageModel
@@ -62,12 +61,7 @@ def verify(
     elif bundle.manifest.golden:
         progress("replaying the golden continuations", 0, 0)
         tokens, near_ties = _replay_texts(bundle, device)
-    if device in LIBRARIES and (tokens or images):
-        # What `fmedge check` tells from then on.
-        what = f"{images} golden images" if images else f"{tokens} golden tokens"
-        for facts in bundle.manifest.graphs.values():
-            with suppress(BackendError):  # a graph that no engine was needed for
-                note_ran(bundle.file(facts.file), LIBRARIES[device].name, what)
+        _note(bundle, device, ("decoder",), f"{tokens} golden tokens")
     return Verified(len(bundle.manifest.files), bundle.nbytes, tokens, near_ties, images, device)
 
 
@@ -105,7 +99,16 @@ def _replay_images(bundle: ImageBundle, device: str, progress: Callable[[str, in
                     f"{golden.file} by {difference:.3g} levels in the mean, more than {golden.tolerance:.3g}; try "
                     "another onnxruntime version, and report this."
                 )
+        ran = model.ran
+    _note(bundle, device, ran, f"{len(goldens)} golden images")
     return len(goldens)
+
+
+def _note(bundle: Bundle | ImageBundle, device: str, names: Iterable[str], what: str) -> None:
+    """Remember what engines have reproduced, for `fmedge check` to tell."""
+    if device in LIBRARIES:
+        for name in names:
+            note_ran(bundle.file(bundle.manifest.graphs[name].file), LIBRARIES[device].name, what)
 
 
 def _difference(bundle: ImageBundle, golden: ImageGolden, model: ImageModel) -> float:

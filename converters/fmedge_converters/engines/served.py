@@ -43,7 +43,11 @@ class Served:
     """Images that are made together."""
 
     def __post_init__(self) -> None:
-        for name, value, least in (("rows", self.rows, 1), ("tokens", self.tokens, LEAST_CHUNK), ("batch", self.batch, 1)):
+        for name, value, least in (
+            ("rows", self.rows, 1),
+            ("tokens", self.tokens, LEAST_CHUNK),
+            ("batch", self.batch, 1),
+        ):
             if value is not None and value < least:
                 raise RequestError(f"--{name} is {value}; it must be at least {least}.")
         if self.tokens is not None and self.tokens > PREFILL_CHUNK:
@@ -75,7 +79,11 @@ def fit_part(graph: GraphFacts, image: ImageFacts, served: Served) -> tuple[Prof
         # Text is encoded beside the images, many prompts at a time; guidance doubles the rows of a denoiser.
         if served.batch is not None and "input_ids" not in inputs:
             rows = served.batch * (2 if image.guidance > 1 and "timestep" in inputs else 1)
-            axes |= {axis: (min(axes[axis][0], rows), rows if axis == "batch" else 1, rows) for axis in ("batch", "steps") if axis in axes}
+            axes |= {
+                axis: (min(axes[axis][0], rows), rows if axis == "batch" else 1, rows)
+                for axis in ("batch", "steps")
+                if axis in axes
+            }
         made.append(profile.model_copy(update={"axes": axes}))
     return tuple(made)
 
@@ -90,7 +98,9 @@ def _grown(axis: str, sizes: Range, image: ImageFacts, wanted: tuple[Size, ...])
         count, rest = divmod(sizes[1] * GROWTH[axis](width, height), usual)
         if rest or not count:
             step = usual // sizes[1]
-            raise RequestError(f"{width}x{height} cannot be made by this bundle: {axis} goes in steps of {step} pixels.")
+            raise RequestError(
+                f"{width}x{height} cannot be made by this bundle: {axis} goes in steps of {step} pixels."
+            )
         found.append(count)
     return min(found), found[0], max(found)
 

@@ -147,7 +147,11 @@ def _levels(
     machine: Machine | None,
 ) -> tuple[Level, ...]:
     wrong = sum(finding.effect != "note" for finding in findings)
-    rules = Level("rules passed", not wrong, f"{wrong} nodes that {asked.version} would refuse or compute wrongly" if wrong else f"for {asked.version}")
+    rules = Level(
+        "rules passed",
+        not wrong,
+        f"{wrong} nodes that {asked.version} would refuse or compute wrongly" if wrong else f"for {asked.version}",
+    )
     library = "tensorrt_rtx" if asked.version.rtx else "tensorrt"
     engine = _engine(graph.path, library, asked)
     parsed, built = _tried(graph, profiles, up_to, bool(wrong))
@@ -200,7 +204,9 @@ def _ran(graph: Path, engine: Engine | None, machine: Machine | None) -> tuple[L
     """The levels that only engines reach."""
     gpu, here = LEVELS[3], LEVELS[4]
     if engine is None:
-        return Level(gpu, None, "there is no engine: `fmedge build` on the device"), Level(here, None, "there is no engine")
+        return Level(gpu, None, "there is no engine: `fmedge build` on the device"), Level(
+            here, None, "there is no engine"
+        )
     if engine.facts.ran is None:
         why = "`fmedge verify` has not run with it"
         return Level(gpu, None, why), Level(here, None, why)

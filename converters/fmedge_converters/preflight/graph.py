@@ -38,7 +38,9 @@ def read_graph(path: Path) -> Graph:
     """A graph, whose weights are not read. Raises BundleError when it is no ONNX file, or its weights are missing."""
     try:
         if path.stat().st_size >= LARGEST_FILE:
-            raise BundleError(f"{path} is larger than 2 GiB, which no parser reads; store the weights as external data.")
+            raise BundleError(
+                f"{path} is larger than 2 GiB, which no parser reads; store the weights as external data."
+            )
         model = ir.load(path)
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}.") from error

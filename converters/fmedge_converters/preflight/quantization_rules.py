@@ -85,7 +85,18 @@ def _int4_weights(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
         yield "INT4 is for weights, which are constants"
 
 
+def _used_elsewhere(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    del graph, asked
+    if node.op_type in BOTH or node.op_type == "Constant":
+        return
+    for value in node.inputs:
+        kind = dtype_of(value)
+        if kind in CODES and is_constant(value):
+            yield f"it gets codes of {kind.name}, which go into DequantizeLinear and nowhere else"
+
+
 QUANTIZATION_RULES = (
+    Rule("quantized-constant", (), _used_elsewhere, "Dequantize them first", RAN),
     Rule("quantized-type", BOTH, _type, "Quantize symmetrically to one of these", RAN),
     Rule("uint8-codes", BOTH, _byte, "Quantize symmetrically to INT8", "documentation", "wrong"),
     Rule("zero-point", BOTH, _zero, "Quantize symmetrically: export for tensorrt", RAN),

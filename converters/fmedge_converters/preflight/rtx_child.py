@@ -40,7 +40,9 @@ def ask_rtx(graph: Path, profiles: Sequence[ProfileFacts] | None) -> Verdict:
         words = f"TensorRT-RTX died of signal {-done.returncode} while it read the graph"
         return Verdict(False, None, (rtx.Problem(words),))
     if done.returncode:
-        raise BackendError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "TensorRT-RTX gave no answer.")
+        raise BackendError(
+            done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "TensorRT-RTX gave no answer."
+        )
     # The library writes to standard output as it likes; the answer is the last line.
     found = json.loads(done.stdout.strip().splitlines()[-1])
     return Verdict(found["parsed"], found["built"], tuple(rtx.Problem(**problem) for problem in found["problems"]))

@@ -24,7 +24,9 @@ def apply_rules(graph: Graph, asked: Asked) -> list[Finding]:
             if not rule.operators or (node.op_type in rule.operators and node.domain in ("", "ai.onnx")):
                 for words in rule.look(node, graph, asked):
                     found.append(
-                        Finding(rule.name, rule.effect, node.name or "", node.op_type, words, rule.advice, rule.evidence)
+                        Finding(
+                            rule.name, rule.effect, node.name or "", node.op_type, words, rule.advice, rule.evidence
+                        )
                     )
     found += _of_graph(graph)
     return found
@@ -34,7 +36,9 @@ def _of_graph(graph: Graph) -> Iterator[Finding]:
     """What concerns the graph as a whole: names of axes, and the files of its weights."""
     for value in graph.model.graph.inputs:
         if value.shape is None:
-            yield Finding("inputs", "fails", str(value.name), "input", "its rank is unknown", "Give it a shape", "documentation")
+            yield Finding(
+                "inputs", "fails", str(value.name), "input", "its rank is unknown", "Give it a shape", "documentation"
+            )
             continue
         for axis, size in enumerate(value.shape):
             if not isinstance(size, int) and size.value is None:
@@ -51,4 +55,6 @@ def _of_graph(graph: Graph) -> Iterator[Finding]:
         if not data.is_file() or data.stat().st_size < needed:
             missing.add(location)
             words = f"its weights are in {location}, which is missing or cut off"
-            yield Finding("weights", "fails", str(value.name), "initializer", words, "Copy the folder again", "documentation")
+            yield Finding(
+                "weights", "fails", str(value.name), "initializer", words, "Copy the folder again", "documentation"
+            )

@@ -44,7 +44,9 @@ VERSIONS: Mapping[str, Version] = MappingProxyType(
 )
 TARGETS: Mapping[str, str] = MappingProxyType({"tensorrt": "10.16", "tensorrt-compat": "10.3", "rtx": "rtx-1.7"})
 """The oldest version that fmedge tests a target's graphs for."""
-JETPACKS: Mapping[Number, str] = MappingProxyType({(6, 1): "10.3", (6, 2): "10.3", (7, 0): "10.13", (7, 1): "10.13", (7, 2): "10.16"})
+JETPACKS: Mapping[Number, str] = MappingProxyType(
+    {(6, 1): "10.3", (6, 2): "10.3", (7, 0): "10.13", (7, 1): "10.13", (7, 2): "10.16"}
+)
 UNSUPPORTED: Mapping[int, str] = MappingProxyType(
     {
         8: "TensorRT 8 has no strong typing and no INT64; JetPack 6.1 and later have 10.3",
@@ -80,10 +82,15 @@ def find_version(name: str) -> Asked:
         return Asked(VERSIONS["rtx-1.7"], None, name)
     jetpack = re.fullmatch(r"(?:jetpack|jp)[- ]?(\d+)(?:\.(\d+))?(?:\.\d+)*", plain)
     if jetpack:
-        wanted = int(jetpack[1]), int(jetpack[2] or max((minor for major, minor in JETPACKS if major == int(jetpack[1])), default=0))
+        wanted = (
+            int(jetpack[1]),
+            int(jetpack[2] or max((minor for major, minor in JETPACKS if major == int(jetpack[1])), default=0)),
+        )
         if wanted not in JETPACKS:
             known = ", ".join(f"{major}.{minor}" for major, minor in JETPACKS)
-            raise RequestError(f"there are no rules for JetPack {jetpack[0].lstrip('jetpack- ')}; there are for {known}.")
+            raise RequestError(
+                f"there are no rules for JetPack {jetpack[0].lstrip('jetpack- ')}; there are for {known}."
+            )
         return Asked(VERSIONS[JETPACKS[wanted]], None, name)
     if re.fullmatch(r"\d+(\.(\d+|x))*", plain):
         return Asked(row_of(plain), None, name)
