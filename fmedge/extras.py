@@ -23,6 +23,6 @@ def require_onnx() -> None:
     missing = [name for name in ("onnx", "onnx_ir") if find_spec(name) is None]
     if missing:
         raise BackendError(
-            f"checking graphs needs {' and '.join(missing)}, which this environment lacks: pip install 'fmedge[export]', "
-            "or only what is missing."
+            f"checking graphs needs {' and '.join(missing)}, which this environment lacks: "
+            "pip install 'fmedge[export]', or only what is missing."
         )

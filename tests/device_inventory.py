@@ -73,7 +73,6 @@ def main() -> None:
     for version in sys.argv[1:] or WHEELS:
         package, module, what = WHEELS[version]
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-warn-script-location"]
             dependencies = [] if what == "cuda" else ["--no-deps"]
             subprocess.run([*pip, *dependencies, "--target", name, f"{package}=={version}"], check=True)

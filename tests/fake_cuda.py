@@ -1,7 +1,7 @@
 """CUDA's driver on a machine without one: device memory is host memory, and the stream runs at once.
 
-What the driver would answer with a crash raises AssertionError here: an address outside its memory, memory that was given
-back, a thread without a context, a call that a capture does not allow.
+What the driver would answer with a crash raises AssertionError here: an address outside its memory, memory that was
+given back, a thread without a context, a call that a capture does not allow.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 An engine is JSON: the path of the graph, its types, and the profiles. A context reads inputs and writes outputs at the
 addresses that it was told, in the "device memory" of fake_cuda, so that whole generations run through our session. What
-TensorRT's documentation calls undefined raises AssertionError: a Runtime before CUDA, shapes outside the profile, an address
-that was never set, a captured graph whose context was changed.
+TensorRT's documentation calls undefined raises AssertionError: a Runtime before CUDA, shapes outside the profile, an
+address that was never set, a captured graph whose context was changed.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 A class, function, member, property, enumerator or argument that the real module of that version does not have raises
 AttributeError or TypeError, as it would there; setting a property that is read-only, too. What a double proves is that
-our code speaks a language that the real module understands, in an order that the implementation beside it finds sensible.
-It does not prove that TensorRT accepts a graph, that numbers are right on a GPU, or anything about time and memory.
+our code speaks a language that the real module understands, in an order that the implementation beside it finds
+sensible. It does not prove that TensorRT accepts a graph, that numbers are right on a GPU, or anything about time.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class StrictModule:
             if attribute.startswith("_"):
                 return object.__getattribute__(self, attribute)
             if attribute not in methods and attribute not in properties:
-                if type(self) is strict or not hasattr(type(self), attribute) and attribute not in vars(self):
+                if type(self) is strict or (not hasattr(type(self), attribute) and attribute not in vars(self)):
                     raise AttributeError(f"{name} of {label} has no {attribute}")
                 return object.__getattribute__(self, attribute)  # of a subclass of our own
             value = object.__getattribute__(self, attribute)

@@ -1,7 +1,7 @@
 """The rules of `fmedge check` against small graphs, and against what TensorRT-RTX does with the same graphs.
 
-That TensorRT-RTX agrees with a rule is evidence for TensorRT-RTX. It says nothing certain of TensorRT 10 on a Jetson, nothing
-of numbers, nothing of speed.
+That TensorRT-RTX agrees with a rule is evidence for TensorRT-RTX. It says nothing certain of TensorRT 10 on a Jetson,
+nothing of numbers, nothing of speed.
 """
 
 from __future__ import annotations
@@ -148,6 +148,9 @@ def test_check_builds_here_with_tensorrt_rtx(tmp_path: Path) -> None:
     onnx.save(model([node], [tensor("x", F32, "n", 8)], [tensor("y", F32, "n", 8)]), tmp_path / "dynamic.onnx")
     assert check(tmp_path / "dynamic.onnx", CheckOptions("rtx")).level == "parsed"
     assert check(tmp_path / "dynamic.onnx", CheckOptions("rtx", axes={"n": (1, 2, 4)})).level == "built"
+    # fp8 is built for a GPU that has it.
+    fp8 = Case("fp8", None, weights(TensorProto.FLOAT8E4M3FN)).save(tmp_path)
+    assert check(fp8, CheckOptions("rtx")).level == "built"
     bad = next(case for case in CASES if case.name == "mixed_add").save(tmp_path)
     refused = check(bad, CheckOptions("rtx")).graphs[0].levels[1]
     assert refused.reached is False and "same" in refused.how

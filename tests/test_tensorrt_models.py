@@ -1,6 +1,7 @@
 """Bundles on the device "tensorrt" as a whole: verified, planned, checked, and exported ones with text and images.
 
-Over the doubles of TensorRT and CUDA, whose engines ONNX Runtime computes: it proves the way through our code, not TensorRT's.
+Over the doubles of TensorRT and CUDA, whose engines ONNX Runtime computes: it proves the way through our code, and
+nothing of TensorRT's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from engine_bundle import CAPACITY, HEADS, SIZE, doubles, engine_bundle, with_goldens
 from fake_cuda import FakeCuda
-from fmedge_converters.engines.bundle_engines import EngineOptions, build_engines
+from fmedge_converters.engines.bundle_engines import EngineBuildOptions, build_engines
 from fmedge_converters.engines.served import Served
 from fmedge_converters.preflight.check import CheckOptions, check
 from fmedge_runtimes.bundle import open_bundle, write_manifest
@@ -30,7 +31,7 @@ def test_levels_follow_what_was_built_and_run(tmp_path: Path) -> None:
     inventory = "tensorrt-10.16.1.11"
     assert check(folder, options).level == "rules passed"
     with doubles(inventory=inventory):
-        list(build_engines(folder, EngineOptions()))
+        list(build_engines(folder, EngineBuildOptions()))
         assert check(folder, options).level == "built"
         assert verify(folder).tokens == 24
         assert check(folder, options).level == "ran on this device with matching output"
@@ -51,7 +52,7 @@ def test_an_engine_that_computes_something_else_has_not_run(tmp_path: Path) -> N
     changed = (golden.model_copy(update={"steps": steps}), *bundle.manifest.golden[1:])
     write_manifest(bundle.folder, bundle.manifest.model_copy(update={"golden": changed}))
     with doubles():
-        list(build_engines(bundle.folder, EngineOptions()))
+        list(build_engines(bundle.folder, EngineBuildOptions()))
         with pytest.raises(ParityError):
             verify(bundle.folder)
     assert read_engine(bundle.folder / "decoder.onnx", "tensorrt").facts.ran is None
@@ -62,7 +63,7 @@ def test_a_plan_takes_the_engine_s_own_figures_and_a_static_cache_is_a_cache(tmp
     before = plan(open_bundle(folder), 3, 16)
     assert before.cache == 3 * 2 * HEADS * CAPACITY * SIZE * 4 and before.states == 0
     with doubles():
-        list(build_engines(folder, EngineOptions()))
+        list(build_engines(folder, EngineBuildOptions()))
     engine = read_engine(folder / "decoder.onnx", "tensorrt").facts
     after = plan(open_bundle(folder), 3, 16)
     assert after.working - engine.device_memory == 3 * 24 * 8
@@ -86,7 +87,7 @@ def test_an_exported_decoder_generates_what_it_does_on_the_cpu(llama: Path, tmp_
     with load(made.folder, device="cpu", max_batch=3) as model:
         expected = [item.tokens for item in model.generate(prompts, sampling)]
     with doubles(FakeCuda(integrated=True)):
-        list(build_engines(made.folder, EngineOptions(served=Served(rows=3))))
+        list(build_engines(made.folder, EngineBuildOptions(served=Served(rows=3))))
         with load(made.folder) as model:
             assert [item.tokens for item in model.generate(prompts, sampling)] == expected
             assert model.options.max_batch == 3
@@ -106,7 +107,7 @@ def test_an_exported_pipeline_makes_the_image_that_it_makes_on_the_cpu(tmp_path:
         expected = np.asarray(model.generate("a red circle", options)[0].image)
     cuda = FakeCuda()
     with doubles(cuda) as library:
-        list(build_engines(made.folder, EngineOptions()))
+        list(build_engines(made.folder, EngineBuildOptions()))
         with load(made.folder) as model:
             for _ in range(2):
                 assert np.array_equal(np.asarray(model.generate("a red circle", options)[0].image), expected)

@@ -1,7 +1,7 @@
 """Every name of TensorRT and CUDA that our code writes down is in the real bindings of every version it is for.
 
-Read from the source, so that code which no double reaches is checked, too. A name that some versions lack must stand behind
-hasattr or getattr. It proves nothing about what the calls do.
+Read from the source, so that code which no double reaches is checked, too. A name that some versions lack must stand
+behind hasattr or getattr. It proves nothing about what the calls do.
 """
 
 from __future__ import annotations

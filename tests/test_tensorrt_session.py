@@ -1,8 +1,8 @@
 """The TensorRT session under the real decoder, cache and engine of requests, over doubles of TensorRT and CUDA.
 
-What this proves: names, arguments and order of calls for every version whose inventory is here; addresses, profiles, copies
-and captured graphs, since the double computes with what lies at the addresses. What it does not: that TensorRT accepts a
-graph, computes right numbers on a GPU, or how fast. No GPU was there.
+What this proves: names, arguments and order of calls for every version whose inventory is here; addresses, profiles,
+copies and captured graphs, since the double computes with what lies at the addresses. What it does not: that TensorRT
+accepts a graph, computes right numbers on a GPU, or how fast. No GPU was there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from engine_bundle import CAPACITY, ROWS, SIZE, doubles, engine_bundle
 from fake_cuda import FakeCuda
-from fmedge_converters.engines.bundle_engines import EngineOptions, build_engines
+from fmedge_converters.engines.bundle_engines import EngineBuildOptions, build_engines
 from fmedge_converters.engines.served import Served
 from fmedge_runtimes.backends import open_session
 from fmedge_runtimes.engine_file import engine_path, read_engine, record_path
@@ -42,7 +42,7 @@ def expected(bundle: Path) -> list[tuple[int, ...]]:
 
 
 def build(bundle: Path, **options) -> None:
-    list(build_engines(bundle, EngineOptions(**options)))
+    list(build_engines(bundle, EngineBuildOptions(**options)))
 
 
 @pytest.mark.parametrize("inventory", [*TENSORRT, *RTX])

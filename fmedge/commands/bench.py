@@ -41,7 +41,9 @@ def command(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
     new: Annotated[int, typer.Option(min=2, help="Tokens that each row generates.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each batch size; medians are shown.")] = 3,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's target unless given.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; the bundle's target unless given.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU; all cores unless given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON line.")] = False,
 ) -> None:

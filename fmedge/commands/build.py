@@ -67,13 +67,13 @@ def command(
     still belongs to this bundle, GPU and TensorRT is kept. Ctrl-C stops a build and leaves nothing half; what was timed
     until then is not timed again.
     """
-    from fmedge_converters.engines.bundle_engines import EngineOptions, build_engines
+    from fmedge_converters.engines.bundle_engines import EngineBuildOptions, build_engines
     from fmedge_converters.engines.served import Served
 
     from fmedge.commands.console import progress_bar
 
     served = Served(rows, tokens, tuple(map(parse_size, size or ())), batch)
-    options = EngineOptions(
+    options = EngineBuildOptions(
         device=device,
         served=served,
         parts=tuple(part or ()),

@@ -58,7 +58,9 @@ def command(
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes draws reproducible.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's target unless given.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; the bundle's target unless given.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the CPU; all cores unless given.")] = None,
     memory: Annotated[
         int | None,

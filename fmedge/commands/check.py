@@ -49,8 +49,8 @@ def command(
 ) -> None:
     """Say whether TensorRT takes a bundle or an ONNX file, and whether it computes what it should; no GPU is needed.
 
-    First by rules for each version, then with the parser and builder of TensorRT-RTX where that is installed. Exits with 1
-    if something would fail, naming the node and what to do.
+    First by rules for each version, then with the parser and builder of TensorRT-RTX where that is installed. Exits
+    with 1 if something would fail, naming the node and what to do.
     """
     from fmedge.commands.console import progress_bar
     from fmedge.extras import require_onnx

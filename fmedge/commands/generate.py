@@ -258,7 +258,9 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="Write all images side by side to a .png, too.", rich_help_panel=IMAGES),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's target unless given.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; the bundle's target unless given.")
+    ] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Rows that are decoded, or images that are denoised, together at most.")
     ] = None,

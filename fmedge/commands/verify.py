@@ -10,7 +10,9 @@ import typer
 
 def command(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's target unless given.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, tensorrt or rtx; the bundle's target unless given.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON line.")] = False,
 ) -> None:
     """Check every byte of a bundle and replay its golden continuations, or images, on this machine."""

@@ -6,9 +6,10 @@
     cuda.upload(memory.address, array.ctypes.data, array.nbytes)
     cuda.synchronize()
 
-`cuda-python` is imported here and nowhere else. Only libcuda is needed, which comes with the driver. What is queued on the
-stream happens in order; nothing else is promised before `synchronize`. Evidence: the calls are checked against the names
-and arguments of the real module; none has run on a GPU (docs/evidence.md).
+CUDA's Python bindings (cuda-bindings, a part of cuda-python) are imported here and nowhere else. Only libcuda is
+needed, which comes with the driver. What is queued on the stream happens in order; nothing else is promised before
+`synchronize`. Evidence: the calls are checked against the names and arguments of the real module; none has run on a
+GPU (docs/evidence.md).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy.typing as npt
 from fmedge_runtimes.errors import BackendError
 from fmedge_runtimes.memory import available_bytes
 
-INSTALL = "pip install 'fmedge[tensorrt]' (on JetPack 6: 'cuda-python<13')"
+INSTALL = "pip install 'fmedge[tensorrt]' (on JetPack 6 with 'cuda-bindings<13')"
 OUT_OF_MEMORY = 2
 """CUDA_ERROR_OUT_OF_MEMORY."""
 
@@ -150,7 +151,7 @@ class Cuda:
         self._call("cuStreamSynchronize", self._stream)
 
     def capture(self, queue: Callable[[], None]) -> CapturedGraph:
-        """What `queue` puts on the stream, to be launched again and again; nothing of it runs now. Raises BackendError."""
+        """What `queue` puts on the stream, to be launched again and again; nothing runs now. Raises BackendError."""
         mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", self._stream, mode)
         try:
@@ -214,5 +215,5 @@ def open_cuda() -> Cuda:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise BackendError(f"cuda-python is not installed, which engines need: {INSTALL}.") from error
+        raise BackendError(f"cuda-bindings is not installed, which engines need: {INSTALL}.") from error
     return Cuda(driver)

@@ -33,7 +33,9 @@ class Decoder:
         self._inputs = {spec.name for spec in session.inputs}
         self._one_token = any(spec.name == "input_ids" and spec.shape[1:] == (1,) for spec in session.inputs)
         largest = next((spec.largest for spec in session.inputs if spec.name == "input_ids"), None)
-        self.most_rows, self._most_tokens = (None, None) if largest is None else largest
+        self.most_rows: int | None = None if largest is None else largest[0]
+        """Rows that a step may have; None: any number."""
+        self._most_tokens: int | None = None if largest is None else largest[1]
         self._logits_dtype = next(spec.dtype for spec in session.outputs if spec.name == "logits")
 
     @property

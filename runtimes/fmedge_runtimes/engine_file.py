@@ -1,8 +1,8 @@
 """The engines of a bundle: `engines/NAME.engine`, and beside each a record of what it was built of, with and for.
 
 An engine runs where it was built: on the same kind of GPU, with the same TensorRT, for the graph that it was made of.
-TensorRT itself finds out late, and says so in words that help nobody; so the record is compared first, and the field that
-differs is named with the command that builds the engine again.
+TensorRT itself finds out late, and says so in words that help nobody; so the record is compared first, and the field
+that differs is named with the command that builds the engine again.
 
     found = read_engine(Path("out/bundle/decoder.onnx"), "tensorrt")
     check_engine(found, machine)

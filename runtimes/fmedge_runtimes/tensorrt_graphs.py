@@ -1,7 +1,8 @@
 """Steps as CUDA graphs: a step that comes again with the same shapes and addresses is launched as one piece.
 
 TensorRT's documentation asks for an execution context for each captured graph, left alone from then on: a graph of a
-context whose shapes or profile have changed since is undefined. Contexts share their working memory, so one more is cheap.
+context whose shapes or profile have changed since is undefined. Contexts share their working memory, so one more is
+cheap.
 """
 
 from __future__ import annotations

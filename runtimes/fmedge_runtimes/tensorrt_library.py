@@ -1,8 +1,8 @@
 """TensorRT and TensorRT-RTX: their Python bindings, and what they log.
 
 On a Jetson the bindings are the system's (package python3-libnvinfer), seen from an environment that was made with
-`--system-site-packages`; elsewhere they are pip's. Importing them needs no GPU. Constructing a `Runtime` without one ends
-the process, so nothing here does: `tensorrt_session` and `fmedge build` ask CUDA first.
+`--system-site-packages`; elsewhere they are pip's. Importing them needs no GPU. Constructing a `Runtime` without one
+ends the process, so nothing here does: `tensorrt_session` and `fmedge build` ask CUDA first.
 """
 
 from __future__ import annotations

@@ -128,7 +128,8 @@ class TensorRTSession:
         return words
 
     def _specs(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        inputs, outputs = [], []
+        inputs: list[TensorSpec] = []
+        outputs: list[TensorSpec] = []
         for number in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(number)
             kind = self._engine.get_tensor_dtype(name).name
@@ -178,11 +179,9 @@ class TensorRTSession:
         ]
         # Without buffers a step is known again, and can be captured.
         binding = self.bind(*buffers) if any(buffers) else self._unbound
-        arrays = [
-            {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
-            for named in (feeds, results)
-        ]
-        return binding.run(*arrays, [spec.name for spec in self.outputs if spec.name not in results])
+        given = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
+        filled = {name: value for name, value in results.items() if isinstance(value, np.ndarray)}
+        return binding.run(given, filled, [spec.name for spec in self.outputs if spec.name not in results])
 
     def step(
         self,
@@ -222,7 +221,8 @@ class TensorRTSession:
 
     def _prepare(self, binding: TensorRTBinding, feeds: Mapping[str, Array]) -> Step:
         """A step with these buffers and shapes. Raises BackendError when the engine was not built for it."""
-        shapes = {name: value.shape for name, value in (*feeds.items(), *binding.feeds.items())}
+        shapes = {name: array.shape for name, array in feeds.items()}
+        shapes |= {name: buffer.shape for name, buffer in binding.feeds.items()}
         missing = [spec.name for spec in self.inputs if spec.name not in shapes]
         if missing or len(shapes) > len(self.inputs):
             raise BackendError(f"the engine takes {', '.join(spec.name for spec in self.inputs)}; build it again.")

@@ -66,8 +66,8 @@ class Builder:
     def build(self, graph: Path, profiles: Sequence[ProfileFacts], facts: BuilderFacts, report: Report) -> Built:
         """Build the engine of a graph, and put it beside its record.
 
-        Raises BackendError when TensorRT refuses the graph or cannot build it; whatever it raises, an interrupt included,
-        the engine that was there before is untouched.
+        Raises BackendError when TensorRT refuses the graph or cannot build it; whatever it raises, an interrupt
+        included, the engine that was there before is untouched.
         """
         started = time.perf_counter()
         self.cuda.activate()
@@ -75,12 +75,13 @@ class Builder:
         register_plugins(self.trt, logger)
         builder = self.trt.Builder(logger)
         network, parser = self._parse(builder, graph, logger)
-        config = self._config(builder, facts)
+        config = self._config(builder, facts, weights_of(graph))
         for profile in profiles:
             config.add_optimization_profile(self._profile(builder, network, profile))
         path = engine_path(graph, self.machine.library)
         cache = root_of(graph) / FOLDER / f"timing.{self.machine.library}.cache"
         self._read_timings(config, cache)
+        logger.errors.clear()  # of timings that were another GPU's
         plan = None
         try:
             plan = self._run(builder, network, config, report)
@@ -127,11 +128,12 @@ class Builder:
             raise BackendError(explain(f"parsing {graph}", words or logger.errors))
         return network, parser
 
-    def _config(self, builder: Any, facts: BuilderFacts) -> Any:  # noqa: ANN401 - TensorRT's objects
+    def _config(self, builder: Any, facts: BuilderFacts, weights: int) -> Any:  # noqa: ANN401 - TensorRT's objects
         trt, config = self.trt, builder.create_builder_config()
-        for pool in ("WORKSPACE", "TACTIC_DRAM"):
+        # To time a layer takes its weights, inputs and outputs, beside its workspace.
+        for pool, limit in (("WORKSPACE", facts.workspace), ("TACTIC_DRAM", 2 * facts.workspace + weights)):
             if hasattr(trt.MemoryPoolType, pool):
-                config.set_memory_pool_limit(getattr(trt.MemoryPoolType, pool), facts.workspace)
+                config.set_memory_pool_limit(getattr(trt.MemoryPoolType, pool), limit)
         # The types of the graph are meant: fp32 is not to be computed in 19 bits.
         config.clear_flag(trt.BuilderFlag.TF32)
         if facts.optimization_level is not None:
@@ -225,6 +227,12 @@ def _range(facts: ProfileFacts, tensor: str, axis: str) -> tuple[int, int, int]:
             "export the bundle again, with --target tensorrt."
         )
     return facts.axes[axis]
+
+
+def weights_of(graph: Path) -> int:
+    """Bytes of a graph's external data."""
+    data = graph.with_name(graph.name + ".data")
+    return data.stat().st_size if data.is_file() else 0
 
 
 def workspace_of(free: int, weights: int) -> int:

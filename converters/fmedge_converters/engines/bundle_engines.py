@@ -1,6 +1,6 @@
 """Build the engines of a bundle: each of its graphs, unless its engine is there and still belongs to it.
 
-for made in build_engines(Path("out/bundle"), EngineOptions(rows=8), progress): ...
+for made in build_engines(Path("out/bundle"), EngineBuildOptions(rows=8), progress): ...
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fmedge_runtimes.errors import BackendError, RequestError
 from fmedge_runtimes.tensorrt_library import LIBRARIES, import_bindings
 from fmedge_runtimes.tensorrt_session import machine_of
 
-from fmedge_converters.engines.build import Builder, workspace_of
+from fmedge_converters.engines.build import Builder, weights_of, workspace_of
 from fmedge_converters.engines.served import Served, fit_decoder, fit_part
 
 Progress = Callable[[str, int, int], None]
@@ -25,7 +25,7 @@ LEVELS = range(6)
 
 
 @dataclass(frozen=True, slots=True)
-class EngineOptions:
+class EngineBuildOptions:
     """What engines are built for, and how."""
 
     device: str | None = None
@@ -58,11 +58,13 @@ class EngineMade:
     warnings: tuple[str, ...] = ()
 
 
-def build_engines(folder: Path, options: EngineOptions, progress: Progress = lambda *_: None) -> Iterator[EngineMade]:
+def build_engines(
+    folder: Path, options: EngineBuildOptions, progress: Progress = lambda *_: None
+) -> Iterator[EngineMade]:
     """Build the engines of a bundle, one after the other; each is in its place when it is handed out.
 
-    Raises BundleError, RequestError (options that the bundle has nothing for), BackendError (no GPU, no TensorRT, a graph
-    that it cannot build). Engines that are there stay as they are when another one fails.
+    Raises BundleError, RequestError (options that the bundle has nothing for), BackendError (no GPU, no TensorRT, a
+    graph that it cannot build). Engines that are there stay as they are when another one fails.
     """
     bundle = open_any_bundle(folder, checksums=False)
     wanted = _profiles(bundle, options)
@@ -78,8 +80,7 @@ def build_engines(folder: Path, options: EngineOptions, progress: Progress = lam
     builder = Builder(trt, cuda, machine_of(cuda, trt, library.name))
     for name, profiles in wanted.items():
         graph = bundle.file(bundle.manifest.graphs[name].file)
-        weights = graph.with_name(graph.name + ".data")
-        spare = workspace_of(cuda.free_bytes(), weights.stat().st_size if weights.is_file() else 0)
+        spare = workspace_of(cuda.free_bytes(), weights_of(graph))
         facts = BuilderFacts(
             optimization_level=options.optimization_level,
             version_compatible=options.version_compatible,
@@ -98,7 +99,7 @@ def build_engines(folder: Path, options: EngineOptions, progress: Progress = lam
         yield EngineMade(name, built.path, built.facts, built.seconds, built.warnings)
 
 
-def _profiles(bundle: Bundle | ImageBundle, options: EngineOptions) -> dict[str, tuple[ProfileFacts, ...]]:
+def _profiles(bundle: Bundle | ImageBundle, options: EngineBuildOptions) -> dict[str, tuple[ProfileFacts, ...]]:
     """The profiles of each graph that is to be built. Raises RequestError."""
     graphs, served = bundle.manifest.graphs, options.served
     unknown = [name for name in options.parts if name not in graphs]
@@ -116,7 +117,7 @@ def _profiles(bundle: Bundle | ImageBundle, options: EngineOptions) -> dict[str,
 
 
 def _known(
-    graph: Path, builder: Builder, profiles: tuple[ProfileFacts, ...], facts: BuilderFacts, options: EngineOptions
+    graph: Path, builder: Builder, profiles: tuple[ProfileFacts, ...], facts: BuilderFacts, options: EngineBuildOptions
 ) -> EngineFacts | None:
     """What is known of an engine that is there and is what is asked for; None if it has to be built."""
     try:

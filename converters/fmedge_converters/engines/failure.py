@@ -23,7 +23,7 @@ CURES = (
         "vm.drop_caches=3), close what else runs, give `--workspace 256MiB`, or update to JetPack 6.2.2",
     ),
     Cure(
-        r"insufficient memory|Device memory is insufficient|[Oo]ut ?[Oo]f ?[Mm]emory|OUT_OF_MEMORY|Requested amount of GPU",
+        r"insufficient memory|Device memory is insufficient|[Oo]ut ?[Oo]f ?[Mm]emory|OUT_OF_MEMORY|amount of GPU",
         "memory is short: close what else runs (a desktop takes 1 GiB), add swap for the build, and give "
         "`--workspace 256MiB`, fewer `--rows` or a smaller `--size`",
     ),
@@ -52,7 +52,7 @@ CURES = (
     ),
     Cure(
         r"profile|dimensions? .*(min|opt|max)",
-        "an optimization profile does not suit the graph: leave out --rows, --tokens, --size and --batch, or give others",
+        "an optimization profile does not suit the graph: give other --rows, --tokens, --size or --batch, or none",
     ),
     Cure(
         r"CUDA initialization failure|error 35|no CUDA-capable device|insufficient driver",

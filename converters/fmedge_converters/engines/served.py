@@ -108,6 +108,6 @@ def _grown(axis: str, sizes: Range, image: ImageFacts, wanted: tuple[Size, ...])
 def _require(graph: GraphFacts) -> None:
     if not graph.profiles:
         raise RequestError(
-            f"{graph.file} was not exported for TensorRT: it has no optimization profiles; export the source again with "
-            "--target tensorrt (or tensorrt-compat, rtx, the name of a device)."
+            f"{graph.file} was not exported for TensorRT: it has no optimization profiles; export the source "
+            "again with --target tensorrt (or tensorrt-compat, rtx, the name of a device)."
         )

@@ -1,11 +1,11 @@
-"""Check a bundle, or any ONNX file, for a version of TensorRT: rules, then a real parser and builder where there is one.
+"""Check a bundle, or any ONNX file, for a version of TensorRT: rules, then a real parser and builder where one is.
 
     found = check(Path("out/bundle"), CheckOptions("orin-nano-8gb"))
     found.passed, found.level, found.graphs[0].findings
 
-Levels follow each other: rules passed; parsed; built; ran on a GPU; ran on this device with matching output. What TensorRT-RTX
-parses and builds here is the nearest evidence without the device. The later levels are read from the records that
-`fmedge build` and `fmedge verify` leave beside engines.
+Levels follow each other: rules passed; parsed; built; ran on a GPU; ran on this device with matching output. What
+TensorRT-RTX parses and builds here is the nearest evidence without the device. The later levels are read from the
+records that `fmedge build` and `fmedge verify` leave beside engines.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+import onnx_ir as ir
 from fmedge_runtimes.bundle import GraphFacts, ProfileFacts, open_any_bundle
 from fmedge_runtimes.cuda import open_cuda
 from fmedge_runtimes.engine_file import Engine, Machine, differences, read_engine
@@ -31,6 +32,8 @@ from fmedge_converters.preflight.versions import TARGETS, Asked, find_version, r
 
 Depth = Literal["rules", "parse", "build"]
 LevelName = Literal["rules passed", "parsed", "built", "ran on a GPU", "ran on this device with matching output"]
+NARROW_FLOATS = ((ir.DataType.FLOAT4E2M1, "SM120"), (ir.DataType.FLOAT8E4M3FN, "SM89"))
+"""What TensorRT-RTX builds types for that older GPUs do not have."""
 LEVELS: tuple[LevelName, ...] = get_args(LevelName)
 
 
@@ -185,7 +188,8 @@ def _tried(graph: Graph, profiles: tuple[ProfileFacts, ...], up_to: Depth, refus
     # Of a static graph one profile, without axes, is enough.
     wanted = (profiles or (ProfileFacts(name="default", axes={}),)) if build else None
     try:
-        verdict = ask_rtx(graph.path, wanted)
+        capability = _capability(graph)
+        verdict = ask_rtx(graph.path, wanted, capability)
     except BackendError as error:
         return Level("parsed", False, str(error)), nothing
     words = "; ".join(map(str, verdict.problems[:3]))
@@ -196,8 +200,14 @@ def _tried(graph: Graph, profiles: tuple[ProfileFacts, ...], up_to: Depth, refus
         why = "not tried" if up_to != "build" else "not tried: give the sizes of its dynamic axes with --axis"
         return parsed, Level("built", None, why)
     if verdict.built:
-        return parsed, Level("built", True, f"by TensorRT-RTX on this machine, for {rtx.CAPABILITY}")
+        return parsed, Level("built", True, f"by TensorRT-RTX on this machine, for {capability}")
     return parsed, Level("built", False, f"TensorRT-RTX cannot build it: {words}")
+
+
+def _capability(graph: Graph) -> str:
+    """The compute capability to build for: the usual one, or the first that has a type of the graph."""
+    kinds = {value.dtype for node in graph.nodes() for value in (*node.inputs, *node.outputs) if value is not None}
+    return next((name for kind, name in NARROW_FLOATS if kind in kinds), rtx.CAPABILITY)
 
 
 def _ran(graph: Path, engine: Engine | None, machine: Machine | None) -> tuple[Level, Level]:

@@ -54,7 +54,8 @@ def _zero(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
         return
     zeros = constant_of(value)
     if zeros is not None and np.any(zeros.astype(np.float32)):
-        yield f"its zero point is {float(zeros.astype(np.float32).reshape(-1)[np.flatnonzero(zeros)[0]]):g}, and must be 0"
+        first = zeros.astype(np.float32)[zeros.astype(np.float32) != 0].reshape(-1)[0]
+        yield f"its zero point is {first:g}, and must be 0"
 
 
 def _scale(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
@@ -91,7 +92,7 @@ def _used_elsewhere(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
         return
     for value in node.inputs:
         kind = dtype_of(value)
-        if kind in CODES and is_constant(value):
+        if kind is not None and kind in CODES and is_constant(value):
             yield f"it gets codes of {kind.name}, which go into DequantizeLinear and nowhere else"
 
 

@@ -28,9 +28,10 @@ class Verdict:
     problems: tuple[rtx.Problem, ...]
 
 
-def ask_rtx(graph: Path, profiles: Sequence[ProfileFacts] | None) -> Verdict:
+def ask_rtx(graph: Path, profiles: Sequence[ProfileFacts] | None, capability: str) -> Verdict:
     """Have a graph parsed, and built if there are profiles. Raises BackendError when that cannot be tried."""
     asked = {
+        "capability": capability,
         "graph": str(graph),
         "profiles": None if profiles is None else [profile.model_dump(mode="json") for profile in profiles],
     }
@@ -48,11 +49,11 @@ def ask_rtx(graph: Path, profiles: Sequence[ProfileFacts] | None) -> Verdict:
     return Verdict(found["parsed"], found["built"], tuple(rtx.Problem(**problem) for problem in found["problems"]))
 
 
-def _answer(graph: Path, profiles: Sequence[ProfileFacts] | None) -> Verdict:
+def _answer(graph: Path, profiles: Sequence[ProfileFacts] | None, capability: str) -> Verdict:
     problems = rtx.parse(graph)
     if problems or profiles is None:
         return Verdict(not problems, None, problems)
-    built = rtx.build(graph, profiles)
+    built = rtx.build(graph, profiles, capability)
     return Verdict(True, built.engine is not None, built.problems)
 
 
@@ -64,6 +65,7 @@ def main() -> None:
         verdict = _answer(
             Path(asked["graph"]),
             None if profiles is None else [ProfileFacts.model_validate_json(json.dumps(item)) for item in profiles],
+            asked["capability"],
         )
     except FmedgeError as error:
         sys.exit(str(error))

@@ -119,7 +119,7 @@ def hardware(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
     for kind, least, generation in HARDWARE:
         if kind in kinds and asked.capability < least:
             have = ".".join(map(str, asked.capability))
-            yield f"{kind.name} needs {generation} (compute capability {least[0]}.{least[1]}), and {asked.name} has {have}"
+            yield f"{kind.name} needs {generation} ({least[0]}.{least[1]}), and {asked.name} has {have}"
 
 
 def old_types(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
