@@ -75,7 +75,12 @@ def build_engines(
         )
     library = LIBRARIES[device]
     # Before TensorRT: without a GPU its builder cannot work, and its runtime would end the process.
-    cuda = open_cuda()
+    try:
+        cuda = open_cuda()
+    except BackendError as error:
+        raise BackendError(
+            f"{error} Engines are built on the device that runs them; `fmedge check` needs none."
+        ) from error
     trt = import_bindings(library)
     builder = Builder(trt, cuda, machine_of(cuda, trt, library.name))
     for name, profiles in wanted.items():

@@ -56,8 +56,8 @@ def operands(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
     """Types that an operator does not compute with."""
     del graph, asked
     kind = dtype_of(input_of(node, 0))
-    if kind is None or kind is ir.DataType.DOUBLE:
-        return
+    if kind is None or (kind is ir.DataType.DOUBLE and node.op_type not in BOOLEANS):
+        return  # doubles are taken for floats
     if node.op_type in FLOATS:
         fits, wanted = kind.is_floating_point(), "floats"
     elif node.op_type in HALVES:
