@@ -9,6 +9,7 @@ import _thread
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,12 +92,16 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing_half(folder: Path) -> None:
             if step == 3:
                 _thread.interrupt_main()
             if step > 3:
-                __import__("time").sleep(0.05)
+                time.sleep(0.05)
 
         library.on_step = interrupt
         with pytest.raises(KeyboardInterrupt):
             build(folder, force=True)
         assert 3 < len(seen) < 200
+        # The builder has come to its end: nothing goes on behind the back of who pressed Ctrl-C.
+        stopped = len(seen)
+        time.sleep(0.15)
+        assert len(seen) == stopped
         assert whole == {name: (folder / "engines" / name).read_bytes() for name in left(folder) if "cache" not in name}
         with load(folder) as model:
             assert model.generate("abc", Sampling(max_new_tokens=2))[0].tokens

@@ -171,25 +171,31 @@ class Builder:
         The builder does not return to Python's main thread before it is through, so an interrupt would not be noticed
         there: it runs in another thread, and the monitor hands the wish on.
         """
-        stop = threading.Event()
+        stop, finished = threading.Event(), threading.Event()
         config.progress_monitor = make_monitor(self.trt, report, stop)
         found: list[Any] = []
 
         def build() -> None:
             try:
+                if stop.is_set():
+                    return
                 self.cuda.activate()
                 found.append(builder.build_serialized_network(network, config))
             except Exception as error:  # raised in the thread that waits
                 found.append(error)
+            finally:
+                finished.set()
 
         thread = threading.Thread(target=build, name="fmedge-build", daemon=True)
-        thread.start()
+        # An event, not the thread's end: Thread.join takes a thread for ended once it has been interrupted itself.
         try:
-            while thread.is_alive():
-                thread.join(WAIT)
+            thread.start()
+            while not finished.wait(WAIT):
+                pass
         except KeyboardInterrupt:
             stop.set()
-            thread.join()
+            if thread.ident is not None:
+                finished.wait()
             raise
         if isinstance(found[0], Exception):
             raise found[0]
