@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from fake_cuda import FakeCuda
+from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from strict_double import StrictModule, read_inventory
 
 TYPES = {1: "FLOAT", 10: "HALF", 7: "INT64", 6: "INT32", 3: "INT8", 2: "UINT8", 9: "BOOL"}
@@ -317,11 +317,8 @@ class _Engine:
     def session(self) -> Any:
         """The graph in ONNX Runtime, opened once."""
         if self.path not in self.library.sessions:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = 1
-            self.library.sessions[self.path] = onnxruntime.InferenceSession(
-                self.path, options, providers=["CPUExecutionProvider"]
-            )
+            # With the options that our own CPU session has, so that numbers are the same.
+            self.library.sessions[self.path] = OnnxRuntimeSession(Path(self.path), "cpu", None)._session
         return self.library.sessions[self.path]
 
 
