@@ -13,7 +13,7 @@ import typer
 from fmedge_runtimes.errors import FmedgeError
 from fmedge_runtimes.version import __version__
 
-from fmedge.commands import bench, chat, evaluate, export, generate, inspect, plan, train, verify
+from fmedge.commands import bench, build, chat, check, evaluate, export, generate, inspect, plan, train, verify
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -34,6 +34,10 @@ EXAMPLES = """
 
   fmedge bench out/bundle
 
+  fmedge check out/engine-bundle --target orin-nano-8gb
+
+  fmedge build out/engine-bundle
+
   fmedge inspect out/bundle
 
   fmedge eval out/painter
@@ -53,6 +57,8 @@ app.command("export", epilog=export.EPILOG)(export.command)
 app.command("generate", epilog=generate.EPILOG)(generate.command)
 app.command("chat", epilog=chat.EPILOG)(chat.command)
 app.command("inspect")(inspect.command)
+app.command("check", epilog=check.EPILOG)(check.command)
+app.command("build", epilog=build.EPILOG)(build.command)
 app.command("plan", epilog=plan.EPILOG)(plan.command)
 app.command("bench", epilog=bench.EPILOG)(bench.command)
 app.command("verify")(verify.command)

@@ -16,3 +16,13 @@ def require_export() -> None:
         raise BackendError(
             f"exporting needs {', '.join(missing)}, which this environment lacks: pip install 'fmedge[export,cpu]'."
         )
+
+
+def require_onnx() -> None:
+    """Raise BackendError unless what reads graphs is installed."""
+    missing = [name for name in ("onnx", "onnx_ir") if find_spec(name) is None]
+    if missing:
+        raise BackendError(
+            f"checking graphs needs {' and '.join(missing)}, which this environment lacks: "
+            "pip install 'fmedge[export]', or only what is missing."
+        )

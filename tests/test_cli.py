@@ -147,7 +147,7 @@ def test_the_best_of_several(bundle: Path) -> None:
         (["generate", "BUNDLE", "Hi", "-o", "nowhere/out.jsonl"], "cannot write nowhere/out.jsonl"),
         (["inspect", "."], "is not a bundle"),
         (["verify", "."], "is not a bundle"),
-        (["export", "nowhere", "out", "--target", "tensorrt"], "not available yet"),
+        (["export", "nowhere", "out", "--target", "tpu"], "there is no target tpu"),
         (["export", "nowhere", "out", "--block-size", "33"], "--block-size is 33"),
     ],
 )

@@ -203,8 +203,10 @@ def test_refusals_of_folders(llama: Path, tmp_path: Path) -> None:
     (empty / "model_index.json").write_text("{}")
     with pytest.raises(SourceError, match="diffusers"):
         export(options(empty, tmp_path))
-    with pytest.raises(ExportError, match="tensorrt is not available yet"):
-        export(options(llama, tmp_path, target="tensorrt"))
+    with pytest.raises(ExportError, match="there is no target tpu"):
+        export(options(llama, tmp_path, target="tpu"))
+    with pytest.raises(ExportError, match="tensorrt has no quantization fp8: "):
+        export(options(llama, tmp_path, target="tensorrt", quantize="fp8"))
     with pytest.raises(ExportError, match="no quantization int3"):
         export(options(llama, tmp_path, quantize="int3"))
     with pytest.raises(ExportError, match="256 positions"):
@@ -406,6 +408,7 @@ def test_tied_weights_with_two_values_are_refused(tmp_path: Path) -> None:
 def test_the_proof_of_the_architecture_sees_a_wrong_window(monkeypatch: pytest.MonkeyPatch) -> None:
     from fmedge_converters import attention_interface
     from fmedge_converters.evidence import graph_evidence
+    from fmedge_converters.targets import TARGETS
     from transformers import AutoConfig
 
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 9999}
@@ -418,7 +421,7 @@ def test_the_proof_of_the_architecture_sees_a_wrong_window(monkeypatch: pytest.M
         recording.attended[layer] = replace(cache, window=cache.window and cache.window + 1)
 
     monkeypatch.setattr(attention_interface, "_look", wrong)
-    evidence = graph_evidence(config, lambda *_: None)
+    evidence = graph_evidence(config, TARGETS["cpu"], lambda *_: None)
     assert not evidence.passed
 
 

@@ -74,10 +74,10 @@ def traced_once(traces: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None
     """Exports of the same part share a trace, which is most of the work for a tiny one."""
     trace = part_build.trace_module
 
-    def trace_once(module: Any, call: Any, dtype: Any, where: str) -> Any:
-        key = (where.rsplit("/", 2)[-2:], type(module).__name__, str(call.inputs), str(dtype))
+    def trace_once(module: Any, call: Any, dtype: Any, where: str, operators: Any) -> Any:
+        key = (where.rsplit("/", 2)[-2:], type(module).__name__, str(call.inputs), str(dtype), operators.opset)
         if str(key) not in traces:
-            traces[str(key)] = trace(module, call, dtype, where)
+            traces[str(key)] = trace(module, call, dtype, where, operators)
         traced = traces[str(key)]
         return replace(traced, model=traced.model.clone())
 
@@ -93,7 +93,7 @@ def check_parts(folder: Path, output: Path, scheme: str, *names: str) -> None:
         module = empty_part(part)
         kind = find_kind(part.kind)
         assert kind is not None
-        options = PartOptions(CPU.dtype, (CPU.image_schemes[scheme],), None)
+        options = PartOptions(CPU, CPU.dtype, (CPU.image_schemes[scheme],), None)
         calls = kind.graphs(module, Asked(part.name, source.pipeline))
         reference = loaded_part(part, torch.float32, allow_pickle=False)
         for graph in build_part(part, module, calls, [output], options, lambda *_: None)[0]:

@@ -59,6 +59,8 @@ def test_evaluating_needs_no_torch(bundle: Path) -> None:
         ["train", "text", "--help"],
         ["train", "image", "--help"],
         ["eval", "--help"],
+        ["check", "--help"],
+        ["build", "--help"],
     ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:

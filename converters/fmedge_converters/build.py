@@ -19,6 +19,7 @@ from fmedge_converters.decoder import TracedDecoder
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.in_place import updates_in_place
 from fmedge_converters.layouts.layout import Layout
+from fmedge_converters.plain_graph import require_plain
 from fmedge_converters.quantize import Quantization, quantize
 from fmedge_converters.recording import LayerCache, LayerState
 from fmedge_converters.repeated_layers import trace_by_layers
@@ -105,6 +106,8 @@ def build_decoder(
         quantization = quantize(graph, options.scheme, options.block_size, options.bits)
         if options.scheme.storage is not None:
             store_weights(graph, options.scheme.storage)
+        if target.engines:
+            require_plain(graph, target.name)
         stage = "weights"
         if checkpoint.source_format is not None:
             stage = f"weights ({quantization.kept} of {quantization.matrices} matrices keep their codes)"

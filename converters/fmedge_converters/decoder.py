@@ -48,6 +48,9 @@ from fmedge_converters.step_layout import Layout
 from fmedge_converters.traced_cache import TracedCache
 from fmedge_converters.translations import TRANSLATIONS
 
+CAPACITY_MULTIPLE = 64
+"""Of static caches, so that each row begins at an address that TensorRT can bind."""
+
 
 @dataclass(frozen=True, slots=True)
 class TracedDecoder:
@@ -218,9 +221,12 @@ def _look(model: PreTrainedModel, dialect: Dialect, context: int, before: Plain 
             if (multiple := dialect.head_size_multiple) is not None:
                 size = math.ceil(max(cache.key_dim, cache.value_dim) / multiple) * multiple
                 cache = replace(cache, key_dim=size, value_dim=size)
-            cache = replace(cache, rolling=cache.window is not None and cache.window < context)
+            rolls = cache.window is not None and cache.window < context and not dialect.static
+            cache = replace(cache, rolling=rolls)
         else:
             cache = replace(cache, window=None)
+        capacity = math.ceil(context / CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE if dialect.static else None
+        cache = replace(cache, capacity=capacity, in_place=dialect.in_place)
         caches.append(cache)
     states = [
         LayerState(name, tuple(value.shape[1:]), value.dtype, in_place=False)
@@ -262,6 +268,12 @@ def trace_decoder(
     graph = program.model
     parameters = {name: name.removeprefix("model.") for name in graph.graph.initializers if is_fake(graph, name)}
     return TracedDecoder(graph, model, layout.caches, layout.states, parameters)
+
+
+def find_caches(config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype, context: int) -> tuple[LayerCache, ...]:
+    """What the layers of a decoder cache, without a trace. Raises SourceError when that cannot be found."""
+    with _on_fakes(config, dtype, context, lambda _: {}) as model:
+        return _look(model, dialect, context).caches
 
 
 @dataclass(frozen=True, slots=True)

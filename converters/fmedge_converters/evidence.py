@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from fmedge_converters.reduced import reduced_config, write_random_model
 from fmedge_converters.reference import Logits, Reference, ResidentReference, load_model
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
-from fmedge_converters.targets import TARGETS
+from fmedge_converters.targets import Target
 from fmedge_converters.tolerances import TOLERANCES, is_exact, tolerance_of
 
 GRAPH_CONTEXT = 192
@@ -72,6 +72,8 @@ def text_facts(built: BuiltDecoder, context: int) -> TextFacts:
                 value_dim=cache.value_dim,
                 window=cache.window,
                 rolling=cache.rolling,
+                capacity=cache.capacity,
+                in_place=cache.in_place,
             )
             for cache in built.caches
         ),
@@ -97,18 +99,18 @@ def _state_dtype(state: LayerState) -> Any:  # noqa: ANN401 - pydantic checks th
     return str(numpy_dtype(state.dtype))
 
 
-def graph_evidence(config: PretrainedConfig, progress: Progress) -> Evidence:
-    """Compare a small random model of the architecture with PyTorch, token for token in fp32.
+def graph_evidence(config: PretrainedConfig, target: Target, progress: Progress) -> Evidence:
+    """Compare a small random model of the architecture with PyTorch, token for token in fp32, written as for a target.
 
     Raises SourceError when the architecture cannot be exported; a mismatch is in the result.
     """
     progress("checking the architecture", 0, 0)
-    target = TARGETS["cpu"]
     with tempfile.TemporaryDirectory(prefix="fmedge-") as name:
         folder = Path(name)
         small = reduced_config(config)
         write_random_model(small, folder / "model", seed=0)
-        options = BuildOptions(target, FLOATING, block_size=0, context=GRAPH_CONTEXT)
+        wide = replace(target, dtype=torch.float32)
+        options = BuildOptions(wide, target.schemes[FLOATING.name], block_size=0, context=GRAPH_CONTEXT)
         built = build_decoder(small, Files(folder / "model"), folder, options, lambda *_: None)
         random = np.random.default_rng(0)
         prompts = [random.integers(1, built.vocabulary, length).tolist() for length in GRAPH_PROMPTS]

@@ -32,7 +32,8 @@ def example_step(dialect: Dialect, layout: Layout, dtype: torch.dtype) -> Exampl
     """The arguments for a model of that layout."""
     sizes = {**SIZES, "sequence": 1} if layout.one_token else dict(SIZES)
     for cache in layout.caches:
-        sizes.setdefault(capacity_axis(cache), PROBE_CAPACITY + len(sizes))
+        if cache.capacity is None:
+            sizes.setdefault(capacity_axis(cache), PROBE_CAPACITY + len(sizes))
     axes = {name: torch.export.Dim(name) for name in sizes}
 
     def example(kind: torch.dtype, *dims: str | int) -> torch.Tensor:
@@ -43,7 +44,10 @@ def example_step(dialect: Dialect, layout: Layout, dtype: torch.dtype) -> Exampl
 
     ids: tuple[str | int, ...] = ("batch", 1 if layout.one_token else "sequence")
     shapes: list[tuple[tuple[str | int, ...], ...]] = [
-        tuple(("batch", cache.kv_heads, capacity_axis(cache), size) for size in (cache.key_dim, cache.value_dim))
+        tuple(
+            ("batch", cache.kv_heads, cache.capacity or capacity_axis(cache), size)
+            for size in (cache.key_dim, cache.value_dim)
+        )
         for cache in layout.caches
     ]
     kept: list[tuple[str | int, ...]] = [("batch", *state.shape) for state in layout.states]

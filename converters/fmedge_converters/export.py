@@ -36,6 +36,7 @@ from fmedge_runtimes.bundle import (
 )
 from fmedge_runtimes.chat import ChatTemplate
 from fmedge_runtimes.decoder import Decoder
+from fmedge_runtimes.devices import DEVICES
 from fmedge_runtimes.errors import ExportError, RequestError, SourceError
 from fmedge_runtimes.memory import available_bytes
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
@@ -50,7 +51,8 @@ from fmedge_converters.calibration.model import CalibrationModel
 from fmedge_converters.calibration.text import calibration_text
 from fmedge_converters.candidates_graph import write_candidates
 from fmedge_converters.checkpoint import Checkpoint
-from fmedge_converters.decoder import empty_model, quiet_libraries, text_config
+from fmedge_converters.decoder import empty_model, find_caches, quiet_libraries, text_config
+from fmedge_converters.device_plan import ROWS, STATIC_DEFAULT, decoder_needs, plan_device
 from fmedge_converters.evidence import (
     PROMPTS,
     TEXT_TOKENS,
@@ -70,6 +72,7 @@ from fmedge_converters.export_checks import (
     check_calibration,
     check_disk,
     check_output,
+    device_name,
     graph_facts,
     judge,
     made_by,
@@ -82,11 +85,12 @@ from fmedge_converters.layouts.layout import Finished, Layout
 from fmedge_converters.mixed_precision import candidates
 from fmedge_converters.output_folder import flush, sweep, written_aside
 from fmedge_converters.pieces import NotLoadedError
+from fmedge_converters.profiles import decoder_profiles
 from fmedge_converters.reference import open_reference, open_streamed, require_memory
 from fmedge_converters.schemes.scheme import Scheme, WeightOptions
 from fmedge_converters.sensitivity import Sensitivities, measure_sensitivities
 from fmedge_converters.source import Source, is_pipeline, open_source
-from fmedge_converters.targets import check_cache, find_scheme, find_target, with_options
+from fmedge_converters.targets import Target, check_cache, find_scheme, find_target, with_options
 from fmedge_converters.tokenizer_files import TokenizerFacts, write_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
@@ -141,8 +145,9 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     scheme = with_options(target, find_scheme(target, options.quantize), weights)
     layout = find_layout(target, options.layout)
     source = open_source(options.source, options.revision, adapter=options.adapter, allow_pickle=options.allow_pickle)
-    parameters = _require_weights(source)
-    context = _context(source, options)
+    size = _require_weights(source)
+    parameters = size.parameters
+    context, rows = _room(source, size, target, scheme, options, progress)
     check_block_size(scheme, options)
     check_bits(scheme, options)
     check_calibration(scheme, options)
@@ -152,7 +157,7 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     evaluation_text = _evaluation_text(options.text)
     evidence: list[Evidence] = []
     if options.verify != "none":
-        evidence.append(graph_evidence(source.config, progress))
+        evidence.append(graph_evidence(source.config, target, progress))
         judge(evidence[-1], options)
     with written_aside(options.output) as folder:
         tokenizer = write_tokenizer(source.tokenizer_folder, folder, source.tokenizer_gguf)
@@ -184,7 +189,8 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
         elif options.verify == "graph" and _fits(built):
             evidence.append(_run(built, facts, tokens.prompts, progress))
             judge(evidence[-1], options)
-        graphs = {"decoder": graph_facts(built.model, built.written.graph)}
+        profiles = decoder_profiles(rows, context) if target.engines else ()
+        graphs = {"decoder": graph_facts(built.model, built.written.graph, profiles)}
         if target.summarises:
             logits = next(output for output in graphs["decoder"].outputs if output.name == "logits")
             graphs["candidates"] = graph_facts(*write_candidates(folder, facts.vocabulary, logits.dtype))
@@ -207,6 +213,7 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
                 parameters=parameters,
             ),
             target=target.name,
+            device=device_name(options.target),
             precision=scheme.name,
             block_size=built.quantization.block_size,
             bits_per_weight=built.quantization.bits_per_weight,
@@ -225,24 +232,50 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     return open_bundle(options.output, checksums=False)
 
 
-def _require_weights(source: Source) -> int:
-    """The number of parameters, if the checkpoint has them all; read from names and shapes, before anything is traced.
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """Numbers of weights."""
+
+    parameters: int
+    embedding: int
+    vocabulary: int
+
+
+def _require_weights(source: Source) -> _Size:
+    """How large the model is, if the checkpoint has all of it; read from names and shapes, before anything is traced.
 
     Raises SourceError.
     """
     with Checkpoint(source.files, np.dtype(np.float32)) as checkpoint:
-        checkpoint.weights(empty_model(source.config, torch.float32))
-        return checkpoint.parameters
+        model = empty_model(source.config, torch.float32)
+        checkpoint.weights(model)
+        embedding = model.get_input_embeddings().weight
+        return _Size(checkpoint.parameters, embedding.numel(), embedding.shape[0])
 
 
-def _context(source: Source, options: ExportOptions) -> int:
+def _room(
+    source: Source, size: _Size, target: Target, scheme: Scheme, options: ExportOptions, progress: Progress
+) -> tuple[int, int]:
+    """Tokens of a row, and rows of an engine; both as the memory of the device allows, if one is named."""
+    context = _context(source, options, STATIC_DEFAULT if target.dialect.static else LONGEST_DEFAULT)
+    device = DEVICES.get(options.target)
+    if device is None:
+        return context, ROWS
+    caches = find_caches(source.config, target.dialect, target.dtype, context)
+    needs = decoder_needs(caches, target.dtype.itemsize, scheme.bits, size.parameters, size.embedding, size.vocabulary)
+    found = plan_device(device, needs, context, asked=options.context is not None)
+    progress(f"{device.name} is target {target.name} (JetPack {device.jetpack}); {found}", 0, 0)
+    return found.context, found.rows
+
+
+def _context(source: Source, options: ExportOptions, default: int) -> int:
     text = text_config(source.config)
     longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     if longest is not None and longest < 1:
         longest = None  # how some say that there is no limit
     if options.context is None:
         # A model that states no limit has none: its positions are relative, or it has a state instead.
-        return LONGEST_DEFAULT if longest is None else min(int(longest), LONGEST_DEFAULT)
+        return default if longest is None else min(int(longest), default)
     if longest is not None and options.context > longest:
         raise ExportError(f"--context {options.context} is more than the {longest} positions that {source.id} knows.")
     return options.context

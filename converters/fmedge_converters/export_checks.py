@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import onnx_ir as ir
-from fmedge_runtimes.bundle import MANIFEST, Evidence, GraphFacts, TensorFacts
+from fmedge_runtimes.bundle import MANIFEST, Evidence, GraphFacts, ProfileFacts, TensorFacts
+from fmedge_runtimes.devices import DEVICES
 from fmedge_runtimes.errors import ExportError, ParityError
 from fmedge_runtimes.version import __version__
 
@@ -87,6 +88,11 @@ def check_calibration(scheme: Scheme, options: ExportOptions) -> None:
         )
 
 
+def device_name(target: str) -> str | None:
+    """The device that was named as the target, None if it is no device."""
+    return target if target in DEVICES else None
+
+
 def check_disk(output: Path, parameters: int, bits: int) -> None:
     """Raise ExportError when the disk has too little room for so many parameters."""
     parent = output.absolute().parent
@@ -113,7 +119,7 @@ def judge(evidence: Evidence, options: ExportOptions) -> None:
     )
 
 
-def graph_facts(model: ir.Model, path: Path) -> GraphFacts:
+def graph_facts(model: ir.Model, path: Path, profiles: tuple[ProfileFacts, ...] = ()) -> GraphFacts:
     """A graph's inputs and outputs, as the manifest has them."""
 
     def facts(values: Sequence[ir.Value]) -> tuple[TensorFacts, ...]:
@@ -126,7 +132,8 @@ def graph_facts(model: ir.Model, path: Path) -> GraphFacts:
             for value in values
         )
 
-    return GraphFacts(file=path.name, inputs=facts(model.graph.inputs), outputs=facts(model.graph.outputs))
+    inputs, outputs = facts(model.graph.inputs), facts(model.graph.outputs)
+    return GraphFacts(file=path.name, inputs=inputs, outputs=outputs, profiles=profiles)
 
 
 def made_by(*others: str) -> dict[str, str]:

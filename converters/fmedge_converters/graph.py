@@ -35,14 +35,25 @@ class DecoderGraph:
         """The weight behind a value, None if it is no parameter."""
         return self.weights.get(value.name) if value is not None and value.name is not None else None
 
-    def add_weight(self, name: str, weight: Weight) -> ir.Value:
-        """Register a weight as an initializer (once: the same name gives the same initializer)."""
+    def add_weight(
+        self, name: str, weight: Weight, stored: tuple[ir.DataType, Sequence[int]] | None = None
+    ) -> ir.Value:
+        """Register a weight as an initializer (once: the same name gives the same initializer).
+
+        `stored`: the ONNX type and shape of a tensor whose bytes the weight has, where numpy has no such type.
+        """
         if name in self.graph.initializers:
             return self.graph.initializers[name]
+        dtype, shape = (ir.DataType.from_numpy(weight.dtype), weight.shape) if stored is None else stored
+
+        def read() -> ir.TensorProtocol:
+            array = weight.array()
+            return ir.PackedTensor(array.reshape(-1), dtype, shape=shape) if dtype.itemsize < 1 else ir.tensor(array)
+
         tensor = ir.LazyTensor(
-            lambda: ir.tensor(weight.array()),
-            dtype=ir.DataType.from_numpy(weight.dtype),
-            shape=ir.Shape(weight.shape),
+            read,
+            dtype=dtype,
+            shape=ir.Shape(shape),
             name=name,
         )
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)

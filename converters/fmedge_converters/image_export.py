@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from fmedge_runtimes.bundle import (
     ImageBundle,
     ImageFacts,
     ImageManifest,
+    ProfileFacts,
     SourceFacts,
     list_files,
     open_image_bundle,
@@ -25,7 +27,7 @@ from fmedge_runtimes.bundle import (
 from fmedge_runtimes.errors import ExportError, SourceError
 
 from fmedge_converters.controlnet_source import check_controlnets, is_controlnet, with_controlnets
-from fmedge_converters.export_checks import check_block_size, check_disk, graph_facts, judge, made_by
+from fmedge_converters.export_checks import check_block_size, check_disk, device_name, graph_facts, judge, made_by
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.hub import fetch
 from fmedge_converters.image_adapter import ImageAdapter
@@ -39,14 +41,17 @@ from fmedge_converters.part_build import Adapter, BuiltGraph, PartOptions, build
 from fmedge_converters.part_evidence import compare, parts_evidence
 from fmedge_converters.part_forms import Choice, Form, choose, speed_evidence
 from fmedge_converters.parts import find_kind
+from fmedge_converters.parts.autoencoders import scale_factor
 from fmedge_converters.parts.part import Asked, Call
 from fmedge_converters.pipeline_files import check_part_files, write_instruction, write_part_files
 from fmedge_converters.pipeline_source import PartSource, PipelineSource, empty_part, loaded_part, open_pipeline
+from fmedge_converters.profiles import part_profiles
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme, WeightOptions
 from fmedge_converters.targets import AUTO, Target, find_image_schemes, find_target, with_options
 
 Progress = Callable[[str, int, int], None]
+NO_ENGINES = "their inputs have no optimization profiles yet; use --target cuda"
 FORMS = ".forms"
 """Where the forms of parts are built, inside the bundle's folder until it is whole."""
 
@@ -63,7 +68,10 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     _check_options(options)
     for scheme in schemes:
         check_block_size(scheme, options)
+    _check_engines(target, options)
     source, file = _source(options)
+    if target.engines and any(map(is_controlnet, source.parts)):
+        raise ExportError(f"{options.source} has ControlNets, which are not exported for {target.name}: {NO_ENGINES}.")
     modules = {part.name: empty_part(part) for part in source.parts if part.is_module}
     check_controlnets(source, modules)
     calls = {part.name: _calls(part, modules[part.name], source) for part in source.parts if part.is_module}
@@ -88,7 +96,7 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
                 write_processor(source, folder)
         facts = image_facts(source, modules, options.adapter_scale if options.keep_adapter else None)
         while True:
-            manifest = _manifest(source, facts, target, schemes, choices, options)
+            manifest = _manifest(source, facts, target, schemes, choices, modules, options)
             pictures = _pictured(source, folder, manifest, choices, adapters, options, progress)
             if all(item.passed for item in pictures.evidence) or not _step_down(choices, folder, progress):
                 break
@@ -115,6 +123,18 @@ def _source(options: ExportOptions) -> tuple[PipelineSource, Path | None]:
     for part in source.parts:
         check_part_files(part)
     return source, file
+
+
+def _check_engines(target: Target, options: ExportOptions) -> None:
+    """Refuse what has not been built as an engine, before anything is read."""
+    asked = (
+        ("--controlnet", bool(options.controlnets)),
+        ("--ip-adapter", options.ip_adapter is not None),
+        ("--keep-adapter", options.keep_adapter),
+    )
+    for name, given in asked:
+        if given and target.engines:
+            raise ExportError(f"{name} is not for --target {target.name}: {NO_ENGINES}.")
 
 
 def _check_options(options: ExportOptions) -> None:
@@ -181,9 +201,14 @@ def _part_options(
     config = getattr(module, "config", None)
     # Autoencoders that say so overflow in fp16, and what they make is the picture itself.
     dtype = torch.float32 if getattr(config, "force_upcast", False) else target.dtype
-    autoencodes = hasattr(module, "encode") and hasattr(module, "decode")
+    floating = target.image_schemes[FLOATING.name]
     return PartOptions(
-        dtype, (FLOATING,) if autoencodes else schemes, options.block_size, options.allow_pickle, adapters
+        target,
+        dtype,
+        (floating,) if _autoencodes(module) else schemes,
+        options.block_size,
+        options.allow_pickle,
+        adapters,
     )
 
 
@@ -259,6 +284,7 @@ def _manifest(
     target: Target,
     schemes: tuple[Scheme, ...],
     choices: Sequence[Choice],
+    modules: Mapping[str, Any],
     options: ExportOptions,
 ) -> ImageManifest:
     """Without golden images, and without the files."""
@@ -273,6 +299,7 @@ def _manifest(
         evidence.append(speed_evidence(choices))
     taken = {choice.chosen.scheme for choice in choices if choice.measured} or {schemes[0].name}
     block_size = (options.block_size or schemes[0].block_size) or None
+    profiles_of = functools.partial(_profiles, image=facts, modules=modules) if target.engines else lambda _: ()
     return ImageManifest(
         format=FORMAT,
         kind="image",
@@ -284,9 +311,10 @@ def _manifest(
             adapter=None if options.adapter is None else Path(options.adapter).name,
         ),
         target=target.name,
+        device=device_name(options.target),
         precision=taken.pop() if len(taken) == 1 else AUTO,
         block_size=block_size,
-        graphs={graph.name: _graph_facts(graph) for graph in _graphs(choices)},
+        graphs={graph.name: _graph_facts(graph, profiles_of(graph)) for graph in _graphs(choices)},
         image=facts,
         evidence=tuple(evidence),
         golden=(),
@@ -335,6 +363,19 @@ def _modules(source: PipelineSource, adapters: tuple[Adapter, ...], options: Exp
     return {part.name: _module(part, adapters, options) for part in source.parts if part.is_module}
 
 
-def _graph_facts(graph: BuiltGraph) -> GraphFacts:
-    facts = graph_facts(graph.model, graph.written.graph)
+def _profiles(graph: BuiltGraph, image: ImageFacts, modules: Mapping[str, Any]) -> tuple[ProfileFacts, ...]:
+    """The sizes that an engine of a graph is built for."""
+    encoders = {name: module for name, module in modules.items() if _autoencodes(module)}
+    factor = next((scale_factor(module) for module in encoders.values()), 1)
+    # What encodes an image takes pixels, everything else latents.
+    takes_pixels = graph.name.removesuffix("_encoder") in encoders
+    return part_profiles(graph.call, image, 1 if takes_pixels else factor)
+
+
+def _autoencodes(module: Any) -> bool:  # noqa: ANN401 - any module
+    return hasattr(module, "encode") and hasattr(module, "decode")
+
+
+def _graph_facts(graph: BuiltGraph, profiles: tuple[ProfileFacts, ...]) -> GraphFacts:
+    facts = graph_facts(graph.model, graph.written.graph, profiles)
     return facts.model_copy(update={"file": f"{graph.name}/{facts.file}"})

@@ -13,7 +13,7 @@ def masked_attention(
     query: torch.Tensor,  # [B, H, S, D]
     key: torch.Tensor,  # [B, K, C, D]
     value: torch.Tensor,  # [B, K, C, E]
-    mask: torch.Tensor,  # [B or 1, H or 1, S, C]
+    mask: torch.Tensor | None,  # [B or 1, H or 1, S, C]
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,  # [H]
@@ -24,10 +24,13 @@ def masked_attention(
     group = heads // kv_heads
     # The queries of one key head as the rows of one product: the keys are not repeated.
     grouped = query.reshape(batch, kv_heads, group * length, size)  # [B, K, G * S, D]
-    scores = torch.matmul(grouped, key.transpose(2, 3)).reshape(batch, heads, length, -1) * scale  # [B, H, S, C]
+    scores = torch.matmul(grouped, key.transpose(2, 3)).reshape(batch, heads, length, -1)  # [B, H, S, C]
+    if scale != 1.0:
+        scores = scores * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores + mask
+    if mask is not None:
+        scores = scores + mask
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).expand(batch, heads, length, 1).to(scores.dtype)
         scores = torch.cat([scores, column], dim=-1)  # [B, H, S, C + 1]

@@ -1,6 +1,6 @@
 """Trace a module of diffusers or transformers into ONNX, without its weights.
 
-    traced = trace_module(module, call, torch.float32)
+    traced = trace_module(module, call, torch.float32, "unet", ORT_OPERATORS)
     traced.model        # the ONNX graph; its weights are named, but have no values
 
 The module lies on the meta device; it is called as its pipeline calls it (parts/), on fake tensors, by
@@ -24,12 +24,10 @@ from fmedge_converters.complex_numbers import ComplexAsPairs
 from fmedge_converters.decoder import quiet_libraries
 from fmedge_converters.exported_program import traced_once
 from fmedge_converters.fakes import fake_parameters, is_fake, name_axes, reason
-from fmedge_converters.fused_operators import FusedOperators
+from fmedge_converters.fused_operators import FusedOperators, PartOperators
 from fmedge_converters.parts.part import Call, Input
 from fmedge_converters.translations import TRANSLATIONS
 
-OPSET = 20
-"""Above it a group norm is one operator, for which ONNX Runtime has no kernel."""
 SIZES = {"batch": 3, "sequence": 5, "height": 23, "width": 19, "image_sequence": 14}
 """Of dynamic axes. Not 0 or 1, not equal, odd, and large enough for five levels of a UNet: sizes that are special, or
 become so when they are halved, would be traced as such."""
@@ -52,17 +50,23 @@ class _Called(torch.nn.Module):
     """A module behind the names of its graph's inputs; floats go in and come out as float32."""
 
     def __init__(
-        self, module: torch.nn.Module, call: Call, dtype: torch.dtype, name_outputs: Callable[[Iterable[str]], None]
+        self,
+        module: torch.nn.Module,
+        call: Call,
+        dtype: torch.dtype,
+        operators: PartOperators,
+        name_outputs: Callable[[Iterable[str]], None],
     ) -> None:
         super().__init__()
         self.module = module
         self.call = call
         self.dtype = dtype
+        self.operators = operators
         # The exporter puts attributes back as they were.
         self.name_outputs = name_outputs
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        with FusedOperators(), ComplexAsPairs():
+        with FusedOperators(self.operators), ComplexAsPairs():
             given = {
                 name: _cast(value, torch.float32 if name == "timestep" else self.dtype)
                 for name, value in inputs.items()
@@ -87,11 +91,14 @@ def _example(item: Input, sizes: Mapping[str, int]) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int64 if item.integer else torch.float32)
 
 
-def trace_module(module: torch.nn.Module, call: Call, dtype: torch.dtype, where: str) -> TracedModule:
+def trace_module(
+    module: torch.nn.Module, call: Call, dtype: torch.dtype, where: str, operators: PartOperators
+) -> TracedModule:
     """Trace one call of a module whose parameters are on the meta device.
 
-    `dtype` is that of what is computed; parameters that the module's class wants in fp32 stay so. Buffers become
-    constants of the graph. Raises SourceError, which names the part (`where`), when it cannot be traced.
+    `dtype` is that of what is computed; parameters that the module's class wants in fp32 stay so. `operators` spell
+    attention and group norms. Buffers become constants of the graph. Raises SourceError, which names the part
+    (`where`), when it cannot be traced.
     """
     kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
 
@@ -105,7 +112,8 @@ def trace_module(module: torch.nn.Module, call: Call, dtype: torch.dtype, where:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             fake_parameters(module, dtype_of)
             names: dict[str, None] = {}
-            program = _export(_Called(module, call, dtype, lambda found: names.update(dict.fromkeys(found))), call)
+            called = _Called(module, call, dtype, operators, lambda found: names.update(dict.fromkeys(found)))
+            program = _export(called, call)
         except Exception as error:
             raise SourceError(f"{where} cannot be traced: {reason(error)}") from error
     model = program.model
@@ -130,20 +138,20 @@ def _export(called: _Called, call: Call) -> torch.onnx.ONNXProgram:
     with torch.no_grad():
         exported = torch.export.export(called, (example,), dynamic_shapes=(dynamic,), strict=False)
         try:
-            program = _to_onnx(traced_once(exported), call)
+            program = _to_onnx(traced_once(exported), call, called.operators.opset)
         except torch.onnx.errors.OnnxExporterError:  # an operator that ONNX lacks, and that had to be decomposed
             exported = torch.export.export(called, (example,), dynamic_shapes=(dynamic,), strict=False)
-            program = _to_onnx(exported, call)
+            program = _to_onnx(exported, call, called.operators.opset)
     name_axes(program, [item.dims for item in call.inputs])
     return program
 
 
-def _to_onnx(exported: torch.export.ExportedProgram, call: Call) -> torch.onnx.ONNXProgram:
+def _to_onnx(exported: torch.export.ExportedProgram, call: Call, opset: int) -> torch.onnx.ONNXProgram:
     program = torch.onnx.export(
         exported,
         (),
         dynamo=True,
-        opset_version=OPSET,
+        opset_version=opset,
         input_names=[item.name for item in call.inputs],
         custom_translation_table=dict(TRANSLATIONS),
         optimize=False,

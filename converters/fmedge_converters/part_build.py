@@ -20,13 +20,14 @@ from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.kept_precise import is_kept
 from fmedge_converters.module_trace import name_values, trace_module
 from fmedge_converters.parts.part import Call
-from fmedge_converters.passes import PART_PASSES
 from fmedge_converters.passes.convolution import convolutions
 from fmedge_converters.passes.linear import linears
 from fmedge_converters.pipeline_source import PartSource
+from fmedge_converters.plain_graph import require_plain
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.schemes.stored_floats import store_weights
+from fmedge_converters.targets import Target
 from fmedge_converters.weight import Array, Weight, mapped
 from fmedge_converters.writer import WrittenGraph, write_graph
 
@@ -63,8 +64,9 @@ class Adapter(Protocol):
 class PartOptions:
     """What decides the graphs of a part."""
 
+    target: Target
     dtype: torch.dtype
-    """Of activations, and of what is not quantized."""
+    """Of activations, and of what is not quantized; some parts need another one than the target's."""
     schemes: tuple[Scheme, ...]
     """Each gives a form of the part."""
     block_size: int | None
@@ -110,7 +112,7 @@ def build_part(
             calls = {name: adapter.call(part.name, call) for name, call in calls.items()}
         for name, call in calls.items():
             progress(f"{name}: tracing", 0, 0)
-            traced = trace_module(module, call, options.dtype, str(part.folder))
+            traced = trace_module(module, call, options.dtype, str(part.folder), options.target.part_operators)
             for adapter in options.adapters:
                 adapter.check_used(part.name, traced.parameters.values())
             typed = {
@@ -120,12 +122,14 @@ def build_part(
             graph = bind_weights(traced.model, traced.parameters, typed)
             progress(f"{name}: rewriting", 0, 0)
             with quiet_libraries():
-                for rewrite in PART_PASSES:
+                for rewrite in options.target.part_passes:
                     rewrite(graph, 0)
             for number, (output, scheme) in enumerate(zip(outputs, options.schemes, strict=True)):
                 last = number + 1 == len(outputs)
                 form = graph if last else DecoderGraph(graph.model.clone(), dict(graph.weights))
                 quantized = _quantize(form, scheme, options.block_size)
+                if options.target.engines:
+                    require_plain(form, options.target.name)
                 name_values(form.graph, call, traced.outputs)
                 folder = output / name
                 folder.mkdir(parents=True)
@@ -138,7 +142,7 @@ def _quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None) -> in
     count = 0
     # Last first: what a Linear reads may be the output of another, which is replaced in its turn.
     for linear in reversed(linears(graph)):
-        floating = scheme is FLOATING or is_kept(linear.name.removeprefix("module."))
+        floating = scheme.name == FLOATING.name or is_kept(linear.name.removeprefix("module."))
         spell = FLOATING.linear if floating else scheme.linear
         spell(graph, linear, is_head=False, block_size=block_size or scheme.block_size)
         count += not floating and scheme.storage is None

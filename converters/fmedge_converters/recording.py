@@ -31,6 +31,10 @@ class LayerCache:
     """Positions that a query sees, itself included; None sees all."""
     rolling: bool
     """The buffer holds the window only."""
+    capacity: int | None = None
+    """Positions that the buffer always has; None: as many as the runtime likes."""
+    in_place: bool = True
+    """Past and present are the same memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
+from fmedge_runtimes.devices import DEVICES
 from fmedge_runtimes.errors import ExportError
 
 from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.dialects.ort import ORT
-from fmedge_converters.passes import ORT_PASSES, Pass
+from fmedge_converters.dialects.tensorrt import TENSORRT
+from fmedge_converters.dialects.tensorrt_compat import TENSORRT_COMPAT
+from fmedge_converters.fused_operators import ORT_OPERATORS, PartOperators
+from fmedge_converters.passes import ORT_PASSES, PART_PASSES, TENSORRT_PART_PASSES, TENSORRT_PASSES, Pass
+from fmedge_converters.passes.gelu import decompose_gelu
+from fmedge_converters.plain_operators import TENSORRT_COMPAT_OPERATORS, TENSORRT_OPERATORS
 from fmedge_converters.schemes.calibrated import SMOOTHED_INT8, calibrated_int4
+from fmedge_converters.schemes.dequantize_linear import dequantize_linear
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.int8_convolution import spell_convolution
+from fmedge_converters.schemes.plain_floating import PLAIN_FLOATING
 from fmedge_converters.schemes.qmoe import qmoe
 from fmedge_converters.schemes.scheme import USUAL, Scheme, SpellMixture, WeightOptions
 from fmedge_converters.schemes.static_int8 import STATIC_INT8
@@ -37,12 +45,18 @@ class Target:
     schemes: Mapping[str, Scheme]
     image_schemes: Mapping[str, Scheme]
     """For the parts of pipelines that make images."""
+    part_operators: PartOperators
+    part_passes: tuple[Pass, ...]
     read_first: frozenset[str]
     """Operators that may write a recurrent state over the one they read; tests/test_kernels.py has the proof."""
     automatic: tuple[str, ...] = ()
     """Image schemes of which --quantize auto takes the fastest on this machine, the most precise first."""
     summarises: bool = False
     """Whether bundles carry the graph that summarises logits, which stay on the device then."""
+    engines: bool = False
+    """Engines are built from the graphs, for sizes that the manifest lists (profiles.py)."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Quantizations that people ask for, and why this target has them not."""
     no_int8_cache: str | None = None
     """Why keys and values cannot be kept in int8; None if they can."""
 
@@ -75,10 +89,35 @@ CUDA_INT4 = _int4(0, lambda _: qmoe(4), (4, 8))
 CUDA_INT4_CALIBRATED = calibrated_int4(CUDA_INT4)
 CUDA_INT8 = weight_only("int8", "8-bit weights", 8, head_bits=8, accuracy_level=0, mixture=qmoe(8), keeps=(8,))
 
+TENSORRT_INT4 = dequantize_linear("int4", "4-bit weights in symmetric blocks, 8-bit head", 4)
+TENSORRT_INT8 = dequantize_linear("int8", "8-bit weights per channel", 8)
+
 
 def _by_name(*schemes: Scheme) -> Mapping[str, Scheme]:
     return MappingProxyType({scheme.name: scheme for scheme in schemes})
 
+
+NO_FP8 = (
+    "TensorRT multiplies in fp8 where both factors are in fp8, which needs static scales of the activations, and this "
+    "version measures none; weights alone in fp8 would be no faster than int8, and less exact"
+)
+NO_BF16 = "ONNX Runtime's CPU provider does not compute in bf16, so nothing could be compared with the source"
+
+TENSORRT_TARGET = Target(
+    name="tensorrt",
+    summary="TensorRT >= 10.15 (JetPack 7.2, desktops), in fp16",
+    dialect=TENSORRT,
+    passes=TENSORRT_PASSES,
+    dtype=torch.float16,
+    schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4),
+    image_schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4),
+    part_operators=TENSORRT_OPERATORS,
+    part_passes=TENSORRT_PART_PASSES,
+    read_first=frozenset(),
+    engines=True,
+    refused=MappingProxyType({"fp8": NO_FP8, "bf16": NO_BF16, "fp16": "fp16 is what none means there"}),
+    no_int8_cache="TensorRT's cache update takes floats only",
+)
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
@@ -90,6 +129,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dtype=torch.float32,
             schemes=_by_name(FLOATING, FP16, BF16, DYNAMIC_INT8, CPU_INT4, *CPU_INT4_CALIBRATED, SMOOTHED_INT8),
             image_schemes=_by_name(FLOATING, FP16, BF16, CPU_INT8_IMAGES, CPU_INT4),
+            part_operators=ORT_OPERATORS,
+            part_passes=PART_PASSES,
             automatic=(FLOATING.name, BF16.name, CPU_INT8_IMAGES.name),
             read_first=frozenset(("LinearAttention", "CausalConvWithState")),
         ),
@@ -101,21 +142,28 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dtype=torch.float16,
             schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4, *CUDA_INT4_CALIBRATED, STATIC_INT8),
             image_schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4),
+            part_operators=ORT_OPERATORS,
+            part_passes=PART_PASSES,
             read_first=frozenset(),
             summarises=True,
             no_int8_cache="ONNX Runtime's CUDA kernel has int8 caches, but none has run on a GPU here yet",
         ),
+        "tensorrt": TENSORRT_TARGET,
+        "tensorrt-compat": replace(
+            TENSORRT_TARGET,
+            name="tensorrt-compat",
+            summary="TensorRT >= 10.3 (JetPack 6), in fp16",
+            dialect=TENSORRT_COMPAT,
+            passes=(*TENSORRT_PASSES, decompose_gelu),
+            part_operators=TENSORRT_COMPAT_OPERATORS,
+            part_passes=(*TENSORRT_PART_PASSES, decompose_gelu),
+        ),
+        "rtx": replace(TENSORRT_TARGET, name="rtx", summary="TensorRT-RTX, in fp16"),
     }
 )
 
 AUTO = "auto"
 """As a quantization: the one of `Target.automatic` that turns out to be the fastest."""
-
-PLANNED: Mapping[str, str] = MappingProxyType(
-    {"tensorrt": "TensorRT engines need dialects of their own (docs/targets.md), which this version does not write"}
-)
-"""Targets that people ask for and that are not there yet, with the reason."""
-
 
 ELSEWHERE: Mapping[str, str] = MappingProxyType(
     {"fp8": "ONNX Runtime multiplies no fp8 weights, neither on the CPU nor on CUDA; engines of TensorRT do"}
@@ -124,11 +172,11 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
 
 
 def find_target(name: str) -> Target:
-    """The row of a name. Raises ExportError when there is none."""
-    if name in PLANNED:
-        raise ExportError(f"target {name} is not available yet: {PLANNED[name]}; use {' or '.join(TARGETS)}.")
+    """The row of a name, or of the device of that name. Raises ExportError when there is none."""
+    if name in DEVICES:
+        return TARGETS[DEVICES[name].target]
     if name not in TARGETS:
-        raise ExportError(f"there is no target {name}; choose one of {', '.join(TARGETS)}.")
+        raise ExportError(f"there is no target {name}; choose one of {', '.join((*TARGETS, *DEVICES))}.")
     return TARGETS[name]
 
 
@@ -144,6 +192,8 @@ def find_scheme(target: Target, name: str, *, images: bool = False) -> Scheme:
             f"--quantize auto measures pipelines that make images on this machine's CPU; {why}; choose one of "
             f"{', '.join(schemes)}."
         )
+    if name in target.refused:
+        raise ExportError(f"target {target.name} has no quantization {name}: {target.refused[name]}.")
     if name not in schemes and name in ELSEWHERE:
         raise ExportError(
             f"target {target.name} has no quantization {name}: {ELSEWHERE[name]}; choose one of {', '.join(schemes)}."

@@ -69,7 +69,7 @@ def write_graph(graph: DecoderGraph, folder: Path, stem: str, progress: Callable
                 data.place(weight, advance),
                 weight.nbytes,
                 tensor.dtype,
-                shape=ir.Shape(weight.shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=str(value.name),
                 base_dir=folder,
             )

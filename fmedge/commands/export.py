@@ -40,6 +40,8 @@ EPILOG = """
   fmedge export ./model.Q4_0.gguf out/bundle --quantize int4
 
   fmedge export ./checkpoint out/gpu --target cuda --quantize int4 --verify graph
+
+  fmedge export ./checkpoint out/jetson --target orin-nano-8gb --quantize int4 --context 2048
 """
 
 
@@ -52,7 +54,12 @@ def command(
     ],
     output: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = ExportOptions.revision,
-    target: Annotated[str, typer.Option(help="cpu or cuda.")] = ExportOptions.target,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="cpu, cuda, tensorrt, tensorrt-compat, rtx, or a device such as orin-nano-8gb (docs/targets.md)."
+        ),
+    ] = ExportOptions.target,
     quantize: Annotated[
         str,
         typer.Option(

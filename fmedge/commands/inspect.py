@@ -56,7 +56,7 @@ def _image_rows(bundle: ImageBundle) -> list[tuple[str, str]]:
     model = [
         ("pipeline", image.pipeline),
         ("parts", ", ".join(parts)),
-        ("target", f"{manifest.target}, quantization {manifest.precision}"),
+        *_target_rows(bundle, ""),
         ("makes", f"{image.width}x{image.height} in {image.steps} steps with {guidance}, unless told otherwise"),
     ]
     if image.adapter_scale is not None:
@@ -80,7 +80,7 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
         block += f", {manifest.bits_per_weight:.3f} bits per weight with scales"
     model = [
         ("model", f"{source.architecture}, {len(text.caches)} layers, vocabulary {text.vocabulary}"),
-        ("target", f"{manifest.target}, quantization {manifest.precision}{block}"),
+        *_target_rows(bundle, block),
         *_roundings(manifest.matrices or {}),
         ("context", f"{text.context} tokens; the cache takes {cache / 1024:.0f} KiB for each{codes}"),
         ("chat", "has a chat template" if text.chat_template else "no chat template"),
@@ -102,6 +102,28 @@ def _roundings(matrices: dict[str, MatrixFacts]) -> list[tuple[str, str]]:
         zeros = "" if facts.symmetric else ", zero points"
         names.setdefault(f"{facts.bits} bits, blocks of {facts.block_size}{zeros}", []).append(name)
     return [("matrices", f"{rounding}: {', '.join(having)}") for rounding, having in names.items()]
+
+
+def _target_rows(bundle: Bundle | ImageBundle, block: str) -> list[tuple[str, str]]:
+    """What a bundle was written for, and how it fills the memory of a device that was named."""
+    from fmedge_runtimes.bundle import Bundle
+    from fmedge_runtimes.devices import DEVICES
+    from fmedge_runtimes.row_cache import parts_of
+
+    manifest = bundle.manifest
+    device = None if manifest.device is None else DEVICES.get(manifest.device)
+    named = "" if manifest.device is None else f" for {manifest.device}"
+    rows = [("target", f"{manifest.target}{named}, quantization {manifest.precision}{block}")]
+    if device is not None:
+        size = f"weights {bundle.nbytes / 1e9:.2f} GB"
+        if isinstance(bundle, Bundle):
+            profiles = {profile.name: profile.axes for profile in manifest.graphs["decoder"].profiles}
+            count = profiles["decode"]["batch"][2]
+            parts = parts_of(bundle.manifest.text, slack=False)
+            cache = sum(part.nbytes(count, bundle.manifest.text.context) for part in parts)
+            size += f", cache {cache / 1e9:.2f} GB for {count} rows"
+        rows.append(("device", f"{device.product}, JetPack {device.jetpack}: {size}, of {device.usable / 1e9:.1f} GB"))
+    return rows
 
 
 def _framed(bundle: Bundle | ImageBundle, model: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -10,12 +10,21 @@ from fmedge_runtimes.device import parse_device
 from fmedge_runtimes.errors import BackendError, RequestError
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from fmedge_runtimes.session import Session
+from fmedge_runtimes.tensorrt_session import TensorRTSession
 
 Open = Callable[[Path, str, int | None, bool], Session]
 """Opens a graph on a device with a number of threads (None: as the backend likes), with CUDA graphs or without."""
 
-BACKENDS: Mapping[str, Open] = MappingProxyType({"cpu": OnnxRuntimeSession, "cuda": OnnxRuntimeSession})
-"""By kind of device."""
+BACKENDS: Mapping[str, Open] = MappingProxyType(
+    {
+        "cpu": OnnxRuntimeSession,
+        "cuda": OnnxRuntimeSession,
+        "tensorrt": TensorRTSession,
+        "tensorrt-compat": TensorRTSession,
+        "rtx": TensorRTSession,
+    }
+)
+"""By kind of device. tensorrt-compat is how a bundle calls what older versions of TensorRT parse."""
 
 
 def open_session(graph: Path, device: str, threads: int | None, cuda_graphs: bool = False) -> Session:

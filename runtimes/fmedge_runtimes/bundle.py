@@ -59,12 +59,23 @@ class TensorFacts(_Record):
     shape: tuple[int | str, ...]
 
 
+class ProfileFacts(_Record):
+    """Sizes that an engine of a graph is to be built for."""
+
+    name: str
+    """`prefill` and `decode` of a decoder, in this order; `default` of any other graph."""
+    axes: dict[str, tuple[Positive, Positive, Positive]]
+    """The least, usual and largest size of each dynamic axis of the inputs."""
+
+
 class GraphFacts(_Record):
     """An ONNX graph of the bundle."""
 
     file: str
     inputs: tuple[TensorFacts, ...]
     outputs: tuple[TensorFacts, ...]
+    profiles: tuple[ProfileFacts, ...] = ()
+    """For targets of which engines are built; docs/tensorrt.md."""
 
 
 class CacheFacts(_Record):
@@ -85,6 +96,10 @@ class CacheFacts(_Record):
     """The buffer holds the window only: any capacity >= window, however long the text grows."""
     quantization: Literal["int8"] | None = None
     """int8: codes, whose scales (one for each head and channel) are in the graph; None: numbers of the cache's type."""
+    capacity: Positive | None = None
+    """Positions that the buffer always has; None: as many as the runtime likes."""
+    in_place: bool = True
+    """Whether past and present are the same memory; otherwise the present is copied back after each step."""
 
 
 class StateFacts(_Record):
@@ -237,6 +252,8 @@ class Manifest(_Record):
     format: Literal[1]
     source: SourceFacts
     target: str
+    device: str | None = None
+    """The device that was named as the target; None if the target was named itself."""
     precision: str
     block_size: Positive | None
     graphs: dict[str, GraphFacts]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fmedge_runtimes.bundle import TextFacts
 from fmedge_runtimes.device_logits import DeviceLogits, Summariser
-from fmedge_runtimes.errors import CacheMemoryError
+from fmedge_runtimes.errors import BackendError, CacheMemoryError
 from fmedge_runtimes.row_cache import RowCache
 from fmedge_runtimes.session import Array, Buffer, Session
 
@@ -36,7 +36,16 @@ class Decoder:
         self._logits: Buffer | None = None
         self._inputs = {spec.name for spec in session.inputs}
         self._one_token = any(spec.name == "input_ids" and spec.shape[1:] == (1,) for spec in session.inputs)
+        largest = next((spec.largest for spec in session.inputs if spec.name == "input_ids"), None)
+        self.most_rows: int | None = None if largest is None else largest[0]
+        """Rows that a step may have; None: any number."""
+        self._most_tokens: int | None = None if largest is None else largest[1]
         self._logits_dtype = next(spec.dtype for spec in session.outputs if spec.name == "logits")
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a prompt that go through the graph at once."""
+        return PREFILL_CHUNK if self._most_tokens is None else min(PREFILL_CHUNK, self._most_tokens)
 
     def new_cache(self, budget: int | None = None) -> RowCache:
         """An empty cache for this graph, of `budget` bytes at most."""
@@ -51,8 +60,8 @@ class Decoder:
         cache.start(row)
         logits: npt.NDArray[np.floating] = np.empty((0,), np.float32)  # [V] once a chunk has run
         try:
-            for start in range(0, len(tokens), PREFILL_CHUNK):
-                logits = self.extend(cache, row, tokens[start : start + PREFILL_CHUNK])
+            for start in range(0, len(tokens), self.chunk):
+                logits = self.extend(cache, row, tokens[start : start + self.chunk])
         except BaseException:
             cache.cut(row, 0)
             raise
@@ -112,7 +121,7 @@ class Decoder:
         cache.reserve(1, len(tokens))
         cache.start(0)
         try:
-            chunks = (tokens[start : start + PREFILL_CHUNK] for start in range(0, len(tokens), PREFILL_CHUNK))
+            chunks = (tokens[start : start + self.chunk] for start in range(0, len(tokens), self.chunk))
             return np.concatenate([self.verify(cache, 0, chunk) for chunk in chunks])  # [S, V]
         finally:
             cache.clear()
@@ -137,7 +146,9 @@ class Decoder:
         self, cache: RowCache, first: int, ids: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.floating]:
         """One step for the rows first : first + R with token ids [R, S]; logits [N, V] of the wanted of R * S."""
-        length = ids.shape[1]
+        rows, length = ids.shape
+        if self.most_rows is not None and rows > self.most_rows:
+            raise BackendError(f"a step for {rows} rows, and the engine was built for {self.most_rows} (--rows).")
         if self._one_token and length > 1:
             # Several tokens are one row's, and this graph takes them one by one.
             asked = (wanted[wanted == token] * 0 for token in range(length))
@@ -166,6 +177,7 @@ class Decoder:
             "logits_indices": wanted,
             "seqlens_k": past + np.int32(length - 1),  # [R]
             "total_sequence_length": np.array(total, np.int32),
+            "write_indices": past.astype(np.int64),  # [R]
         }
         feeds = {name: array for name, array in step.items() if name in self._inputs}
         cache.bound(first, first + rows).run(feeds, {"logits": logits}, steady=steady)

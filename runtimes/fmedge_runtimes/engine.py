@@ -19,7 +19,6 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from fmedge_runtimes import decoder as decoders
 from fmedge_runtimes.completion import FinishReason
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.device_logits import DeviceLogits
@@ -302,7 +301,7 @@ class Engine:
     def _prefill(self, slot: Slot) -> None:
         """Put a piece of a prompt through the graph, and choose the first token behind the last piece."""
         done = self._slots.cached(slot)
-        piece = slot.prompt[done : done + decoders.PREFILL_CHUNK]
+        piece = slot.prompt[done : done + self._decoder.chunk]
         if self._keeps_waiting(slot.served.request):
             piece = piece[: max(self._budget, LEAST_CHUNK)]
             self._budget -= max(len(piece), LEAST_CHUNK)

@@ -78,6 +78,11 @@ class ImageModel:
         self._owner: int | None = None
         self._closed = False
 
+    @property
+    def ran(self) -> frozenset[str]:
+        """Names of the parts that have run so far."""
+        return frozenset(self._parts.ran)
+
     def generate(
         self,
         prompts: str | Sequence[str],

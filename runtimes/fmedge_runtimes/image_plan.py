@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fmedge_runtimes.bundle import ImageBundle
-from fmedge_runtimes.errors import RequestError
+from fmedge_runtimes.engine_file import EngineFacts, read_engine
+from fmedge_runtimes.errors import BackendError, RequestError
 from fmedge_runtimes.parts import Config, MemoryMode
 from fmedge_runtimes.pipelines.autoencoder import TILED_FROM, TOGETHER
 from fmedge_runtimes.pipelines.clip_text import ROWS
 from fmedge_runtimes.pipelines.control import EMBEDDING, control_nets
+from fmedge_runtimes.tensorrt_library import LIBRARIES
 
 FLOAT = 4
 """Bytes; graphs of narrower types need less."""
@@ -115,8 +117,23 @@ def plan_image(
             facts.bytes for file, facts in bundle.manifest.files.items() if file.startswith(f"{name}/model.onnx")
         )
         working = _working(Config(bundle.folder / name / "config.json"), name, height, width, factor, rows, batch)
-        parts.append(PartPlan(name, round(weights * REARRANGED), round(working), name in nets))
+        engine = _engine(bundle, name)
+        if engine is not None:  # which knows what it takes
+            parts.append(PartPlan(name, engine.bytes, engine.device_memory, name in nets))
+        else:
+            parts.append(PartPlan(name, round(weights * REARRANGED), round(working), name in nets))
     return ImagePlan(height, width, batch, guided, tuple(parts), memory)
+
+
+def _engine(bundle: ImageBundle, name: str) -> EngineFacts | None:
+    """What is known of the engine of a part; None if it has none."""
+    library = LIBRARIES.get(bundle.manifest.target)
+    if library is None:
+        return None
+    try:
+        return read_engine(bundle.file(bundle.manifest.graphs[name].file), library.name).facts
+    except BackendError:
+        return None
 
 
 def _factor(bundle: ImageBundle) -> int:

@@ -95,14 +95,14 @@ def load_text(
 ) -> TextModel:
     """Load a text bundle, or a decoder that onnxruntime-genai's builder or optimum exported (docs/interop.md).
 
-    `device` is "cpu", "cuda", or "cuda:1" for the second GPU; None takes the one that the bundle was exported for.
-    `max_batch` rows are decoded together at most; `max_waiting` completions may wait while all are taken, later ones
-    are refused. `memory` is what weights, working memory and cache may take together, in bytes (`plan` says how that is
-    divided); None: what the GPU, the machine, or the control group of the process, has free when the cache grows. With
-    `prefix_reuse` prompts start from what other rows have cached; with `prompt_lookup` a text that repeats itself is
-    decoded several tokens at a time while few rows are served. `threads` None leaves the number to the backend. With
-    `cuda_graphs` a GPU records the steps that come often, and replays them. `checksums` reads every byte of the bundle
-    once; sizes are compared always.
+    `device` is "cpu", "cuda", "cuda:1" for the second GPU, "tensorrt" or "rtx"; None takes the one that the bundle was
+    exported for. `max_batch` rows are decoded together at most; `max_waiting` completions may wait while all are taken,
+    later ones are refused. `memory` is what weights, working memory and cache may take together, in bytes (`plan` says
+    how that is divided); None: what the GPU, the machine, or the control group of the process, has free when the cache
+    grows. With `prefix_reuse` prompts start from what other rows have cached; with `prompt_lookup` a text that repeats
+    itself is decoded several tokens at a time while few rows are served. `threads` None leaves the number to the
+    backend. With `cuda_graphs` a GPU records the steps that come often, and replays them. `checksums` reads every byte
+    of the bundle once; sizes are compared always.
 
     Raises BundleError (no bundle, damaged, of a newer format, or a foreign decoder that lacks something), BackendError
     (DeviceMemoryError where a GPU has no room for the weights), and RequestError for options that cannot be, or a

@@ -72,6 +72,8 @@ class OnnxRuntimeSession:
         options = ort.SessionOptions()
         # What ONNX Runtime would log of an error, its exception says.
         options.log_severity_level = 4
+        # Where ONNX Runtime joins DequantizeLinear and MatMul, activations are not rounded to int8.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         if _int8_saturates():
             options.add_session_config_entry("session.x64quantprecision", "1")
         if threads is not None:

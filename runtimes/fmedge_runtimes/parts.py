@@ -99,6 +99,7 @@ class Part:
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in session.outputs}
         # Names of dtypes are made anew each time that they are asked for, which is slow.
         self._dtypes = {name: np.dtype(spec.dtype) for name, spec in self.inputs.items()}
+        self.has_run = False
 
     def run(
         self, feeds: Mapping[str, Array | Buffer], results: Mapping[str, Array | Buffer] | None = None
@@ -112,6 +113,7 @@ class Part:
                 f"the graph of {self.name} {problem}, other than the pipeline does; export the bundle again."
             )
         given = {name: self._typed(name, value) for name, value in feeds.items()}
+        self.has_run = True
         try:
             return self._session.run(given, results or {})
         except BackendError as error:
@@ -164,6 +166,8 @@ class Parts:
         self.standing: dict[str, Array] = {}
         """Inputs that hold for a whole request, by name: every graph that takes one is given it."""
         self._closed = False
+        self.ran: set[str] = set()
+        """Names of the parts that have run."""
 
     def __contains__(self, name: str) -> bool:
         """Whether the bundle has a part of that name."""
@@ -206,6 +210,8 @@ class Parts:
         try:
             yield self._kept[name][0]
         finally:
+            if name in self._kept and self._kept[name][0].has_run:
+                self.ran.add(name)
             if self.mode == "sequential" and (kept := self._kept.pop(name, None)) is not None:
                 kept[1].close()
 

@@ -4,8 +4,9 @@
     found.fits, found.total, found.largest_context, found.largest_slots
 
 Cache and states are exact. Weights are the bytes of the files. What the graph needs while it runs is an estimate, since
-the manifest does not say how wide the layers are: their width is told from the size of the weights. Python and ONNX
-Runtime themselves take about 60 MiB beside all that.
+the manifest does not say how wide the layers are: their width is told from the size of the weights. Of a bundle whose
+engine is there both are TensorRT's own figures. Python and ONNX Runtime themselves take about 60 MiB beside all that,
+CUDA and TensorRT some hundreds.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from dataclasses import dataclass
 
 from fmedge_runtimes.bundle import Bundle
 from fmedge_runtimes.decoder import PREFILL_CHUNK
-from fmedge_runtimes.errors import RequestError
+from fmedge_runtimes.engine_file import EngineFacts, read_engine
+from fmedge_runtimes.errors import BackendError, RequestError
 from fmedge_runtimes.row_cache import STEP, parts_of
+from fmedge_runtimes.tensorrt_library import LIBRARIES
 
 MOST_SLOTS = 4096
 """Larger numbers of slots are not looked for."""
@@ -114,6 +117,17 @@ def what_fits(bundle: Bundle, slots: int, memory: int | None) -> str:
     )
 
 
+def _engine(bundle: Bundle) -> EngineFacts | None:
+    """What is known of the engine of a bundle's decoder; None if it has none."""
+    library = LIBRARIES.get(bundle.manifest.target)
+    if library is None:
+        return None
+    try:
+        return read_engine(bundle.file(bundle.manifest.graphs["decoder"].file), library.name).facts
+    except BackendError:
+        return None
+
+
 class _Shape:
     """The sizes of a bundle, as functions of rows and tokens."""
 
@@ -123,6 +137,11 @@ class _Shape:
         self._parts = parts_of(self._facts, slack=True)
         # Backends rearrange weights and keep one form of them; a tokenizer takes about its file's size, too.
         self.weights = bundle.nbytes
+        self._engine = _engine(bundle)
+        if self._engine is not None:
+            graph = bundle.manifest.graphs["decoder"].file
+            files = (facts.bytes for name, facts in bundle.manifest.files.items() if name.startswith(graph))
+            self.weights += self._engine.bytes - sum(files)
         self._width = self._estimated_width(bundle.manifest.precision)
         sizes = [(cache.key_dim, cache.kv_heads) for cache in self._facts.caches]
         self._heads = max((max(heads, math.ceil(self._width / size)) for size, heads in sizes), default=0)
@@ -139,7 +158,10 @@ class _Shape:
     def kept(self, rows: int, tokens: int, *, grows: bool) -> int:
         """Bytes of the buffers that rows keep between steps: those that grow with the tokens, or the others."""
         capacity = min(self._facts.context, -(-tokens // STEP) * STEP)
-        return sum(part.nbytes(rows, capacity) for part in self._parts if part.grows == grows)
+        # A cache whose length the graph fixes is a cache all the same.
+        return sum(
+            part.nbytes(rows, capacity) for part in self._parts if (None in part.axes and not part.window) == grows
+        )
 
     def working(self, rows: int, tokens: int) -> int:
         """Bytes that a step takes beside them: a piece of a prompt on one row, or a token for all rows."""
@@ -148,6 +170,8 @@ class _Shape:
         scores = max(piece, rows) * self._heads * tokens * size
         activations = max(piece, rows) * BLOCK_ACTIVATIONS * self._width * size
         logits = rows * self._facts.vocabulary * (size + 4)  # as they come, and as float32 for the sampler
+        if self._engine is not None:  # which knows what it takes
+            return round(self._engine.device_memory + logits)
         return round(scores + activations + logits)
 
     def total(self, rows: int, tokens: int) -> int:

@@ -3,7 +3,7 @@
 Every buffer has the rows as its first axis, and the graph updates it in place. There are three kinds:
 
 - keys and values of all tokens [R, K, capacity, D]: the capacity grows when a row needs it and never starts at the
-  model's maximum;
+  model's maximum, unless the graph fixes it (TensorRT);
 - keys and values of a window [R, K, C, D] ("rolling"): the operator keeps the latest positions, whatever the length;
 - states [R, *shape]: what a recurrent layer made of all tokens so far, zeros before the first one.
 
@@ -45,9 +45,9 @@ class Part:
     """The shape of a row; None is the axis of the positions, which a state has not."""
     dtype: np.dtype[np.generic]
     length: int | None = None
-    """Positions of a rolling buffer; None: as many as the cache's capacity."""
+    """Positions of a rolling buffer, or of one whose length the graph fixes; None: as many as the cache's capacity."""
     window: int = 0
-    """Positions that a rolling buffer must hold."""
+    """Positions that a rolling buffer must hold; 0 for others."""
     apart: bool = False
     """The output needs memory of its own, and is copied back after each step."""
 
@@ -91,10 +91,11 @@ def parts_of(facts: TextFacts, *, slack: bool) -> tuple[Part, ...]:
     for cache in facts.caches:
         dtype: np.dtype[np.generic] = np.dtype(cache.quantization or facts.cache_dtype)
         window = cache.window if cache.rolling and cache.window is not None else 0
-        length = window + (max(STEP, window // 8) if slack else 0) if window else None
+        length = window + (max(STEP, window // 8) if slack else 0) if window else cache.capacity
         for name, size in (("key", cache.key_dim), ("value", cache.value_dim)):
             source, target = f"past_key_values.{cache.layer}.{name}", f"present.{cache.layer}.{name}"
-            found.append(Part(source, target, (cache.kv_heads, None, size), dtype, length, window))
+            axes = (cache.kv_heads, None, size)
+            found.append(Part(source, target, axes, dtype, length, window, apart=not cache.in_place))
     for state in facts.states:
         source, target = f"past_states.{state.name}", f"present_states.{state.name}"
         found.append(Part(source, target, state.shape, np.dtype(state.dtype), apart=not state.in_place))

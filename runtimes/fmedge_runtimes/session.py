@@ -24,6 +24,8 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    largest: tuple[int, ...] | None = None
+    """The largest sizes that are served, of a graph that was built for some; None: any."""
 
 
 class Buffer(Protocol):

@@ -59,7 +59,6 @@ class TextModel:
         facts = bundle.manifest.text
         self.bundle = bundle
         self.context = facts.context
-        self.options = options
         self.tokenizer = Tokenizer(bundle.file(facts.tokenizer)) if facts.tokenizer else None
         # Added tokens may lie beyond the model; a prompt with one is refused.
         if self.tokenizer is not None and self.tokenizer.base_size > facts.vocabulary:
@@ -75,6 +74,7 @@ class TextModel:
         self._template = None if template is None else ChatTemplate(template, facts.special_tokens)
         self._constraints = Constraints(self.tokenizer, facts.vocabulary) if self.tokenizer else None
         self._decoder = Decoder(session, facts, candidates)
+        self.options = self._within(options)
 
         def said(rows: int, cache_bytes: int) -> str:
             free = session.free_memory()
@@ -84,6 +84,18 @@ class TextModel:
         self._engine = Engine(self._decoder, self.options, said)
         # The engine's thread ends with the model, closed or forgotten, and before the interpreter does.
         self._end = weakref.finalize(self, self._engine.close)
+
+    def _within(self, options: EngineOptions) -> EngineOptions:
+        """The options, with no more rows than the graph takes. Raises RequestError if more were asked for."""
+        most = self._decoder.most_rows
+        if most is None or options.max_batch <= most:
+            return options
+        if options.max_batch != DEFAULTS.max_batch:
+            raise RequestError(
+                f"max_batch is {options.max_batch}, and the engine was built for {most} rows; "
+                f"build it for more: fmedge build {self.bundle.folder} --rows {options.max_batch}"
+            )
+        return replace(options, max_batch=most)
 
     def generate(
         self,

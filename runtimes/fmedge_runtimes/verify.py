@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,14 @@ from fmedge_runtimes.backends import open_session
 from fmedge_runtimes.bundle import Bundle, ImageBundle, ImageGolden, check_files, open_any_bundle
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.diffusion import Diffusion
+from fmedge_runtimes.engine_file import note_ran
 from fmedge_runtimes.errors import BundleDamagedError, BundleError, ParityError, RequestError
 from fmedge_runtimes.foreign import find_foreign
 from fmedge_runtimes.golden import replay
 from fmedge_runtimes.image import ImageModel
 from fmedge_runtimes.load import load_image
 from fmedge_runtimes.picture import open_picture
+from fmedge_runtimes.tensorrt_library import LIBRARIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ def verify(
     elif bundle.manifest.golden:
         progress("replaying the golden continuations", 0, 0)
         tokens, near_ties = _replay_texts(bundle, device)
+        _note(bundle, device, ("decoder",), f"{tokens} golden tokens")
     return Verified(len(bundle.manifest.files), bundle.nbytes, tokens, near_ties, images, device)
 
 
@@ -97,7 +100,16 @@ def _replay_images(bundle: ImageBundle, device: str, progress: Callable[[str, in
                     f"{golden.file} by {difference:.3g} levels in the mean, more than {golden.tolerance:.3g}; try "
                     "another onnxruntime version, and report this."
                 )
+        ran = model.ran
+    _note(bundle, device, ran, f"{len(goldens)} golden images")
     return len(goldens)
+
+
+def _note(bundle: Bundle | ImageBundle, device: str, names: Iterable[str], what: str) -> None:
+    """Remember what engines have reproduced, for `fmedge check` to tell."""
+    if device in LIBRARIES:
+        for name in names:
+            note_ran(bundle.file(bundle.manifest.graphs[name].file), LIBRARIES[device].name, what)
 
 
 def _difference(bundle: ImageBundle, golden: ImageGolden, model: ImageModel) -> float:

@@ -67,3 +67,7 @@ class Dialect:
     head_size_multiple: int | None
     """The attention operator wants one size for queries, keys and values, and a multiple of this; heads of other sizes
     are filled up with zeros. None takes them as they are."""
+    static: bool = False
+    """Caches have one length for ever, that of the context; windows are masks over it, nothing rolls."""
+    in_place: bool = True
+    """Past and present caches are the same memory."""

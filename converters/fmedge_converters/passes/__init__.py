@@ -15,6 +15,7 @@ from fmedge_converters.passes.reshapes import simplify_reshapes
 from fmedge_converters.passes.rms_norm import fuse_rms_norms
 from fmedge_converters.passes.rotary import fold_rotary_embeddings
 from fmedge_converters.passes.skip_norm import fuse_skip_norms
+from fmedge_converters.passes.unused_inputs import drop_position_ids
 
 Pass = Callable[[DecoderGraph, int], int]
 """Rewrites the graph in place for a context length; returns how many places it changed."""
@@ -32,6 +33,17 @@ ORT_PASSES: tuple[Pass, ...] = (
     fuse_skip_norms,
 )
 
+TENSORRT_PASSES: tuple[Pass, ...] = (
+    fold_constants,
+    compute_bfloat16_in_float32,
+    simplify_reshapes,
+    recognise_linears,
+    simplify_reshapes,
+    merge_projections,
+    drop_position_ids,
+)
+"""Norms and rotary embeddings stay as they were traced, in fp32 where the model computes them so."""
+
 PART_PASSES: tuple[Pass, ...] = (
     fold_constants,
     simplify_reshapes,
@@ -43,3 +55,5 @@ PART_PASSES: tuple[Pass, ...] = (
     simplify_reshapes,
 )
 """For the parts of image pipelines."""
+
+TENSORRT_PART_PASSES: tuple[Pass, ...] = (fold_constants, simplify_reshapes, recognise_linears, simplify_reshapes)
