@@ -13,7 +13,7 @@ import typer
 from fmedge_runtimes.errors import FmedgeError
 from fmedge_runtimes.version import __version__
 
-from fmedge.commands import bench, build, chat, check, evaluate, export, generate, inspect, plan, train, verify
+from fmedge.commands import bench, build, chat, check, doctor, evaluate, export, generate, inspect, plan, train, verify
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -33,6 +33,8 @@ EXAMPLES = """
   fmedge plan out/bundle --slots 8 --memory 2GiB
 
   fmedge bench out/bundle
+
+  fmedge doctor out/bundle
 
   fmedge check out/engine-bundle --target orin-nano-8gb
 
@@ -58,6 +60,7 @@ app.command("generate", epilog=generate.EPILOG)(generate.command)
 app.command("chat", epilog=chat.EPILOG)(chat.command)
 app.command("inspect")(inspect.command)
 app.command("check", epilog=check.EPILOG)(check.command)
+app.command("doctor", epilog=doctor.EPILOG)(doctor.command)
 app.command("build", epilog=build.EPILOG)(build.command)
 app.command("plan", epilog=plan.EPILOG)(plan.command)
 app.command("bench", epilog=bench.EPILOG)(bench.command)

@@ -79,9 +79,8 @@ class TensorRTSession:
 
     def __init__(self, graph: Path, device: str, threads: int | None, cuda_graphs: bool = True) -> None:
         if parse_device(device).index:
-            raise BackendError(
-                f"there is no device {device}: TensorRT runs on the first GPU here; write {device.split(':', maxsplit=1)[0]}."
-            )
+            kind = parse_device(device).kind
+            raise BackendError(f"there is no device {device}: TensorRT runs on the first GPU; write {kind}.")
         if threads is not None:
             raise RequestError(f"--threads is for the CPU; the device {device} takes none.")
         library = LIBRARIES[device]

@@ -1,0 +1,1 @@
+"""What this machine is, what of fmedge can run on it, and which command makes what is missing."""
