@@ -25,7 +25,8 @@ from fmedge_converters.rounding import Rounding
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
-from fmedge_converters.schemes.static_int8 import STATIC_INT8
+from fmedge_converters.schemes.floating import FLOATING
+from fmedge_converters.schemes.static_int8 import static_int8
 from fmedge_converters.targets import TARGETS
 from fmedge_converters.weight import Weight
 from fmedge_runtimes.bundle import Evidence
@@ -111,7 +112,7 @@ def test_smoothed_activations_lose_less(model: Path, wanted: np.ndarray, tmp_pat
     large = plant_outliers(model, tmp_path / "large")
     int8 = error(build(large, tmp_path / "int8", DYNAMIC_INT8), wanted)
     assert error(build(large, tmp_path / "w8a8", SCHEMES["w8a8"]), wanted) < 0.3 * int8
-    built = build(large, tmp_path / "static", STATIC_INT8)
+    built = build(large, tmp_path / "static", static_int8(FLOATING))
     assert error(built, wanted) < 0.3 * int8
     graph = onnx.load(built.written.graph, load_external_data=False).graph
     products = [node for node in graph.node if node.op_type == "QuantizeLinear"]

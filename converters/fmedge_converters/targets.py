@@ -27,7 +27,7 @@ from fmedge_converters.schemes.int8_convolution import spell_convolution
 from fmedge_converters.schemes.plain_floating import PLAIN_FLOATING
 from fmedge_converters.schemes.qmoe import qmoe
 from fmedge_converters.schemes.scheme import USUAL, Scheme, SpellMixture, WeightOptions
-from fmedge_converters.schemes.static_int8 import STATIC_INT8
+from fmedge_converters.schemes.static_int8 import static_int8
 from fmedge_converters.schemes.stored_floats import BF16, FP16
 from fmedge_converters.schemes.weight_only import weight_only
 
@@ -109,7 +109,7 @@ TENSORRT_TARGET = Target(
     dialect=TENSORRT,
     passes=TENSORRT_PASSES,
     dtype=torch.float16,
-    schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4),
+    schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4, static_int8(PLAIN_FLOATING)),
     image_schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4),
     part_operators=TENSORRT_OPERATORS,
     part_passes=TENSORRT_PART_PASSES,
@@ -140,7 +140,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dialect=ORT,
             passes=ORT_PASSES,
             dtype=torch.float16,
-            schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4, *CUDA_INT4_CALIBRATED, STATIC_INT8),
+            schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4, *CUDA_INT4_CALIBRATED, static_int8(FLOATING)),
             image_schemes=_by_name(FLOATING, CUDA_INT8, CUDA_INT4),
             part_operators=ORT_OPERATORS,
             part_passes=PART_PASSES,

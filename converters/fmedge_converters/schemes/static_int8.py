@@ -8,6 +8,8 @@ stay in the target's floating type.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import onnx_ir as ir
 
@@ -15,19 +17,20 @@ from fmedge_converters.calibration.smooth_quant import smooth
 from fmedge_converters.graph import DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
 from fmedge_converters.schemes.dynamic_int8 import QuantizedRows
-from fmedge_converters.schemes.floating import FLOATING
-from fmedge_converters.schemes.scheme import Scheme
+from fmedge_converters.schemes.scheme import Scheme, SpellLinear
 from fmedge_converters.weight import Weight, mapped, transposed
 
 LEAST = 1e-6
 """The smallest scale: fp16 holds it, and none may be 0."""
 
 
-def spell_linear(graph: DecoderGraph, linear: Linear, *, is_head: bool, block_size: int) -> None:
-    """The product in int8 where the range of its input is known."""
+def _spell_linear(
+    graph: DecoderGraph, linear: Linear, *, is_head: bool, block_size: int, floating: SpellLinear
+) -> None:
+    """The product in int8 where the range of its input is known, else as `floating` has it."""
     largest = graph.input_ranges.get(linear.name)
     if is_head or largest is None:
-        FLOATING.linear(graph, linear, is_head=is_head, block_size=block_size)
+        floating(graph, linear, is_head=is_head, block_size=block_size)
         return
     weight = graph.weights[linear.name]
     node, dtype = linear.node, linear.output.dtype
@@ -58,13 +61,15 @@ def _matrix(graph: DecoderGraph, linear: Linear, weight: Weight) -> ir.Value:
     return matrix
 
 
-STATIC_INT8 = Scheme(
-    "w8a8",
-    "W8A8: int8 weights per channel, activations with fixed scales, smoothed (SmoothQuant); head in floating point",
-    8,
-    spell_linear,
-    FLOATING.embedding,
-    block_size=0,
-    calibrate=smooth,
-    needs_calibration=True,
-)
+def static_int8(floating: Scheme) -> Scheme:
+    """The scheme for a target whose `none` is `floating`."""
+    return Scheme(
+        "w8a8",
+        "W8A8: int8 weights per channel, activations with fixed scales, smoothed (SmoothQuant); head in floating point",
+        8,
+        functools.partial(_spell_linear, floating=floating.linear),
+        floating.embedding,
+        block_size=0,
+        calibrate=smooth,
+        needs_calibration=True,
+    )
