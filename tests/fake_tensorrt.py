@@ -318,7 +318,7 @@ class _Engine:
         """The graph in ONNX Runtime, opened once."""
         if self.path not in self.library.sessions:
             # With the options that our own CPU session has, so that numbers are the same.
-            self.library.sessions[self.path] = OnnxRuntimeSession(Path(self.path), "cpu", None)._session
+            self.library.sessions[self.path] = OnnxRuntimeSession(Path(self.path), "cpu", None).graph
         return self.library.sessions[self.path]
 
 
