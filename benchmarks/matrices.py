@@ -29,12 +29,16 @@ def onnx_matrix_bytes(folder: Path) -> int:
     """Of the decoder of a bundle, or of another exporter's folder."""
     import onnx
 
-    (path,) = folder.glob("*.onnx")
+    ours = folder / "decoder.onnx"
+    (path,) = [ours] if ours.is_file() else folder.glob("*.onnx")
     graph = onnx.load(path, load_external_data=False).graph
     initializers = {item.name: item for item in graph.initializer}
+    # What is stored in a narrower type is cast when the graph is opened.
+    cast = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
     seen: dict[object, int] = {}
     for node in graph.node:
-        given = [initializers[name] for name in node.input if name in initializers]
+        names = [cast.get(name, name) for name in node.input]
+        given = [initializers[name] for name in names if name in initializers]
         if not any(len(item.dims) >= 2 for item in given) or not _is_product(node):
             continue
         for item in given:
