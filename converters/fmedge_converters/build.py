@@ -33,6 +33,7 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage, what of it is done, and its whole; (stage, 0, 0) when a stage without measure begins."""
 
 STEM = "decoder"
+PREFILL_STEM = "prefill"
 
 Prepare = Callable[[dict[str, Weight]], dict[str, Weight]]
 """Changes what is known of weights, by the names of PyTorch's parameters, before they are bound to the graph: what
@@ -60,6 +61,16 @@ class BuildOptions:
     """A budget of bits per weight, for roundings whose costs `prepare` gives; None: as the scheme has it."""
     calibration: Calibration | None = None
     """What the scheme fits its weights to, if it does."""
+    prefill: Scheme | None = None
+    """Of a second graph with the same inputs and outputs; None: there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltGraph:
+    """A written graph."""
+
+    written: WrittenGraph
+    model: ir.Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +87,14 @@ class BuiltDecoder:
     """The quantization of the source, None if it has none."""
     calibration: Evidence | None
     """What was fitted to calibration text."""
+    prefill: BuiltGraph | None = None
+    """The second graph, for prompts."""
+
+    @property
+    def graphs(self) -> tuple[BuiltGraph, ...]:
+        """The decoder's graph, and the one for prompts if there is one."""
+        decoder = BuiltGraph(self.written, self.model)
+        return (decoder,) if self.prefill is None else (decoder, self.prefill)
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
@@ -86,7 +105,7 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
 def build_decoder(
     config: PretrainedConfig, files: Files, output: Path, options: BuildOptions, progress: Progress
 ) -> BuiltDecoder:
-    """Write decoder.onnx and decoder.onnx.data into `output`.
+    """Write decoder.onnx and decoder.onnx.data into `output`, and a second graph beside them if one is asked for.
 
     Raises SourceError when the model or its checkpoint cannot be exported, ExportError when the layout cannot express
     it, OSError when the disk is full.
@@ -98,10 +117,9 @@ def build_decoder(
         if options.layout is not None:
             options.layout.check_decoder(traced)
         weights = _keeping(checkpoint.weights(traced.module), options.scheme)
-        graph = bind(traced, options.prepare(weights))
-        progress("rewriting", 0, 0)
-        for rewrite in target.passes:
-            rewrite(graph, options.context)
+        prepared = options.prepare(weights)
+        second = None if options.prefill is None else replace(traced, model=traced.model.clone())
+        graph = _rewritten(traced, prepared, options, progress)
         calibration = _calibrate(graph, traced, options, progress)
         quantization = quantize(graph, options.scheme, options.block_size, options.bits)
         if options.scheme.storage is not None:
@@ -112,26 +130,51 @@ def build_decoder(
         if checkpoint.source_format is not None:
             stage = f"weights ({quantization.kept} of {quantization.matrices} matrices keep their codes)"
         written = write_graph(graph, output, STEM, functools.partial(progress, stage))
+        prefill = None
+        if second is not None and options.prefill is not None:
+            other = _rewritten(second, prepared, options, progress)
+            quantize(other, options.prefill, options.block_size)
+            stage = "weights of the graph for prompts"
+            prefill = BuiltGraph(
+                write_graph(other, output, PREFILL_STEM, functools.partial(progress, stage), written), other.model
+            )
     vocabulary = graph.graph.outputs[0].shape
     size = vocabulary[-1] if vocabulary is not None else None
     if not isinstance(size, int):
         size = traced.module.get_output_embeddings().weight.shape[0]
-    values = {str(value.name): value for value in (*graph.graph.inputs, *graph.graph.outputs)}
-    states = []
-    for state in traced.states:
-        past, present = values[f"past_states.{state.name}"], values[f"present_states.{state.name}"]
-        in_place = updates_in_place(graph.graph, past, present, target.read_first)
-        states.append(replace(state, in_place=in_place))
+    graphs = [graph.model.graph, *([] if prefill is None else [prefill.model.graph])]
+    states = tuple(
+        replace(state, in_place=all(_updates_in_place(each, state, target) for each in graphs))
+        for state in traced.states
+    )
     return BuiltDecoder(
         written,
         graph.model,
         traced.caches,
-        tuple(states),
+        states,
         int(size),
         quantization,
         checkpoint.source_format,
         calibration,
+        prefill,
     )
+
+
+def _rewritten(
+    traced: TracedDecoder, weights: dict[str, Weight], options: BuildOptions, progress: Progress
+) -> DecoderGraph:
+    """A traced graph with its weights, behind the target's passes."""
+    graph = bind(traced, weights)
+    progress("rewriting", 0, 0)
+    for rewrite in options.target.passes:
+        rewrite(graph, options.context)
+    return graph
+
+
+def _updates_in_place(graph: ir.Graph, state: LayerState, target: Target) -> bool:
+    values = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
+    past, present = values[f"past_states.{state.name}"], values[f"present_states.{state.name}"]
+    return updates_in_place(graph, past, present, target.read_first)
 
 
 def _calibrate(

@@ -21,6 +21,7 @@ from fmedge_converters.evidence import (
 from fmedge_converters.export_checks import graph_facts
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.layouts.layout import Finished, Layout
+from fmedge_converters.prefill import prefill_evidence
 from fmedge_converters.reference import open_reference
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.source import Source
@@ -41,8 +42,8 @@ def prove_decoder(
 ) -> tuple[list[Evidence], tuple[Golden, ...]]:
     """What --verify asks to be proven of a written decoder, and the continuations that it is to reproduce."""
     if options.verify == "full":
-        full = _compare(source, built, facts, parameters, tokens, scheme, progress)
-        return [full.evidence], full.goldens
+        found = _compare(source, built, facts, parameters, tokens, scheme, progress)
+        return [each.evidence for each in found], found[-1].goldens
     if options.verify == "graph" and _fits(built):
         return [_run(built, facts, tokens.prompts, progress)], ()
     return [], ()
@@ -56,16 +57,20 @@ def _compare(
     tokens: ComparedTokens,
     scheme: Scheme,
     progress: Progress,
-) -> FullEvidence:
-    """Compare what was written with PyTorch on the real weights."""
+) -> list[FullEvidence]:
+    """Compare what was written with PyTorch on the real weights: what decodes by itself, then, if there is a graph for
+    prompts, both together, whose golden continuations are the bundle's."""
     seconds = estimate_seconds(parameters)
     progress(f"comparing with PyTorch (about {seconds:.0f} s; --verify graph skips it)", 0, 0)
     with open_reference(source, parameters, facts.context) as reference:
         session = OnnxRuntimeSession(built.written.graph, "cpu", None)
         decoder = Decoder(session, facts)
-        full = full_evidence(decoder, reference, tokens.prompts, tokens.text, scheme.name, progress)
-        session.close()
-    return full
+        found = [full_evidence(decoder, reference, tokens.prompts, tokens.text, scheme.name, progress)]
+        if built.prefill is not None:
+            decoder = Decoder(session, facts, None, OnnxRuntimeSession(built.prefill.written.graph, "cpu", None))
+            found.append(prefill_evidence(decoder, built, scheme.name, reference, tokens.text, progress))
+        decoder.close()
+    return found
 
 
 def _fits(built: BuiltDecoder) -> bool:

@@ -243,8 +243,12 @@ def full_evidence(
     text: Sequence[int],
     quantize: str,
     progress: Progress,
+    *,
+    text_as: str | None = None,
 ) -> FullEvidence:
     """Compare the bundle's decoder with the source on the real weights.
+
+    `text_as`: the quantization by which the text is judged, where given text goes through a graph of its own.
 
     In fp32 every greedy token must be PyTorch's own; otherwise the KL divergence and the perplexity must stay within
     TOLERANCES, and no continuation may degenerate where the source's would not (degenerate.py).
@@ -288,8 +292,9 @@ def full_evidence(
         "constant": degenerate.constant,
     }
     passed = passed and not divergence.not_finite and degenerate.passed
-    passed = passed and divergence.mean_kl <= tolerance.mean_kl
-    passed = passed and divergence.perplexity <= divergence.source_perplexity * tolerance.perplexity_ratio
+    of_text = tolerance if text_as is None else tolerance_of(decoder.facts, text_as)
+    passed = passed and divergence.mean_kl <= of_text.mean_kl
+    passed = passed and divergence.perplexity <= divergence.source_perplexity * of_text.perplexity_ratio
     # In a batch of their own, as they will be replayed: with int8 the rows of a batch influence each other.
     chosen = prompts[-GOLDENS:]
     rows = continue_greedily(decoder, chosen, [min(GOLDEN_STEPS, steps)] * len(chosen))

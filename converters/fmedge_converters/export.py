@@ -51,6 +51,7 @@ from fmedge_converters.layouts import find_layout
 from fmedge_converters.layouts.layout import Finished
 from fmedge_converters.model_size import ModelSize, require_weights, room
 from fmedge_converters.output_folder import flush, sweep, written_aside
+from fmedge_converters.prefill import check_rows, find_prefill
 from fmedge_converters.profiles import decoder_profiles
 from fmedge_converters.reference import require_memory
 from fmedge_converters.schemes.scheme import Scheme, WeightOptions
@@ -95,6 +96,7 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     target = find_target(options.target)
     weights = WeightOptions(symmetric=not options.asymmetric, head_bits=options.head_bits)
     scheme = with_options(target, find_scheme(target, options.quantize), weights)
+    prefill = find_prefill(target, scheme, options.prefill)
     layout = find_layout(target, options.layout)
     source = open_source(options.source, options.revision, adapter=options.adapter, allow_pickle=options.allow_pickle)
     size = require_weights(source)
@@ -114,9 +116,11 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
         prepare = as_they_are if found is None else found.attach
         with opened_calibration(options, source, scheme, folder, tokenizer, context, text) as calibration:
             build = BuildOptions(
-                target, scheme, options.block_size, context, layout, prepare, options.bits, calibration
+                target, scheme, options.block_size, context, layout, prepare, options.bits, calibration, prefill
             )
             built = build_decoder(source.config, source.files, folder, build, progress)
+        if built.prefill is not None:
+            check_rows(built.prefill.model.graph)
         evidence[:0] = _of_weights(built, scheme, found)
         facts = decoder_facts(source, built, tokenizer, generation, context)
         tokens = compared_tokens(text, folder, facts.tokenizer, facts.vocabulary, context)
@@ -150,13 +154,14 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
             precision=scheme.name,
             block_size=built.quantization.block_size,
             bits_per_weight=built.quantization.bits_per_weight,
+            prefill_precision=options.prefill,
             matrices=_matrices(built),
             graphs=graphs,
             text=facts,
             evidence=tuple(evidence),
             golden=goldens,
             forced=not all(item.passed for item in evidence),
-            files=list_files(folder, {built.written.data: built.written.data_sha256}),
+            files=list_files(folder, {each.written.data: each.written.data_sha256 for each in built.graphs}),
             made_by=made_by(),
         )
         flush(folder)
@@ -179,7 +184,10 @@ def _graphs(
     built: BuiltDecoder, folder: Path, facts: TextFacts, target: Target, profiles: tuple[ProfileFacts, ...]
 ) -> dict[str, GraphFacts]:
     """The graphs of the bundle; what summarises logits is written here."""
-    graphs = {"decoder": graph_facts(built.model, built.written.graph, profiles)}
+    graphs = {
+        name: graph_facts(graph.model, graph.written.graph, profiles)
+        for name, graph in zip(("decoder", "prefill"), built.graphs, strict=False)
+    }
     if target.summarises:
         logits = next(output for output in graphs["decoder"].outputs if output.name == "logits")
         graphs["candidates"] = graph_facts(*write_candidates(folder, facts.vocabulary, logits.dtype))

@@ -39,6 +39,8 @@ class ExportOptions:
     """Of the head and the token embedding, 4 or 8, for schemes with blocks; None takes the scheme's default."""
     bits: float | None = None
     """Choose the bits and blocks of each matrix so that all take so many bits per weight, scales included."""
+    prefill: str | None = None
+    """The quantization of a second graph, for prompts; None leaves them to the one that decodes."""
     context: int | None = None
     """Tokens that a row can hold; None takes the model's maximum, at most LONGEST_DEFAULT."""
     cache: Cache = "float"

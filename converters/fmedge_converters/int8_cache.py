@@ -107,9 +107,11 @@ def quantize_cache(
             # On the disk, because one of both graphs is in memory at a time.
             np.save(Path(name) / f"{number}.npy", decoder.score(cache, piece))
         before.close()
-        for layer in layers:
-            _spell(built.model.graph, layer, *magnitudes.scales(layer))
-        built.written.graph.write_bytes(ir.to_proto(built.model).SerializeToString())
+        scales = {layer.facts.layer: magnitudes.scales(layer) for layer in layers}
+        for graph in built.graphs:
+            for layer in _layers(graph.model.graph, facts.caches):
+                _spell(graph.model.graph, layer, *scales[layer.facts.layer])
+            graph.written.graph.write_bytes(ir.to_proto(graph.model).SerializeToString())
         quantized = {layer.facts.layer for layer in layers}
         facts = facts.model_copy(
             update={

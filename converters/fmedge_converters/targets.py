@@ -51,6 +51,8 @@ class Target:
     """Operators that may write a recurrent state over the one they read; tests/test_kernels.py has the proof."""
     automatic: tuple[str, ...] = ()
     """Image schemes of which --quantize auto takes the fastest on this machine, the most precise first."""
+    prefill: tuple[str, ...] = ()
+    """Schemes of a second graph, for prompts, beside one whose weights are rounded in blocks."""
     summarises: bool = False
     """Whether bundles carry the graph that summarises logits, which stay on the device then."""
     engines: bool = False
@@ -133,6 +135,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             part_passes=PART_PASSES,
             automatic=(FLOATING.name, BF16.name, CPU_INT8_IMAGES.name),
             read_first=frozenset(("LinearAttention", "CausalConvWithState")),
+            prefill=(DYNAMIC_INT8.name,),
         ),
         "cuda": Target(
             name="cuda",

@@ -2,16 +2,16 @@
 
 `model.onnx` holds the graph, `model.onnx.data` the initializers as external data. Weights are read, converted and
 quantized when their turn comes, a block of rows on each processor, while blocks before them are on their way to the
-disk. Equal tensors share their bytes (a head and an embedding that are tied).
+disk. Equal tensors share their bytes (a head and an embedding that are tied), and so do those of two graphs in a folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -37,11 +37,22 @@ class WrittenGraph:
     graph: Path
     data: Path
     weight_bytes: int
+    """Of its own file."""
     data_sha256: str
+    places: Mapping[tuple[int, bytes], int] = field(repr=False)
+    """Where tensors lie in the file, by their size and SHA-256."""
 
 
-def write_graph(graph: DecoderGraph, folder: Path, stem: str, progress: Callable[[int, int], None]) -> WrittenGraph:
+def write_graph(
+    graph: DecoderGraph,
+    folder: Path,
+    stem: str,
+    progress: Callable[[int, int], None],
+    beside: WrittenGraph | None = None,
+) -> WrittenGraph:
     """Write the graph as `stem`.onnx and `stem`.onnx.data; `progress` gets bytes done and in all.
+
+    Tensors that the file of `beside`, a graph in the same folder, has already are read from there.
 
     Raises OSError when the disk is full.
     """
@@ -55,7 +66,7 @@ def write_graph(graph: DecoderGraph, folder: Path, stem: str, progress: Callable
         done += count
         progress(done, total)
 
-    with _data_file(data_path) as data:
+    with _data_file(data_path, {} if beside is None else beside.places) as data:
         for value in initializers:
             tensor = value.const_value
             if tensor is None:
@@ -64,9 +75,11 @@ def write_graph(graph: DecoderGraph, folder: Path, stem: str, progress: Callable
                 value.const_value = ir.tensor(np.asarray(tensor.numpy(), order="C"), name=value.name)
                 continue
             weight = graph.weight(value) or weight_from_array(np.ascontiguousarray(tensor.numpy()))
+            place = data.place(weight, advance)
+            file = data_path if place.own or beside is None else beside.data
             value.const_value = ir.ExternalTensor(
-                data_path.name,
-                data.place(weight, advance),
+                file.name,
+                place.offset,
                 weight.nbytes,
                 tensor.dtype,
                 shape=ir.Shape(tensor.shape.numpy()),
@@ -76,20 +89,31 @@ def write_graph(graph: DecoderGraph, folder: Path, stem: str, progress: Callable
     # Traces carry the exporter's file names and line numbers, which are nobody's business on the device.
     common.ClearMetadataAndDocStringPass()(graph.model)
     graph_path.write_bytes(ir.to_proto(graph.model).SerializeToString())
-    return WrittenGraph(graph_path, data_path, data.size, data.digest.hexdigest())
+    return WrittenGraph(graph_path, data_path, data.size, data.digest.hexdigest(), data.places)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor begins."""
+
+    offset: int
+    own: bool
+    """In this file, not in the other graph's."""
 
 
 class _DataFile:
-    """A file that grows by tensors."""
+    """A file that grows by tensors. `others`: those that another file has."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, others: Mapping[tuple[int, bytes], int]) -> None:
         self.size = 0
         self.digest = hashlib.sha256()
+        self.places: dict[tuple[int, bytes], int] = {}
         self._file = file
-        self._offsets: dict[object, int] = {}
+        self._others = others
+        self._offsets: dict[object, _Place] = {}
 
-    def place(self, weight: Weight, advance: Callable[[int], None]) -> int:
-        """The offset of a weight's bytes, which are written unless they are there already; `advance` counts them."""
+    def place(self, weight: Weight, advance: Callable[[int], None]) -> _Place:
+        """Where a weight's bytes are, which are written unless they are there already; `advance` counts them."""
         if weight.identity in self._offsets:
             advance(weight.nbytes)
             return self._offsets[weight.identity]
@@ -97,17 +121,31 @@ class _DataFile:
         first = next(contents)
         # Two tensors that begin alike are compared before one is left out.
         beginning = (weight.nbytes, hashlib.sha256(first).digest())
-        offset = self._offsets.get(beginning)
-        if offset is not None and self._holds(weight, offset):
+        place = self._offsets.get(beginning)
+        if place is not None and place.own and self._holds(weight, place.offset):
             advance(weight.nbytes)
         else:
-            self._append(b"\0" * (-self.size % ALIGNMENT))
-            offset = self.size
-            for content in chain([first], contents):
-                self._append(content)
-                advance(len(content))
-        self._offsets[weight.identity] = self._offsets[beginning] = offset
-        return offset
+            place = self._write(weight.nbytes, chain([first], contents), advance)
+        self._offsets[weight.identity] = self._offsets[beginning] = place
+        return place
+
+    def _write(self, nbytes: int, contents: Iterator[memoryview], advance: Callable[[int], None]) -> _Place:
+        """Append a tensor; what the other file turns out to have is taken back."""
+        size, digest, own = self.size, self.digest.copy(), hashlib.sha256()
+        self._append(b"\0" * (-size % ALIGNMENT))
+        offset = self.size
+        for content in contents:
+            self._append(content)
+            own.update(content)
+            advance(len(content))
+        key = nbytes, own.digest()
+        if key in self._others:
+            self._file.seek(size)
+            self._file.truncate()
+            self.size, self.digest = size, digest
+            return _Place(self._others[key], own=False)
+        self.places[key] = offset
+        return _Place(offset, own=True)
 
     def _append(self, content: bytes | memoryview) -> None:
         self._file.write(content)
@@ -124,13 +162,13 @@ class _DataFile:
 
 
 @contextmanager
-def _data_file(path: Path) -> Iterator[_DataFile]:
+def _data_file(path: Path, others: Mapping[tuple[int, bytes], int]) -> Iterator[_DataFile]:
     threads = torch.get_num_threads()
     # Blocks side by side instead of operations in pieces, whose threads would wait for each other.
     torch.set_num_threads(1)
     try:
         with path.open("w+b") as file:
-            yield _DataFile(file)
+            yield _DataFile(file, others)
     finally:
         torch.set_num_threads(threads)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from fmedge_runtimes.errors import BackendError, BundleError
 
-from fmedge.commands.device_options import DEVICE_HELP, GRAPHS_HELP
+from fmedge.commands.device_options import DEVICE_HELP, GRAPHS_HELP, PrefillOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +46,7 @@ def command(
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU; all cores unless given.")] = None,
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help=GRAPHS_HELP)] = True,
+    prefill_graph: PrefillOption = "prompts",
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON line.")] = False,
 ) -> None:
     """Measure how fast bundles write text on this machine. Prompts are random tokens, the same for every bundle.
@@ -56,7 +57,7 @@ def command(
 
     from fmedge.commands.measurement import Workload, memory_bandwidth
 
-    workload = Workload(_batches(batch), prompt, new, repeats, device, threads, cuda_graphs)
+    workload = Workload(_batches(batch), prompt, new, repeats, device, threads, cuda_graphs, prefill_graph)
     for bundle in bundles:
         if kind_of(bundle) == "image":
             raise BundleError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from fmedge_runtimes.prefill_graph import PrefillGraph
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -21,3 +23,4 @@ class Call:
     threads: int | None
     memory: int | None
     cuda_graphs: bool
+    prefill_graph: PrefillGraph

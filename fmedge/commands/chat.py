@@ -14,7 +14,7 @@ from fmedge_runtimes.sampling import checked
 
 from fmedge.commands.byte_size import parse_bytes
 from fmedge.commands.chat_input import read_message
-from fmedge.commands.device_options import DEVICE_HELP, GRAPHS_HELP
+from fmedge.commands.device_options import DEVICE_HELP, GRAPHS_HELP, PrefillOption
 
 if TYPE_CHECKING:
     from fmedge_runtimes.completion import Completion
@@ -62,6 +62,7 @@ def command(
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the CPU; all cores unless given.")] = None,
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help=GRAPHS_HELP)] = True,
+    prefill_graph: PrefillOption = "prompts",
     memory: Annotated[
         int | None,
         typer.Option(parser=parse_bytes, metavar="SIZE", help="What all may take (6GiB); what is free, if not given."),
@@ -85,7 +86,13 @@ def command(
     changes = checked({name: value for name, value in given.items() if value is not None})
     listed = None if tools is None else _read_tools(tools)
     with load_text(
-        bundle, device=device, max_batch=1, threads=threads, memory=memory, cuda_graphs=cuda_graphs
+        bundle,
+        device=device,
+        max_batch=1,
+        threads=threads,
+        memory=memory,
+        cuda_graphs=cuda_graphs,
+        prefill_graph=prefill_graph,
     ) as model:
         changes.setdefault("max_new_tokens", min(LONGEST_REPLY, max(1, model.context // 2)))
         chat = _Chat(model, replace(model.default_sampling, **changes), system, listed)

@@ -21,6 +21,8 @@ EPILOG = """
 
   fmedge export out/model out/bundle --quantize int4 --cache int8
 
+  fmedge export out/model out/bundle --quantize int4 --prefill int8
+
   fmedge export out/model out/bundle --adapter ./lora
 
   fmedge export out/model out/bundle --quantize int4 --layout genai
@@ -83,6 +85,10 @@ def command(
             "what it does to the output."
         ),
     ] = ExportOptions.bits,
+    prefill: Annotated[
+        str | None,
+        typer.Option(help="Beside int4 on the CPU: a second graph, for prompts, that reads them faster (int8)."),
+    ] = ExportOptions.prefill,
     context: Annotated[
         int | None, typer.Option(help="Tokens that a row can hold; unless given the model's maximum, up to 32768.")
     ] = ExportOptions.context,
@@ -170,6 +176,7 @@ def command(
         asymmetric=asymmetric,
         head_bits=head_bits,
         bits=bits,
+        prefill=prefill,
         context=context,
         cache=cache,
         verify=verify,

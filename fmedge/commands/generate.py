@@ -11,7 +11,7 @@ from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.sampling import checked
 
 from fmedge.commands.byte_size import parse_bytes
-from fmedge.commands.device_options import DEVICE_HELP, GRAPHS_HELP
+from fmedge.commands.device_options import DEVICE_HELP, GRAPHS_HELP, PrefillOption
 from fmedge.commands.kinds import parse_size, refuse_others
 
 EPILOG = """
@@ -347,6 +347,7 @@ def command(
         ),
     ] = None,
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help=GRAPHS_HELP)] = True,
+    prefill_graph: PrefillOption = "prompts",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line for each completion.")] = False,
 ) -> None:
     """Complete prompts, or make images of them. Options that are not given are the bundle's own.
@@ -361,7 +362,18 @@ def command(
     from fmedge.commands.call import Call
 
     call = Call(
-        bundle, tuple(prompts or ()), source, output, force, as_json, device, max_batch, threads, memory, cuda_graphs
+        bundle,
+        tuple(prompts or ()),
+        source,
+        output,
+        force,
+        as_json,
+        device,
+        max_batch,
+        threads,
+        memory,
+        cuda_graphs,
+        prefill_graph,
     )
     makes_images = kind_of(bundle) == "image"
     texts = {str(parameter.name) for parameter in ctx.command.params} - IMAGE_OPTIONS - BOTH_OPTIONS

@@ -81,6 +81,7 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
     model = [
         ("model", f"{source.architecture}, {len(text.caches)} layers, vocabulary {text.vocabulary}"),
         *_target_rows(bundle, block),
+        *_graphs(bundle),
         *_roundings(manifest.matrices or {}),
         ("context", f"{text.context} tokens; the cache takes {cache / 1024:.0f} KiB for each{codes}"),
         ("chat", "has a chat template" if text.chat_template else "no chat template"),
@@ -93,6 +94,23 @@ def _rows(bundle: Bundle) -> list[tuple[str, str]]:
             ("evidence", "none, and no checksums: it is foreign to fmedge, which has compared it with nothing"),
         ]
     return _framed(bundle, model)
+
+
+def _graphs(bundle: Bundle) -> list[tuple[str, str]]:
+    """The two graphs of a bundle that has one for prompts."""
+    manifest = bundle.manifest
+    if manifest.prefill_precision is None:
+        return []
+    file = manifest.graphs["decoder"].file
+    decoder = sum(facts.bytes for name, facts in manifest.files.items() if name.startswith(file))
+    shared = "what they share counts once"
+    sizes = (decoder / 1e6, bundle.prefill_nbytes / 1e6)
+    return [
+        (
+            "graphs",
+            f"decoder {sizes[0]:.1f} MB, prefill {sizes[1]:.1f} MB more, in {manifest.prefill_precision} ({shared})",
+        )
+    ]
 
 
 def _roundings(matrices: dict[str, MatrixFacts]) -> list[tuple[str, str]]:

@@ -14,7 +14,8 @@ import numpy as np
 from fmedge_runtimes.bundle import Bundle, open_bundle
 from fmedge_runtimes.engine import EngineOptions
 from fmedge_runtimes.errors import RequestError
-from fmedge_runtimes.load import open_graphs
+from fmedge_runtimes.load import open_graphs, open_prefill
+from fmedge_runtimes.prefill_graph import PrefillGraph
 from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.text import TextModel
 
@@ -37,6 +38,7 @@ class Workload:
     device: str | None
     threads: int | None
     cuda_graphs: bool = True
+    prefill_graph: PrefillGraph = "prompts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +75,14 @@ def measure(folder: Path, workload: Workload) -> list[Measured]:
         )
     device = workload.device or bundle.manifest.target
     session, candidates = open_graphs(bundle, device, workload.threads, workload.cuda_graphs)
+    prompts = open_prefill(bundle, device, workload.threads, workload.prefill_graph)
     stopwatch = Stopwatch(session)
+    timed = None if prompts is None else Stopwatch(prompts, stopwatch.steps)
+    batches = workload.prefill_graph == "batches"
     # Prompts and texts are random: neither what they share nor what they repeat may help.
     options = EngineOptions(max_batch=max(workload.batches), prefix_reuse=False, prompt_lookup=False)
     generator = np.random.default_rng(SEED)
-    with TextModel(bundle, stopwatch, options, candidates) as model:
+    with TextModel(bundle, stopwatch, options, candidates, timed, batches=batches) as model:
         return [
             _at_batch(model, stopwatch, workload, batch, device, generator) for batch in sorted(set(workload.batches))
         ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmedge.commands.byte_size import parse_bytes, show_bytes
+from fmedge.commands.device_options import PrefillOption
 from fmedge.commands.kinds import parse_size, refuse_others
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ EPILOG = """
   fmedge plan out/images --size 1024x1024 --batch 4 --memory 8GiB
 """
 
-TEXT_OPTIONS = frozenset({"slots", "context"})
+TEXT_OPTIONS = frozenset({"slots", "context", "prefill_graph"})
 IMAGE_OPTIONS = frozenset({"size", "batch", "guidance"})
 """Parameters that only bundles of that kind take."""
 
@@ -51,6 +52,7 @@ def command(
             help="What it may take (6GiB); what this machine has free, if not given.",
         ),
     ] = None,
+    prefill_graph: PrefillOption = "prompts",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON line.")] = False,
 ) -> None:
     """Say what a bundle takes in memory, and which contexts and slots, or sizes and batches, fit. Nothing is loaded.
@@ -73,7 +75,7 @@ def command(
         planned = plan_image(opened, height=height, width=width, batch=batch, guided=guided, memory=amount)
         _show_images(planned, origin, as_json=as_json)
         return
-    found = plan(opened, slots, context, amount)
+    found = plan(opened, slots, context, amount, prefill=prefill_graph != "off")
     if as_json:
         typer.echo(_json(found))
     else:
@@ -93,6 +95,7 @@ def _show(found: Plan, origin: str, most: int) -> None:
     rows = [
         ("slots", f"{found.slots}, of {found.context} tokens each"),
         ("weights", show_bytes(found.weights)),
+        *_prefill(found),
         ("working memory", f"{show_bytes(found.working)} (an estimate)"),
         ("cache", show_bytes(found.cache)),
         ("states", show_bytes(found.states)),
@@ -110,6 +113,12 @@ def _show(found: Plan, origin: str, most: int) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         typer.echo(f"{name:<{width}}  {value}")
+
+
+def _prefill(found: Plan) -> list[tuple[str, str]]:
+    if not found.prefill:
+        return []
+    return [("graph for prompts", f"{show_bytes(found.prefill)} more; --prefill-graph off leaves it out")]
 
 
 def _show_images(found: ImagePlan, origin: str, *, as_json: bool) -> None:

@@ -22,11 +22,11 @@ class Step:
 
 
 class Stopwatch:
-    """Passes everything on to a session; the steps that ran are in `steps`."""
+    """Passes everything on to a session; the steps that ran are in `steps`, which several sessions may share."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, steps: list[Step] | None = None) -> None:
         self._session = session
-        self.steps: list[Step] = []
+        self.steps: list[Step] = [] if steps is None else steps
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

@@ -77,7 +77,7 @@ def evaluate_texts(asked: TextEval, *, as_json: bool) -> None:
         try:
             found.append(_evaluate(asked, bundle, decoder, questions))
         finally:
-            decoder.session.close()
+            decoder.close()
         if asked.record:
             _record(asked, bundle, found[-1])
     if asked.plot is not None:
@@ -205,7 +205,7 @@ def _original(asked: TextEval, bundle: Bundle, tokenizer: Tokenizer, longest: in
         _check_vocabulary(bundle, other, tokenizer)
         yield BundleOriginal(other, decoder)
     finally:
-        decoder.session.close()
+        decoder.close()
 
 
 def _check_vocabulary(bundle: Bundle, other: Bundle, tokenizer: Tokenizer) -> None:

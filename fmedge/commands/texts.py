@@ -54,6 +54,7 @@ def generate_texts(call: Call, changes: Mapping[str, Any], *, resume: bool, chat
             threads=call.threads,
             memory=call.memory,
             cuda_graphs=call.cuda_graphs,
+            prefill_graph=call.prefill_graph,
         ) as model,
     ):
         base = replace(model.default_sampling, **changes)

@@ -198,10 +198,10 @@ class Evidence(_Record):
 
     Text: `weights` (which of a quantized source's codes it has), `allocation` (what the roundings that were chosen for
     its matrices are expected to cost), `calibration` (what was fitted to text), `graph`, `cache` (what a quantized
-    cache does to the output), `full`, `layout`, `output` (what the bundle's own graph writes, where nothing was
-    compared with the source), `eval` (what `fmedge eval --record` measured afterwards). Images: `parts` (each graph
-    against its module), `image` (the pipeline's images against the source's), `speed` (by which measurement the
-    parts' quantizations were chosen).
+    cache does to the output), `full`, `prefill` (both graphs together, where prompts have one of their own), `layout`,
+    `output` (what the bundle's own graph writes, where nothing was compared with the source), `eval` (what
+    `fmedge eval --record` measured afterwards). Images: `parts` (each graph against its module), `image` (the
+    pipeline's images against the source's), `speed` (by which measurement the parts' quantizations were chosen).
     """
 
     name: Literal[
@@ -211,6 +211,7 @@ class Evidence(_Record):
         "graph",
         "cache",
         "full",
+        "prefill",
         "output",
         "layout",
         "parts",
@@ -273,6 +274,8 @@ class TextManifest(Manifest):
     bits_per_weight: float | None = None
     """Of all matrices together, scales and zero points included; None where weights are not rounded in blocks, and in
     bundles of versions that did not say."""
+    prefill_precision: str | None = None
+    """The quantization of the graph `prefill`; None where there is none, and prompts go through the decoder's."""
     matrices: dict[str, MatrixFacts] | None = None
     """How each matrix was rounded, where that was chosen for each (--bits)."""
 
@@ -307,6 +310,14 @@ class Bundle:
         used = self.file(self.manifest.graphs["decoder"].file)
         files = (path for path in self.folder.rglob("*") if path.is_file())
         return sum(path.stat().st_size for path in files if path == used or path.suffix != used.suffix)
+
+    @property
+    def prefill_nbytes(self) -> int:
+        """Bytes of the files that only the graph for prompts needs; 0 if there is none."""
+        if "prefill" not in self.manifest.graphs:
+            return 0
+        name = self.manifest.graphs["prefill"].file
+        return sum(facts.bytes for file, facts in self.manifest.files.items() if file.startswith(name))
 
     def file(self, name: str) -> Path:
         """The path of one of the bundle's files."""
@@ -424,6 +435,20 @@ def _check_names(path: Path, manifest: TextManifest | ImageManifest) -> None:
             raise BundleFormatError(f"{path}: {name} is used but not listed under files; export the bundle again.")
     if isinstance(manifest, TextManifest) and "decoder" not in manifest.graphs:
         raise BundleFormatError(f"{path}: a text bundle needs a graph named decoder; export the bundle again.")
+    if isinstance(manifest, TextManifest):
+        _check_prefill(path, manifest)
+
+
+def _check_prefill(path: Path, manifest: TextManifest) -> None:
+    """Both graphs must agree on what they read and write."""
+    decoder, prefill = manifest.graphs["decoder"], manifest.graphs.get("prefill")
+    if (prefill is None) != (manifest.prefill_precision is None):
+        raise BundleFormatError(f"{path}: a graph named prefill and prefill_precision go together; export it again.")
+    if prefill is not None and (prefill.inputs, prefill.outputs) != (decoder.inputs, decoder.outputs):
+        raise BundleFormatError(
+            f"{path}: the graphs decoder and prefill have other inputs or outputs, so they cannot share a cache; "
+            "export the bundle again."
+        )
 
 
 def check_files(

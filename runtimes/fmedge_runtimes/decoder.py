@@ -1,4 +1,7 @@
-"""One decoder graph over the rows of a cache: prefill a row, decode many rows. Token ids in, logits out.
+"""A decoder over the rows of a cache: prefill a row, decode many rows. Token ids in, logits out.
+
+One graph does both, or two that read and write the same cache: one that is fast with few tokens in a step, and one that
+is fast with many, for pieces of prompts (docs/quantization.md, "A second graph for prompts").
 
 decoder = Decoder(session, facts)
 cache = decoder.new_cache()
@@ -23,14 +26,30 @@ Tokens = Sequence[int] | npt.NDArray[np.integer]
 
 PREFILL_CHUNK = 256
 """Tokens of a prompt that go through the graph at once: longer pieces are no faster on a CPU, and take memory."""
+PREFILL_LEAST = 16
+"""Tokens in a step from which on the graph for prompts is the faster one, by measurement: docs/quantization.md."""
 
 
 class Decoder:
     """Runs the steps of a decoder; what is kept between them is in the cache."""
 
-    def __init__(self, session: Session, facts: TextFacts, candidates: Session | None = None) -> None:
-        """`candidates`: a graph that summarises logits on the same device, where `decode` leaves them then."""
+    def __init__(
+        self,
+        session: Session,
+        facts: TextFacts,
+        candidates: Session | None = None,
+        prefill: Session | None = None,
+        *,
+        batches: bool = False,
+    ) -> None:
+        """`candidates`: a graph that summarises logits on the same device, where `decode` leaves them then.
+
+        `prefill`: a graph with the same inputs and outputs for pieces of prompts; with `batches` for steps of as many
+        rows, too, which may influence each other there.
+        """
         self.session = session
+        self.prefill_session = prefill
+        self._batches = batches
         self.facts = facts
         self._summarise = None if candidates is None else Summariser(candidates)
         self._logits: Buffer | None = None
@@ -70,13 +89,26 @@ class Decoder:
     def extend(self, cache: RowCache, row: int, tokens: Tokens) -> npt.NDArray[np.floating]:
         """Append tokens to one row, which has room for them, and return the logits [V] behind the last one."""
         ids = np.asarray(tokens, np.int64)[None]  # [1, S]
-        last: npt.NDArray[np.floating] = self._run(cache, row, ids, np.array([ids.shape[1] - 1], np.int64))[0]
+        wanted = np.array([ids.shape[1] - 1], np.int64)
+        last: npt.NDArray[np.floating] = self._run(cache, row, ids, wanted, self._for_text(ids.shape[1]))[0]
         return last
 
     def verify(self, cache: RowCache, row: int, tokens: Tokens) -> npt.NDArray[np.floating]:
-        """Append tokens to one row, which has room for them, and return the logits [S, V] behind each of them."""
+        """Append tokens to one row, which has room for them, and return the logits [S, V] behind each of them.
+
+        They are what `decode` would have given one by one, so the graph is the one that decodes.
+        """
         ids = np.asarray(tokens, np.int64)[None]  # [1, S]
-        return self._run(cache, row, ids, np.arange(ids.shape[1], dtype=np.int64))
+        return self._run(cache, row, ids, np.arange(ids.shape[1], dtype=np.int64), self.session)
+
+    def _read(self, cache: RowCache, row: int, tokens: Tokens) -> npt.NDArray[np.floating]:
+        """The same for a text that is given, which goes through as a prompt does."""
+        ids = np.asarray(tokens, np.int64)[None]  # [1, S]
+        return self._run(cache, row, ids, np.arange(ids.shape[1], dtype=np.int64), self._for_text(ids.shape[1]))
+
+    def _for_text(self, tokens: int) -> Session:
+        """The graph for a piece of a prompt."""
+        return self.session if self.prefill_session is None or tokens < PREFILL_LEAST else self.prefill_session
 
     def decode(self, cache: RowCache, tokens: Sequence[int]) -> npt.NDArray[np.floating]:
         """Append a token to each of the first R rows and return the logits [R, V] behind them.
@@ -86,7 +118,8 @@ class Decoder:
         rows = len(tokens)
         cache.reserve(rows, int(cache.lengths[:rows].max()) + 1)
         ids = np.asarray(tokens, np.int64)[:, None]  # [R, 1]
-        return self._run(cache, 0, ids, np.arange(rows, dtype=np.int64))
+        session = self._for_text(rows) if self._batches else self.session
+        return self._run(cache, 0, ids, np.arange(rows, dtype=np.int64), session)
 
     def decode_in_place(self, cache: RowCache, tokens: Sequence[int]) -> npt.NDArray[np.floating] | DeviceLogits:
         """The same; where there is a graph to summarise them, the logits stay on the device until the next call."""
@@ -96,7 +129,7 @@ class Decoder:
         cache.reserve(rows, int(cache.lengths[:rows].max()) + 1)
         ids = np.asarray(tokens, np.int64)[:, None]  # [R, 1]
         buffer = self._buffer(cache, rows)
-        self._step(cache, 0, ids, np.arange(rows, dtype=np.int64), buffer.rows(0, rows))
+        self._step(cache, 0, ids, np.arange(rows, dtype=np.int64), buffer.rows(0, rows), self.session)
         return DeviceLogits(self.session, buffer, rows, self._summarise)
 
     def _buffer(self, cache: RowCache, rows: int) -> Buffer:
@@ -114,6 +147,8 @@ class Decoder:
         self._logits = None
         if self._summarise is not None:
             self._summarise.close()
+        if self.prefill_session is not None:
+            self.prefill_session.close()
         self.session.close()
 
     def score(self, cache: RowCache, tokens: Sequence[int]) -> npt.NDArray[np.floating]:
@@ -122,7 +157,7 @@ class Decoder:
         cache.start(0)
         try:
             chunks = (tokens[start : start + self.chunk] for start in range(0, len(tokens), self.chunk))
-            return np.concatenate([self.verify(cache, 0, chunk) for chunk in chunks])  # [S, V]
+            return np.concatenate([self._read(cache, 0, chunk) for chunk in chunks])  # [S, V]
         finally:
             cache.clear()
 
@@ -138,12 +173,17 @@ class Decoder:
             for start in range(0, context, PREFILL_CHUNK):
                 self.extend(cache, 0, tokens[start : min(start + PREFILL_CHUNK, context)])
             for start in range(context, end, PREFILL_CHUNK):
-                yield self.verify(cache, 0, tokens[start : min(start + PREFILL_CHUNK, end)])
+                yield self._read(cache, 0, tokens[start : min(start + PREFILL_CHUNK, end)])
         finally:
             cache.clear()
 
     def _run(
-        self, cache: RowCache, first: int, ids: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
+        self,
+        cache: RowCache,
+        first: int,
+        ids: npt.NDArray[np.int64],
+        wanted: npt.NDArray[np.int64],
+        session: Session,
     ) -> npt.NDArray[np.floating]:
         """One step for the rows first : first + R with token ids [R, S]; logits [N, V] of the wanted of R * S."""
         rows, length = ids.shape
@@ -152,9 +192,11 @@ class Decoder:
         if self._one_token and length > 1:
             # Several tokens are one row's, and this graph takes them one by one.
             asked = (wanted[wanted == token] * 0 for token in range(length))
-            return np.concatenate([self._run(cache, first, ids[:, [token]], part) for token, part in enumerate(asked)])
+            return np.concatenate(
+                [self._run(cache, first, ids[:, [token]], part, session) for token, part in enumerate(asked)]
+            )
         logits: npt.NDArray[np.floating] = np.empty((len(wanted), self.facts.vocabulary), self._logits_dtype)  # [N, V]
-        self._step(cache, first, ids, wanted, logits)
+        self._step(cache, first, ids, wanted, logits, session)
         return logits
 
     def _step(
@@ -164,12 +206,13 @@ class Decoder:
         ids: npt.NDArray[np.int64],
         wanted: npt.NDArray[np.int64],
         logits: npt.NDArray[np.floating] | Buffer,
+        session: Session,
     ) -> None:
-        """One run of the graph for the rows first : first + R with token ids [R, S], into logits [N, V]."""
+        """One run of a graph for the rows first : first + R with token ids [R, S], into logits [N, V]."""
         rows, length = ids.shape
         past = cache.lengths[first : first + rows]  # [R]
         # Any length from the longest row's to the capacity is right; one that stays lets a device record the step.
-        steady = length == 1 and cache.repeatable and self.session.captures
+        steady = length == 1 and cache.repeatable and session.captures
         total = cache.capacity if steady else int(past.max()) + length
         step: dict[str, Array] = {
             "input_ids": ids,
@@ -180,5 +223,5 @@ class Decoder:
             "write_indices": past.astype(np.int64),  # [R]
         }
         feeds = {name: array for name, array in step.items() if name in self._inputs}
-        cache.bound(first, first + rows).run(feeds, {"logits": logits}, steady=steady)
+        cache.bound(first, first + rows, session).run(feeds, {"logits": logits}, steady=steady)
         cache.append(first, ids)

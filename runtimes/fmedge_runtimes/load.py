@@ -16,6 +16,7 @@ from fmedge_runtimes.foreign import find_foreign, open_foreign
 from fmedge_runtimes.image import ImageModel
 from fmedge_runtimes.parts import MODES, MemoryMode, Parts
 from fmedge_runtimes.plan import plan, what_fits
+from fmedge_runtimes.prefill_graph import PrefillGraph, check_prefill_graph
 from fmedge_runtimes.session import Session
 from fmedge_runtimes.text import TextModel
 
@@ -29,6 +30,7 @@ def load(
     memory: int | None = None,
     prefix_reuse: bool = DEFAULTS.prefix_reuse,
     prompt_lookup: bool = DEFAULTS.prompt_lookup,
+    prefill_graph: PrefillGraph = "prompts",
     memory_mode: MemoryMode = MODES[0],
     threads: int | None = None,
     cuda_graphs: bool = True,
@@ -44,6 +46,7 @@ def load(
             ("max_waiting", max_waiting, DEFAULTS.max_waiting),
             ("prefix_reuse", prefix_reuse, DEFAULTS.prefix_reuse),
             ("prompt_lookup", prompt_lookup, DEFAULTS.prompt_lookup),
+            ("prefill_graph", prefill_graph, "prompts"),
             ("cuda_graphs", cuda_graphs, True),
         ):
             if given != usual:
@@ -67,6 +70,7 @@ def load(
         memory=memory,
         prefix_reuse=prefix_reuse,
         prompt_lookup=prompt_lookup,
+        prefill_graph=prefill_graph,
         threads=threads,
         cuda_graphs=cuda_graphs,
         checksums=checksums,
@@ -89,6 +93,7 @@ def load_text(
     memory: int | None = None,
     prefix_reuse: bool = DEFAULTS.prefix_reuse,
     prompt_lookup: bool = DEFAULTS.prompt_lookup,
+    prefill_graph: PrefillGraph = "prompts",
     threads: int | None = None,
     cuda_graphs: bool = True,
     checksums: bool = True,
@@ -101,7 +106,9 @@ def load_text(
     how that is divided); None: what the GPU, the machine, or the control group of the process, has free when the cache
     grows. With `prefix_reuse` prompts start from what other rows have cached; with `prompt_lookup` a text that repeats
     itself is decoded several tokens at a time while few rows are served. `threads` None leaves the number to the
-    backend. With `cuda_graphs` a GPU records the steps that come often, and replays them. `checksums` reads every byte
+    backend. `prefill_graph` says what a bundle's second graph serves, if it has one (docs/quantization.md): "prompts",
+    "batches" for steps of many rows, too, which then influence each other, or "off", which leaves its memory free. With
+    `cuda_graphs` a GPU records the steps that come often, and replays them. `checksums` reads every byte
     of the bundle once; sizes are compared always.
 
     Raises BundleError (no bundle, damaged, of a newer format, or a foreign decoder that lacks something), BackendError
@@ -117,14 +124,15 @@ def load_text(
     options = EngineOptions(
         max_batch=max_batch,
         max_waiting=max_waiting,
-        cache_bytes=None if memory is None else _cache_bytes(bundle, max_batch, memory),
+        cache_bytes=None if memory is None else _cache_bytes(bundle, max_batch, memory, prefill_graph),
         prefix_reuse=prefix_reuse,
         prompt_lookup=prompt_lookup,
     )
     candidates = None
     if session is None:
         session, candidates = open_graphs(bundle, device, threads, cuda_graphs)
-    return TextModel(bundle, session, options, candidates)
+    prefill = open_prefill(bundle, device, threads, prefill_graph)
+    return TextModel(bundle, session, options, candidates, prefill, batches=prefill_graph == "batches")
 
 
 def open_graphs(
@@ -145,12 +153,34 @@ def open_graphs(
     return decoder, open_session(bundle.file(graphs["candidates"].file), device, threads, cuda_graphs)
 
 
+def open_prefill(bundle: Bundle, device: str | None, threads: int | None, use: PrefillGraph) -> Session | None:
+    """The graph for a bundle's prompts, on the CPU, whose kernels it is for; None if there is none, or it is "off".
+
+    Raises BackendError, and RequestError for a use that cannot be.
+    """
+    check_prefill_graph(use)
+    device = device or bundle.manifest.target
+    if use != "off" and "prefill" in bundle.manifest.graphs and parse_device(device).kind == "cpu":
+        return open_session(bundle.file(bundle.manifest.graphs["prefill"].file), device, threads)
+    if use == "batches":
+        raise RequestError(
+            f"prefill_graph is 'batches', and {bundle.folder} has no second graph for {device}: export with --target "
+            "cpu --quantize int4 --prefill int8, or leave it out."
+        )
+    return None
+
+
 def open_decoder(
-    path: Path, *, device: str | None = None, threads: int | None = None, checksums: bool = True
+    path: Path,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    prefill_graph: PrefillGraph = "prompts",
+    checksums: bool = True,
 ) -> tuple[Bundle, Decoder]:
     """The decoder of a text bundle, or of another exporter's folder, without an engine around it.
 
-    Close its session at the end. Raises BundleError and BackendError as `load_text` does.
+    Close it at the end. Raises BundleError and BackendError as `load_text` does.
     """
     foreign = find_foreign(path)
     if foreign is None:
@@ -159,7 +189,8 @@ def open_decoder(
         session = open_session(graph, device or bundle.manifest.target, threads, cuda_graphs=False)
     else:
         bundle, session = open_foreign(foreign, device, threads)
-    return bundle, Decoder(session, bundle.manifest.text)
+    prefill = open_prefill(bundle, device, threads, prefill_graph)
+    return bundle, Decoder(session, bundle.manifest.text, None, prefill, batches=prefill_graph == "batches")
 
 
 def load_image(
@@ -194,15 +225,21 @@ def load_image(
     return model
 
 
-def _cache_bytes(bundle: Bundle, rows: int, memory: int) -> int:
+def _cache_bytes(bundle: Bundle, rows: int, memory: int, prefill_graph: PrefillGraph) -> int:
     """What is left for the cache. Raises RequestError when not even a short row fits."""
-    longest = plan(bundle, 1, memory=memory).largest_context
+    prefill = prefill_graph != "off"
+    longest = plan(bundle, 1, memory=memory, prefill=prefill).largest_context
     if not longest:
-        least = plan(bundle, 1, 1)
+        least = plan(bundle, 1, 1, prefill=prefill)
+        if least.prefill and memory >= least.total - least.prefill:
+            raise RequestError(
+                f"{bundle.folder} fits in {memory / 2**20:.0f} MiB only without its graph for prompts, which takes "
+                f"{least.prefill / 2**20:.0f} MiB; load it with prefill_graph 'off', or allow more."
+            )
         raise RequestError(
             f"{bundle.folder} needs {least.total / 2**20:.0f} MiB for one short row, {least.weights / 2**20:.0f} MiB "
             f"of it weights, and memory allows {memory / 2**20:.0f} MiB; allow more, or export with fewer bits."
         )
-    one, all_rows = plan(bundle, 1, longest), plan(bundle, rows, longest)
+    one, all_rows = (plan(bundle, count, longest, prefill=prefill) for count in (1, rows))
     # One row that fits is served, even if the logits of all rows leave nothing for it.
-    return max(memory - all_rows.weights - all_rows.working, one.cache + one.states)
+    return max(memory - all_rows.weights - all_rows.prefill - all_rows.working, one.cache + one.states)

@@ -45,6 +45,8 @@ class Plan:
     memory: int | None
     """What it may take; None: nobody said."""
     weights: int
+    prefill: int
+    """Weights of the graph for prompts, beside those of the decoder's; 0 without one, or if it is left out."""
     working: int
     """While a step runs: activations, attention scores, logits. An estimate."""
     cache: int
@@ -59,7 +61,7 @@ class Plan:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.working + self.cache + self.states
+        return self.weights + self.prefill + self.working + self.cache + self.states
 
     @property
     def fits(self) -> bool:
@@ -67,8 +69,12 @@ class Plan:
         return self.memory is None or self.total <= self.memory
 
 
-def plan(bundle: Bundle, slots: int, context: int | None = None, memory: int | None = None) -> Plan:
+def plan(
+    bundle: Bundle, slots: int, context: int | None = None, memory: int | None = None, *, prefill: bool = True
+) -> Plan:
     """Say what `slots` rows of `context` tokens (None: all that the model can hold) take, and what fits in `memory`.
+
+    `prefill` False leaves out a bundle's graph for prompts, as `load` can (prefill_graph="off").
 
     Raises RequestError for slots or a context that cannot be.
     """
@@ -78,7 +84,7 @@ def plan(bundle: Bundle, slots: int, context: int | None = None, memory: int | N
         raise RequestError(f"{slots} slots cannot be planned; give 1 to {MOST_SLOTS}.")
     if not 1 <= context <= most:
         raise RequestError(f"a context of {context} tokens cannot be; {bundle.folder} holds 1 to {most}.")
-    shape = _Shape(bundle)
+    shape = _Shape(bundle, prefill=prefill)
     largest_context = largest_slots = None
     if memory is not None:
         contexts = [*range(STEP, most, STEP), most]
@@ -90,6 +96,7 @@ def plan(bundle: Bundle, slots: int, context: int | None = None, memory: int | N
         context,
         memory,
         shape.weights,
+        shape.prefill,
         shape.working(slots, context),
         shape.kept(slots, context, grows=True),
         shape.kept(slots, context, grows=False),
@@ -102,7 +109,8 @@ def what_fits(bundle: Bundle, slots: int, memory: int | None) -> str:
     """A sentence that says what a bundle takes with so many slots, and what fits in the memory if that is known."""
     context = min(bundle.manifest.text.context, _SPOKEN_CONTEXT)
     found = plan(bundle, slots, context, memory)
-    mib = [f"{part / 2**20:.0f} MiB" for part in (found.weights, found.working, found.cache + found.states)]
+    weights = found.weights + found.prefill
+    mib = [f"{part / 2**20:.0f} MiB" for part in (weights, found.working, found.cache + found.states)]
     said = (
         f"Weights take {mib[0]}, a step about {mib[1]}, the cache for {slots} x {context} tokens {mib[2]} "
         f"(fmedge plan {bundle.folder})."
@@ -131,18 +139,21 @@ def _engine(bundle: Bundle) -> EngineFacts | None:
 class _Shape:
     """The sizes of a bundle, as functions of rows and tokens."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, *, prefill: bool) -> None:
         self._facts = bundle.manifest.text
         # The larger form of rolling windows; some backends take the smaller one.
         self._parts = parts_of(self._facts, slack=True)
         # Backends rearrange weights and keep one form of them; a tokenizer takes about its file's size, too.
-        self.weights = bundle.nbytes
+        self.weights = bundle.nbytes - bundle.prefill_nbytes
         self._engine = _engine(bundle)
         if self._engine is not None:
             graph = bundle.manifest.graphs["decoder"].file
             files = (facts.bytes for name, facts in bundle.manifest.files.items() if name.startswith(graph))
             self.weights += self._engine.bytes - sum(files)
         self._width = self._estimated_width(bundle.manifest.precision)
+        # The head's bytes are shared on the disk; each session rearranges it for itself, in 8 bits.
+        head = round(self._facts.vocabulary * self._width)
+        self.prefill = bundle.prefill_nbytes + head if prefill and bundle.prefill_nbytes else 0
         sizes = [(cache.key_dim, cache.kv_heads) for cache in self._facts.caches]
         self._heads = max((max(heads, math.ceil(self._width / size)) for size, heads in sizes), default=0)
 
@@ -177,4 +188,4 @@ class _Shape:
     def total(self, rows: int, tokens: int) -> int:
         """All bytes."""
         kept = sum(self.kept(rows, tokens, grows=grows) for grows in (True, False))
-        return self.weights + self.working(rows, tokens) + kept
+        return self.weights + self.prefill + self.working(rows, tokens) + kept

@@ -131,7 +131,7 @@ class RowCache:
         self._budget = budget
         self._buffers: dict[str, Buffer] = {}
         self._zeros: dict[tuple[tuple[int, ...], np.dtype[np.generic]], Buffer] = {}
-        self._bound: OrderedDict[tuple[int, int], BoundRows] = OrderedDict()
+        self._bound: OrderedDict[tuple[Session, int, int], BoundRows] = OrderedDict()
         self.rows = 0
         self.capacity = 0
         self.lengths = np.zeros(0, np.int32)  # [R]
@@ -259,16 +259,20 @@ class RowCache:
         results = {part.target: rows[part.target if part.apart else part.source] for part in self.parts}
         return feeds, results
 
-    def bound(self, start: int, stop: int) -> BoundRows:
-        """The graph bound to the rows start:stop; steps ask for the same rows again and again."""
-        found = self._bound.get((start, stop))
+    def bound(self, start: int, stop: int, session: Session | None = None) -> BoundRows:
+        """The graph bound to the rows start:stop; steps ask for the same rows again and again.
+
+        `session`: another graph on the same device that reads and writes the same cache.
+        """
+        session = session or self._session
+        found = self._bound.get((session, start, stop))
         if found is None:
             feeds, results = self.view(start, stop)
             apart = [(results[part.target], feeds[part.source]) for part in self.parts if part.apart]
-            found = self._bound[start, stop] = BoundRows(self._session, self._session.bind(feeds, results), apart)
+            found = self._bound[session, start, stop] = BoundRows(session, session.bind(feeds, results), apart)
             if len(self._bound) > BINDINGS:
                 self._bound.popitem(last=False)
-        self._bound.move_to_end((start, stop))
+        self._bound.move_to_end((session, start, stop))
         return found
 
     def append(self, start: int, tokens: npt.NDArray[np.int64]) -> None:

@@ -54,8 +54,14 @@ class TextModel:
         session: Session,
         options: EngineOptions = DEFAULTS,
         candidates: Session | None = None,
+        prefill: Session | None = None,
+        *,
+        batches: bool = False,
     ) -> None:
-        """`candidates` summarises logits on the device of `session`; without it they come to the host."""
+        """`candidates` summarises logits on the device of `session`; without it they come to the host.
+
+        `prefill` is the graph for prompts, and with `batches` for steps of many rows.
+        """
         facts = bundle.manifest.text
         self.bundle = bundle
         self.context = facts.context
@@ -73,7 +79,7 @@ class TextModel:
         template = bundle.chat_template()
         self._template = None if template is None else ChatTemplate(template, facts.special_tokens)
         self._constraints = Constraints(self.tokenizer, facts.vocabulary) if self.tokenizer else None
-        self._decoder = Decoder(session, facts, candidates)
+        self._decoder = Decoder(session, facts, candidates, prefill, batches=batches)
         self.options = self._within(options)
 
         def said(rows: int, cache_bytes: int) -> str:

@@ -18,7 +18,7 @@ from fmedge_runtimes.errors import BundleDamagedError, BundleError, ParityError,
 from fmedge_runtimes.foreign import find_foreign
 from fmedge_runtimes.golden import replay
 from fmedge_runtimes.image import ImageModel
-from fmedge_runtimes.load import load_image
+from fmedge_runtimes.load import load_image, open_prefill
 from fmedge_runtimes.picture import open_picture
 from fmedge_runtimes.tensorrt_library import LIBRARIES
 
@@ -70,7 +70,8 @@ def _replay_texts(bundle: Bundle, device: str) -> tuple[int, int]:
     tokens = near_ties = 0
     graph = bundle.file(bundle.manifest.graphs["decoder"].file)
     # With the steps as they will run: recorded, where the device records them.
-    decoder = Decoder(open_session(graph, device, None, True), bundle.manifest.text)
+    session, prefill = open_session(graph, device, None, True), open_prefill(bundle, device, None, "prompts")
+    decoder = Decoder(session, bundle.manifest.text, None, prefill)
     for number, result in enumerate(replay(decoder, bundle.manifest.golden)):
         if result.mismatch is not None:
             golden = bundle.manifest.golden[number].steps[result.mismatch]
