@@ -59,6 +59,11 @@ def traces() -> dict[Any, Any]:
 @pytest.fixture
 def traced_once(traces: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports of the same configuration share a trace, which is most of the work for a tiny model."""
+    share_traces(traces, monkeypatch)
+
+
+def share_traces(traces: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `traced_once` does, for fixtures of any scope."""
     from fmedge_converters import build
 
     trace = build.trace_by_layers

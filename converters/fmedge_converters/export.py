@@ -71,6 +71,8 @@ def export(options: ExportOptions, progress: Progress = lambda *_: None) -> Bund
     sweep(options.output)
     check_output(options)
     if is_pipeline(options.source, options.revision):
+        if options.prefill is not None:
+            raise ExportError("--prefill is for decoders, which read prompts; pipelines that make images have none.")
         from fmedge_converters.image_export import export_pipeline
 
         return export_pipeline(options, progress)

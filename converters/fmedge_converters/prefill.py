@@ -56,12 +56,12 @@ def _beside(decode: Scheme, prompts: Scheme) -> Scheme:
     rows for each of them than a decode step (docs/quantization.md has figures).
     """
 
-    def linear(graph: DecoderGraph, node: Linear, *, is_head: bool, block_size: int) -> None:
-        (decode if is_head else prompts).linear(graph, node, is_head=is_head, block_size=block_size)
+    def spell(graph: DecoderGraph, linear: Linear, *, is_head: bool, block_size: int) -> None:
+        (decode if is_head else prompts).linear(graph, linear, is_head=is_head, block_size=block_size)
 
     return dataclasses.replace(
         prompts,
-        linear=linear,
+        linear=spell,
         embedding=decode.embedding,
         mixture=decode.mixture,
         block_size=decode.block_size,

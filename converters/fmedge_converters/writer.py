@@ -2,7 +2,7 @@
 
 `model.onnx` holds the graph, `model.onnx.data` the initializers as external data. Weights are read, converted and
 quantized when their turn comes, a block of rows on each processor, while blocks before them are on their way to the
-disk. Equal tensors share their bytes (a head and an embedding that are tied), and so do those of two graphs in a folder.
+disk. Equal tensors share their bytes (a head and an embedding that are tied), also those of two graphs in a folder.
 """
 
 from __future__ import annotations

@@ -26,8 +26,10 @@ Tokens = Sequence[int] | npt.NDArray[np.integer]
 
 PREFILL_CHUNK = 256
 """Tokens of a prompt that go through the graph at once: longer pieces are no faster on a CPU, and take memory."""
-PREFILL_LEAST = 16
-"""Tokens in a step from which on the graph for prompts is the faster one, by measurement: docs/quantization.md."""
+PREFILL_LEAST = 8
+"""Tokens of a piece of a prompt from which on the graph for prompts is the faster one: docs/quantization.md."""
+BATCH_LEAST = 12
+"""Rows of a step from which on it is so much faster that it may be worth it that they influence each other."""
 
 
 class Decoder:
@@ -44,8 +46,8 @@ class Decoder:
     ) -> None:
         """`candidates`: a graph that summarises logits on the same device, where `decode` leaves them then.
 
-        `prefill`: a graph with the same inputs and outputs for pieces of prompts; with `batches` for steps of as many
-        rows, too, which may influence each other there.
+        `prefill`: a graph with the same inputs and outputs for pieces of prompts; with `batches` for steps of many
+        rows, too, which influence each other there.
         """
         self.session = session
         self.prefill_session = prefill
@@ -118,7 +120,7 @@ class Decoder:
         rows = len(tokens)
         cache.reserve(rows, int(cache.lengths[:rows].max()) + 1)
         ids = np.asarray(tokens, np.int64)[:, None]  # [R, 1]
-        session = self._for_text(rows) if self._batches else self.session
+        session = self._for_text(rows) if self._batches and rows >= BATCH_LEAST else self.session
         return self._run(cache, 0, ids, np.arange(rows, dtype=np.int64), session)
 
     def decode_in_place(self, cache: RowCache, tokens: Sequence[int]) -> npt.NDArray[np.floating] | DeviceLogits:

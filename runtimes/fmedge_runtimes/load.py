@@ -231,14 +231,15 @@ def _cache_bytes(bundle: Bundle, rows: int, memory: int, prefill_graph: PrefillG
     longest = plan(bundle, 1, memory=memory, prefill=prefill).largest_context
     if not longest:
         least = plan(bundle, 1, 1, prefill=prefill)
-        if least.prefill and memory >= least.total - least.prefill:
+        weights = least.weights + least.prefill
+        if least.prefill and plan(bundle, 1, memory=memory, prefill=False).largest_context:
             raise RequestError(
                 f"{bundle.folder} fits in {memory / 2**20:.0f} MiB only without its graph for prompts, which takes "
                 f"{least.prefill / 2**20:.0f} MiB; load it with prefill_graph 'off', or allow more."
             )
         raise RequestError(
-            f"{bundle.folder} needs {least.total / 2**20:.0f} MiB for one short row, {least.weights / 2**20:.0f} MiB "
-            f"of it weights, and memory allows {memory / 2**20:.0f} MiB; allow more, or export with fewer bits."
+            f"{bundle.folder} needs {least.total / 2**20:.0f} MiB for one short row, {weights / 2**20:.0f} MiB of it "
+            f"weights, and memory allows {memory / 2**20:.0f} MiB; allow more, or export with fewer bits."
         )
     one, all_rows = (plan(bundle, count, longest, prefill=prefill) for count in (1, rows))
     # One row that fits is served, even if the logits of all rows leave nothing for it.
