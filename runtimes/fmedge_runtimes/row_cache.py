@@ -131,7 +131,7 @@ class RowCache:
         self._budget = budget
         self._buffers: dict[str, Buffer] = {}
         self._zeros: dict[tuple[tuple[int, ...], np.dtype[np.generic]], Buffer] = {}
-        self._bound: OrderedDict[tuple[Session, int, int], BoundRows] = OrderedDict()
+        self._bound: OrderedDict[tuple[int, int, int], BoundRows] = OrderedDict()
         self.rows = 0
         self.capacity = 0
         self.lengths = np.zeros(0, np.int32)  # [R]
@@ -264,15 +264,16 @@ class RowCache:
 
         `session`: another graph on the same device that reads and writes the same cache.
         """
-        session = session or self._session
-        found = self._bound.get((session, start, stop))
+        session = self._session if session is None else session
+        key = id(session), start, stop  # what is bound keeps the session, so that the number stays its own
+        found = self._bound.get(key)
         if found is None:
             feeds, results = self.view(start, stop)
             apart = [(results[part.target], feeds[part.source]) for part in self.parts if part.apart]
-            found = self._bound[session, start, stop] = BoundRows(session, session.bind(feeds, results), apart)
+            found = self._bound[key] = BoundRows(session, session.bind(feeds, results), apart)
             if len(self._bound) > BINDINGS:
                 self._bound.popitem(last=False)
-        self._bound.move_to_end((session, start, stop))
+        self._bound.move_to_end(key)
         return found
 
     def append(self, start: int, tokens: npt.NDArray[np.int64]) -> None:
