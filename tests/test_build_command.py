@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import _thread
 import json
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,7 +82,15 @@ def left(folder: Path) -> set[str]:
     return {path.name for path in (folder / "engines").rglob("*") if path.is_file()}
 
 
-def test_ctrl_c_stops_a_build_and_leaves_nothing_half(folder: Path) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What is started in the background by a shell ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_a_build_and_leaves_nothing_half(folder: Path, interruptible: None) -> None:
     with doubles() as library:
         build(folder)
         whole = {name: (folder / "engines" / name).read_bytes() for name in left(folder) if "cache" not in name}

@@ -145,10 +145,10 @@ def test_the_graphs_of_a_controlnet(folders: Callable[[str], Path], tmp_path: Pa
     kind = find_kind(part.kind)
     assert kind is not None
     module = empty_part(part)
-    options = PartOptions(CPU.dtype, CPU.image_schemes["none"], None)
+    options = PartOptions(CPU, CPU.dtype, (CPU.image_schemes["none"],), None)
     calls = kind.graphs(module, Asked(part.name, "StableDiffusionControlNetPipeline"))
     reference = loaded_part(part, torch.float32, allow_pickle=False)
-    graphs = build_part(part, module, calls, tmp_path, options, lambda *_: None)
+    (graphs,) = build_part(part, module, calls, [tmp_path], options, lambda *_: None)
     assert [graph.name for graph in graphs] == ["controlnet", "controlnet_embedding"]
     for graph in graphs:
         found = compare(reference, graph.call, graph.written.graph)

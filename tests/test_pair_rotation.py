@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from fmedge_converters.build import bind_weights
+from fmedge_converters.fused_operators import ORT_OPERATORS
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.module_trace import name_values, trace_module
 from fmedge_converters.parts.part import Call, Input
@@ -65,7 +66,7 @@ def traced() -> tuple[DecoderGraph, Call]:
     """The graph as a part's is before it is rewritten further."""
     inputs = (Input("states", ("batch", "sequence", HEADS, SIZE)), Input("places", ("batch", "sequence")))
     call = Call(inputs, lambda model, given: model(**given))
-    found = trace_module(Turned(), call, torch.float32, "here")
+    found = trace_module(Turned(), call, torch.float32, "here", ORT_OPERATORS)
     weights = {name: weight_from_array(np.array(RATES, np.float32)) for name in found.parameters.values()}
     graph = bind_weights(found.model, found.parameters, weights)
     for rewrite in (fold_constants, simplify_reshapes):

@@ -11,6 +11,7 @@ import torch
 from fmedge_converters import image_evidence, part_build, part_forms
 from fmedge_converters.export import export
 from fmedge_converters.export_options import ExportOptions
+from fmedge_converters.fused_operators import PartOperators
 from fmedge_converters.module_trace import TracedModule, trace_module
 from fmedge_converters.part_evidence import DIFFERENCES, Compared
 from fmedge_converters.part_forms import Form, choose, ranked
@@ -48,9 +49,11 @@ def traces() -> dict[str, TracedModule]:
 def trace_once(traces: dict[str, TracedModule], monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts are the same in every export."""
 
-    def trace(module: torch.nn.Module, call: Call, dtype: torch.dtype, where: str) -> TracedModule:
+    def trace(
+        module: torch.nn.Module, call: Call, dtype: torch.dtype, where: str, operators: PartOperators
+    ) -> TracedModule:
         if where not in traces:
-            traces[where] = trace_module(module, call, dtype, where)
+            traces[where] = trace_module(module, call, dtype, where, operators)
         return replace(traces[where], model=traces[where].model.clone())
 
     monkeypatch.setattr(part_build, "trace_module", trace)

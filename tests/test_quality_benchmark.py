@@ -27,8 +27,8 @@ def test_all_matrices_are_counted_once(tied: bool, tmp_path: Path, monkeypatch: 
     none = export(ExportOptions(str(folder), tmp_path / "none", verify="none")).folder
     assert onnx_matrix_bytes(none) == numbers * 4
     int4 = export(ExportOptions(str(folder), tmp_path / "int4", quantize="int4", block_size=32, verify="none")).folder
-    # Layers: 4 bits and a scale of 32 for 32 weights; head and embedding: 8 bits and a scale.
-    assert onnx_matrix_bytes(int4) == layer * 2 * 5 // 8 + (numbers - layer * 2) * 9 // 8
+    # Layers: 4 bits and a scale of 16 for 32 weights; head and embedding: 8 bits and a scale.
+    assert onnx_matrix_bytes(int4) == layer * 2 * 9 // 16 + (numbers - layer * 2) * 17 // 16
 
 
 def test_matrices_of_a_gguf_file_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

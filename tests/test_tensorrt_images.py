@@ -50,9 +50,9 @@ def test_parts_compute_what_their_modules_compute_and_build(tmp_path: Path):
     ):
         module, kind, row = empty_part(parts[name]), find_kind(parts[name].kind), TARGETS[target]
         assert kind is not None
-        options = PartOptions(row, row.dtype, row.image_schemes[scheme], None)
+        options = PartOptions(row, row.dtype, (row.image_schemes[scheme],), None)
         calls = kind.graphs(module, Asked(name, source.pipeline))
-        (graph,) = build_part(parts[name], module, calls, tmp_path / target, options, lambda *_: None)
+        ((graph,),) = build_part(parts[name], module, calls, [tmp_path / target], options, lambda *_: None)
         found = compare(loaded_part(parts[name], torch.float32, allow_pickle=False), graph.call, graph.written.graph)
         allowed = DIFFERENCES["float16", scheme]
         assert found.largest < allowed.largest and found.mean < allowed.mean, (name, found)
