@@ -97,7 +97,14 @@ def test_the_end_of_sequence_token_ends_a_row_and_not_its_neighbours(llama: Path
 @pytest.mark.medium
 @pytest.mark.parametrize(
     ("target", "scheme"),
-    [("cpu", "int8"), ("cpu", "int4"), ("cuda", "none"), ("cuda", "int4"), ("cpu", "int4-gptq"), ("cuda", "w8a8")],
+    [
+        ("cpu", "int8"),
+        ("cpu", "int4"),
+        ("cuda", "none"),
+        ("cuda", "int4"),
+        ("cpu", "int4-gptq"),
+        pytest.param("cuda", "w8a8", marks=pytest.mark.slow),
+    ],
 )
 def test_quantized_bundles_pass_their_verification(target: str, scheme: str, llama: Path, tmp_path: Path) -> None:
     made = export(options(llama, tmp_path, target=target, quantize=scheme, verify="full"))

@@ -12,7 +12,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "image.py"
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_a_tiny_case(tmp_path: Path) -> None:
     arguments = ["--cases", "shapes", "--batches", "2", "--only", "diffusers/eager,fmedge/none,openvino"]
     arguments += ["--rounds", "1", "--repeats", "2", "--threads", "1"]

@@ -524,7 +524,7 @@ def test_a_graph_that_differs_is_not_written(
     assert export(replace(options, force=True)).manifest.forced
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_a_unet_of_any_size(folders: Callable[[str], Path], tmp_path: Path) -> None:
     check_parts(folders("sdxl"), tmp_path, "none", "unet", "text_encoder_2", "vae")
     model = onnx.load(tmp_path / "unet" / "model.onnx", load_external_data=False)

@@ -30,6 +30,9 @@ FAST: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["sliding_attention"] * 2,
     },
+    "lfm2": {"num_hidden_layers": 8, "layer_types": (["conv"] * 2 + ["full_attention"]) * 2 + ["conv"] * 2},
+}
+MORE: dict[str, dict[str, Any]] = {
     # Told apart by the number of the layer: the first two are dense, the others mixtures.
     "deepseek_v3": {
         "num_hidden_layers": 8,
@@ -47,9 +50,6 @@ FAST: dict[str, dict[str, Any]] = {
         "v_head_dim": 16,
         "head_dim": 8,
     },
-    "lfm2": {"num_hidden_layers": 8, "layer_types": (["conv"] * 2 + ["full_attention"]) * 2 + ["conv"] * 2},
-}
-MORE: dict[str, dict[str, Any]] = {
     "qwen2": {"num_hidden_layers": 6},  # biases
     "mixtral": {"num_hidden_layers": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "smollm3": {"num_hidden_layers": 8, "pad_token_id": 0},  # no rotation in every fourth layer
