@@ -47,6 +47,11 @@ EPILOG = """
 """
 
 
+WEIGHTS = "How weights and cache are kept"
+CALIBRATION = "What weights are fitted to"
+IMAGES = "Only for pipelines that make images"
+
+
 def command(
     source: Annotated[
         str,
@@ -66,35 +71,52 @@ def command(
         str,
         typer.Option(
             help="none, int8, int4, int4-awq, int4-gptq or w8a8; on the CPU fp16 and bf16, too; for images none, int8, "
-            "int4, and on the CPU fp16, bf16 and auto (the fastest that holds)."
+            "int4, and on the CPU fp16, bf16 and auto (the fastest that holds).",
+            rich_help_panel=WEIGHTS,
         ),
     ] = ExportOptions.quantize,
     block_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale (16 to 256), for int4 and for int8 on CUDA.")
+        int | None,
+        typer.Option(
+            help="Weights that share a scale (16 to 256), for int4 and for int8 on CUDA.", rich_help_panel=WEIGHTS
+        ),
     ] = ExportOptions.block_size,
     asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="Give each block a zero point of its own, for int4.")
+        bool,
+        typer.Option(
+            "--asymmetric", help="Give each block a zero point of its own, for int4.", rich_help_panel=WEIGHTS
+        ),
     ] = ExportOptions.asymmetric,
     head_bits: Annotated[
-        int | None, typer.Option(help="Bits of the head and the token embedding, for int4: 8 unless given, or 4.")
+        int | None,
+        typer.Option(
+            help="Bits of the head and the token embedding, for int4: 8 unless given, or 4.", rich_help_panel=WEIGHTS
+        ),
     ] = ExportOptions.head_bits,
     bits: Annotated[
         float | None,
         typer.Option(
             help="For int4: a size in bits per weight, scales included; what each matrix gets is chosen by measuring "
-            "what it does to the output."
+            "what it does to the output.",
+            rich_help_panel=WEIGHTS,
         ),
     ] = ExportOptions.bits,
     prefill: Annotated[
         str | None,
-        typer.Option(help="Beside int4 on the CPU: a second graph, for prompts, that reads them faster (int8)."),
+        typer.Option(
+            help="Beside int4 on the CPU: a second graph, for prompts, that reads them faster (int8).",
+            rich_help_panel=WEIGHTS,
+        ),
     ] = ExportOptions.prefill,
     context: Annotated[
         int | None, typer.Option(help="Tokens that a row can hold; unless given the model's maximum, up to 32768.")
     ] = ExportOptions.context,
     cache: Annotated[
         Cache,
-        typer.Option(help="How keys and values are kept: float, or int8 in a quarter of the memory (target cpu)."),
+        typer.Option(
+            help="How keys and values are kept: float, or int8 in a quarter of the memory (target cpu).",
+            rich_help_panel=WEIGHTS,
+        ),
     ] = ExportOptions.cache,
     verify: Annotated[
         Verify,
@@ -106,43 +128,63 @@ def command(
             help="Text that weights are fitted to: a text file, a .jsonl file of text or messages, or a folder of "
             "both; repeatable. int4-awq, int4-gptq and w8a8 take Python's own documentation without it.",
             show_default=False,
+            rich_help_panel=CALIBRATION,
         ),
     ] = list(ExportOptions.calibrate),  # noqa: B006 - typer copies it
     calibrate_tokens: Annotated[
-        int, typer.Option(help="Tokens of that text that are used.")
+        int, typer.Option(help="Tokens of that text that are used.", rich_help_panel=CALIBRATION)
     ] = ExportOptions.calibrate_tokens,
     calibrate_chat: Annotated[
-        bool, typer.Option("--calibrate-chat", help="Put messages of .jsonl files through the chat template.")
+        bool,
+        typer.Option(
+            "--calibrate-chat",
+            help="Put messages of .jsonl files through the chat template.",
+            rich_help_panel=CALIBRATION,
+        ),
     ] = ExportOptions.calibrate_chat,
     statistics: Annotated[
         Path | None,
-        typer.Option(help="File of what is measured on that text: written, or read if it is there (.safetensors)."),
+        typer.Option(
+            help="File of what is measured on that text: written, or read if it is there (.safetensors).",
+            rich_help_panel=CALIBRATION,
+        ),
     ] = ExportOptions.statistics,
     text: Annotated[
         Path | None,
         typer.Option(help="Text for comparisons and the scales of --cache; Python's own documentation unless given."),
     ] = ExportOptions.text,
     prior: Annotated[
-        str | None, typer.Option(help="First stage of an image pipeline in two (Kandinsky 2.2): folder or hub id.")
+        str | None,
+        typer.Option(
+            help="First stage of an image pipeline in two (Kandinsky 2.2): folder or hub id.", rich_help_panel=IMAGES
+        ),
     ] = ExportOptions.prior,
     controlnet: Annotated[
         list[str] | None,
-        typer.Option(help="ControlNet to add to Stable Diffusion (XL): folder or hub id; may be repeated."),
+        typer.Option(
+            help="ControlNet to add to Stable Diffusion (XL): folder or hub id; may be repeated.",
+            rich_help_panel=IMAGES,
+        ),
     ] = None,
     ip_adapter: Annotated[
         str | None,
-        typer.Option(help="IP-Adapter to add to Stable Diffusion (XL): its file or folder, image_encoder beside it."),
+        typer.Option(
+            help="IP-Adapter to add to Stable Diffusion (XL): its file or folder, image_encoder beside it.",
+            rich_help_panel=IMAGES,
+        ),
     ] = ExportOptions.ip_adapter,
     adapter: Annotated[
         str | None, typer.Option(help="LoRA to merge into the weights: a folder, a hub id, or for images a file.")
     ] = ExportOptions.adapter,
     adapter_scale: Annotated[
-        float, typer.Option(help="How much of an image pipeline's LoRA is added.")
+        float, typer.Option(help="How much of an image pipeline's LoRA is added.", rich_help_panel=IMAGES)
     ] = ExportOptions.adapter_scale,
     keep_adapter: Annotated[
         bool,
         typer.Option(
-            "--keep-adapter", help="Do not merge an image pipeline's LoRA: generate --adapter-scale scales it."
+            "--keep-adapter",
+            help="Do not merge an image pipeline's LoRA: generate --adapter-scale scales it.",
+            rich_help_panel=IMAGES,
         ),
     ] = ExportOptions.keep_adapter,
     allow_pickle: Annotated[
