@@ -410,13 +410,13 @@ def test_another_vocabulary_of_the_source_is_refused(bundle: Path, text: Path, t
 def test_logits_that_are_not_finite_are_an_error(bundle: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fmedge_runtimes.decoder import Decoder
 
-    verified = Decoder.verify
+    read = Decoder._read
 
     def broken(*arguments: Any) -> Any:
-        logits = verified(*arguments)
+        logits = read(*arguments)
         logits[0] = np.nan
         return logits
 
-    monkeypatch.setattr(Decoder, "verify", broken)
+    monkeypatch.setattr(Decoder, "_read", broken)
     with pytest.raises(ParityError, match="1 of 19 positions have logits that are not finite"):
         raise run(bundle, "--data", text, "--tokens", 20).exception
