@@ -12,8 +12,9 @@ import hashlib
 import numpy as np
 import onnx_ir as ir
 
-from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
+from fmedge_converters.graph import MICROSOFT, DecoderGraph
 from fmedge_converters.passes.linear import Linear
+from fmedge_converters.schemes.matmul_nbits import Blocks, insert_matmul_nbits
 from fmedge_converters.schemes.scheme import Embedding
 from fmedge_converters.weight import Array, PackedMatrix, Weight, reshaped
 
@@ -23,24 +24,13 @@ def spell_kept_linear(graph: DecoderGraph, linear: Linear, packed: PackedMatrix,
     weight = graph.weights[linear.name]
     codes, scales, zero_points = _add_packed(graph, linear.name, weight, packed)
     x = linear.x if packed.columns is None else _sorted_columns(graph, linear, packed.columns)
-    inputs: list[ir.Value | None] = [x, codes, scales, zero_points]
-    if linear.bias is not None:
-        inputs += [None, linear.bias]
-    (product,) = graph.insert(
-        linear.node,
-        "MatMulNBits",
-        inputs,
-        [(linear.output.dtype, linear.output.shape)],
-        {
-            "K": weight.shape[1],
-            "N": weight.shape[0],
-            "bits": packed.bits,
-            "block_size": packed.block_size,
-            "accuracy_level": accuracy_level,
-        },
-        MICROSOFT,
+    insert_matmul_nbits(
+        graph,
+        linear,
+        (x, codes, scales, zero_points),
+        Blocks(weight.shape, packed.bits, packed.block_size),
+        accuracy_level,
     )
-    replace(linear.output, product)
 
 
 def kept_embedding_rows(graph: DecoderGraph, embedding: Embedding, packed: PackedMatrix) -> ir.Value:

@@ -21,6 +21,7 @@ from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
 from fmedge_converters.rounding import RoundedBlocks, Rounding, joined, round_blocks
 from fmedge_converters.schemes.kept_codes import kept_embedding_rows, spell_kept_linear
+from fmedge_converters.schemes.matmul_nbits import Blocks, insert_matmul_nbits
 from fmedge_converters.schemes.scheme import Embedding, Scheme, SpellMixture
 from fmedge_converters.weight import Array, Read, Weight, reshaped
 
@@ -171,26 +172,13 @@ class _WeightOnly:
             return
         rounding = self.rounding(weight, is_head=is_head, block_size=block_size)
         made = _add_quantized(graph, linear.name, weight, rounding)
-        inputs: list[ir.Value | None] = [linear.x, made.codes, made.scales, made.zero_points]
-        if linear.bias is not None:
-            inputs += [None, linear.bias]
-        elif made.zero_points is None:
-            inputs.pop()
-        (product,) = graph.insert(
-            linear.node,
-            "MatMulNBits",
-            inputs,
-            [(linear.output.dtype, linear.output.shape)],
-            {
-                "K": weight.shape[1],
-                "N": weight.shape[0],
-                "bits": rounding.bits,
-                "block_size": rounding.block_size,
-                "accuracy_level": self.accuracy_level,
-            },
-            MICROSOFT,
+        insert_matmul_nbits(
+            graph,
+            linear,
+            (linear.x, made.codes, made.scales, made.zero_points),
+            Blocks(weight.shape, rounding.bits, rounding.block_size),
+            self.accuracy_level,
         )
-        replace(linear.output, product)
 
     def embedding(self, graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int) -> None:
         """The head's codes when both are tied, without their axis of blocks: the writer stores equal bytes once."""
