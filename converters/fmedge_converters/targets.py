@@ -103,6 +103,7 @@ NO_FP8 = (
     "TensorRT multiplies in fp8 where both factors are in fp8, which needs static scales of the activations, and this "
     "version measures none; weights alone in fp8 would be no faster than int8, and less exact"
 )
+NO_FP8_HERE = MappingProxyType({"fp8": "ONNX Runtime multiplies no fp8 weights, neither on the CPU nor on CUDA"})
 NO_BF16 = "ONNX Runtime's CPU provider does not compute in bf16, so nothing could be compared with the source"
 
 TENSORRT_TARGET = Target(
@@ -135,6 +136,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             part_passes=PART_PASSES,
             automatic=(FLOATING.name, BF16.name, CPU_INT8_IMAGES.name),
             read_first=frozenset(("LinearAttention", "CausalConvWithState")),
+            refused=NO_FP8_HERE,
             prefill=(DYNAMIC_INT8.name,),
         ),
         "cuda": Target(
@@ -148,6 +150,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             part_operators=ORT_OPERATORS,
             part_passes=PART_PASSES,
             read_first=frozenset(),
+            refused=NO_FP8_HERE,
             summarises=True,
             no_int8_cache="ONNX Runtime's CUDA kernel has int8 caches, but none has run on a GPU here yet",
         ),
@@ -167,11 +170,6 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 
 AUTO = "auto"
 """As a quantization: the one of `Target.automatic` that turns out to be the fastest."""
-
-ELSEWHERE: Mapping[str, str] = MappingProxyType(
-    {"fp8": "ONNX Runtime multiplies no fp8 weights, neither on the CPU nor on CUDA; engines of TensorRT do"}
-)
-"""Quantizations that people ask for and that only other targets could have, with the reason."""
 
 
 def find_target(name: str) -> Target:
@@ -197,10 +195,6 @@ def find_scheme(target: Target, name: str, *, images: bool = False) -> Scheme:
         )
     if name in target.refused:
         raise ExportError(f"target {target.name} has no quantization {name}: {target.refused[name]}.")
-    if name not in schemes and name in ELSEWHERE:
-        raise ExportError(
-            f"target {target.name} has no quantization {name}: {ELSEWHERE[name]}; choose one of {', '.join(schemes)}."
-        )
     if name not in schemes:
         raise ExportError(f"target {target.name} has no quantization {name}; choose one of {', '.join(schemes)}.")
     return schemes[name]
