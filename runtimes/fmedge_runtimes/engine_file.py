@@ -114,6 +114,8 @@ def build_command(graph: Path, library: str) -> str:
 
 DEVICES = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 """The name of the device that a library serves, on the command line."""
+TARGETS = ("tensorrt", "tensorrt-compat", "rtx")
+"""Targets of whose graphs engines are built."""
 
 
 def read_engine(graph: Path, library: str) -> Engine:
@@ -122,6 +124,12 @@ def read_engine(graph: Path, library: str) -> Engine:
     try:
         text = record_path(path).read_text("utf-8")
     except FileNotFoundError as error:
+        root = root_of(graph)
+        if (root / MANIFEST).is_file() and (target := read_manifest(root).target) not in TARGETS:
+            raise BackendError(
+                f"{root} was exported for {target}, of which no engines are built: export its source again with "
+                f"--target {DEVICES[library]}, or run it with --device cpu."
+            ) from error
         raise BackendError(
             f"{graph} has no engine for {library} yet: run `{command}` on this device, or run it with --device cpu."
         ) from error
