@@ -9,16 +9,16 @@ RUN uv python install 3.11 && uv venv --python 3.11 --seed /opt/fmedge
 ENV PATH=/opt/fmedge/bin:$PATH
 
 # JetPack's bindings are for Python 3.10: those for 3.11 are compiled against its libraries.
-WORKDIR /tmp/bindings
+WORKDIR /opt/bindings
 RUN git clone --depth 1 --branch release/10.3 https://github.com/NVIDIA/TensorRT trt \
     && git clone --depth 1 https://github.com/pybind/pybind11 external/pybind11 \
     && mkdir -p external/python3.11 \
     && cp -r "$(python -c 'import sysconfig; print(sysconfig.get_path("include"))')" external/python3.11/include \
     && cd trt/python \
-    && EXT_PATH=/tmp/bindings/external TRT_OSSPATH=/tmp/bindings/trt PYTHON_MAJOR_VERSION=3 PYTHON_MINOR_VERSION=11 \
+    && EXT_PATH=/opt/bindings/external TRT_OSSPATH=/opt/bindings/trt PYTHON_MAJOR_VERSION=3 PYTHON_MINOR_VERSION=11 \
        TARGET_ARCHITECTURE=aarch64 TENSORRT_MODULE=tensorrt ./build.sh \
     && pip install --no-cache-dir build/bindings_wheel/dist/tensorrt-*.whl \
-    && rm -rf /tmp/bindings
+    && rm -rf /opt/bindings
 
 WORKDIR /opt/source
 COPY . .
