@@ -50,14 +50,14 @@ def onnx_matrix_bytes(folder: Path) -> int:
 
 def _is_product(node: object) -> bool:
     """Whether a node multiplies by a matrix, or looks rows of one up by token."""
-    kind, inputs = node.op_type, node.input  # type: ignore[attr-defined]
+    kind, inputs = node.op_type, node.input  # type: ignore[attr-defined]  # of onnx, imported late
     return "MatMul" in kind or kind in ("Gemm", "DequantizeLinear") or (kind in GATHERS and "input_ids" in inputs)
 
 
 def _nbytes(item: object) -> int:
     import onnx
 
-    kind, dims = item.data_type, item.dims  # type: ignore[attr-defined]
+    kind, dims = item.data_type, item.dims  # type: ignore[attr-defined]  # of onnx, imported late
     if kind in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4):
         return -(-math.prod(dims) // 2)
     return math.prod(dims) * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize

@@ -178,7 +178,7 @@ class _Scale:
     def __eq__(self, other: object) -> bool:
         return self is other
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # unhashable, as tensors are
 
 
 def _weight(value: torch.Tensor) -> Weight:

@@ -89,7 +89,7 @@ class KeptAdapter:
                     "scaled; merge the LoRA instead (leave --keep-adapter out)."
                 )
 
-    def _add(self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+    def _add(self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - any layer of torch
         update: torch.Tensor = layer.lora_b(layer.lora_a(inputs[0])) * self._scale
         return output + update
 

@@ -63,7 +63,7 @@ class Pieces(TorchFunctionMode):
         weight = self._weight(matrix)
         if weight is None:
             return torch.nn.functional.linear(x, matrix, bias)
-        product: torch.Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
+        product: torch.Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]  # torch gives apply no type
         if bias is None:
             return product
         added = self._weight(bias)

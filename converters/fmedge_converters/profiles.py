@@ -34,7 +34,7 @@ def part_profiles(call: Call, image: ImageFacts, factor: int) -> tuple[ProfileFa
         sizes[axis] = (max(1, usual // SIDES[0]), usual, usual * SIDES[2])
     height, width = sizes["height"], sizes["width"]
     # Transformers that get their patches in a row: two latents along each side make one.
-    sizes["image_sequence"] = tuple(max(1, height[kind] * width[kind] // 4) for kind in range(3))  # type: ignore[assignment]
+    sizes["image_sequence"] = tuple(max(1, height[kind] * width[kind] // 4) for kind in range(3))  # type: ignore[assignment]  # three numbers
     axes = {dim for item in call.inputs for dim in item.dims if isinstance(dim, str)}
     axes |= {axis for item in call.inputs for axis in call.spread.get(item.name, ()) if isinstance(axis, str)}
     return (ProfileFacts(name="default", axes={axis: _fitting(axis, sizes, call) for axis in sorted(axes)}),)

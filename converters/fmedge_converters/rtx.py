@@ -130,7 +130,7 @@ class _Network:
         config.add_optimization_profile(made)
 
     @staticmethod
-    def _sizes(tensor: Any, axis: int, size: int, profile: Profile) -> tuple[int, int, int]:  # noqa: ANN401
+    def _sizes(tensor: Any, axis: int, size: int, profile: Profile) -> tuple[int, int, int]:  # noqa: ANN401 - the bindings have no types
         if size != -1:
             return size, size, size
         name = tensor.get_dimension_name(axis)
@@ -157,7 +157,7 @@ def _problem(error: Any) -> Problem:  # noqa: ANN401 - the bindings have no type
 def _collector(trt: Any) -> Any:  # noqa: ANN401 - the bindings have no types
     """A logger that keeps the errors; its class cannot be named before the bindings are imported."""
 
-    class Collector(trt.ILogger):  # type: ignore[misc]
+    class Collector(trt.ILogger):  # type: ignore[misc]  # the bindings have no types
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

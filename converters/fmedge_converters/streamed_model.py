@@ -244,7 +244,7 @@ def _visited(module: torch.nn.Module, visit: Visit) -> Callable[..., Any]:
     forward = module.forward
 
     def visited(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of any module
-        return _Visited.apply(x, forward(x, *args, **kwargs), visit)  # type: ignore[no-untyped-call]
+        return _Visited.apply(x, forward(x, *args, **kwargs), visit)  # type: ignore[no-untyped-call]  # torch gives apply no type
 
     return visited
 

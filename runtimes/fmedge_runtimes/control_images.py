@@ -94,7 +94,7 @@ def _for_each_net(
     if len(nets) == 1:
         if isinstance(control, tuple) and any(one is None or isinstance(one, tuple) for one in control):
             raise RequestError("Diffusion.control is nested, and there is one ControlNet; give an image, or a list.")
-        return [control]  # type: ignore[list-item]
+        return [control]  # type: ignore[list-item]  # the border checks it
     if not isinstance(control, tuple) or len(control) != len(nets):
         count = len(control) if isinstance(control, tuple) else 1
         raise RequestError(

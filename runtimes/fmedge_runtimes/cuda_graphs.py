@@ -58,7 +58,7 @@ class RecordedSteps:
     def __init__(
         self,
         ort: Any,  # noqa: ANN401 - ONNX Runtime is imported only where it is used
-        session: Any,  # noqa: ANN401
+        session: Any,  # noqa: ANN401 - ONNX Runtime is imported only where it is used
         device: Device,
         graphs: CudaGraphs,
         bound: tuple[Mapping[str, Buffer], Mapping[str, Buffer]],

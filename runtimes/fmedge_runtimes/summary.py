@@ -148,5 +148,5 @@ def _sure(held: npt.NDArray[np.float64], target: float, whole: float, side: str)
     """Where cumulated weights [N] pass a target, if it is the same a little before and behind it."""
     margin = UNSURE * whole
     first = int(np.searchsorted(held, target - margin, side))  # type: ignore[call-overload]  # a literal, by its callers
-    last = int(np.searchsorted(held, target + margin, side))  # type: ignore[call-overload]
+    last = int(np.searchsorted(held, target + margin, side))  # type: ignore[call-overload]  # numpy wants a literal
     return first if first == last < len(held) else None

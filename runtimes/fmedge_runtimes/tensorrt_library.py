@@ -60,7 +60,7 @@ def collecting_logger(trt: Any) -> Any:  # noqa: ANN401 - the bindings have no t
     Its class can only be made when the bindings are there.
     """
 
-    class Collector(trt.ILogger):  # type: ignore[misc]
+    class Collector(trt.ILogger):  # type: ignore[misc]  # the bindings have no types
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

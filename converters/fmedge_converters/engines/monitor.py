@@ -16,7 +16,7 @@ def make_monitor(trt: Any, report: Report, stop: threading.Event) -> Any:  # noq
     TensorRT calls it from threads of its own. Its class can only be made when the bindings are there.
     """
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the bindings have no types
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self._lock = threading.Lock()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from fmedge_runtimes.devices import DEVICES, GIB
+from fmedge_runtimes.devices import DEVICES
 from fmedge_runtimes.doctor.file_tree import FileTree, numbers
 
 RELEASE_FILE = "/etc/nv_tegra_release"
@@ -108,6 +108,3 @@ def find_release(l4t: str) -> Release | None:
     """The line of the table for a release."""
     asked = numbers(l4t)
     return next((row for row in RELEASES if asked and asked[: len(numbers(row.l4t))] == numbers(row.l4t)), None)
-
-
-__all__ = ["GIB", "RELEASES", "Board", "Release", "find_board", "find_release"]

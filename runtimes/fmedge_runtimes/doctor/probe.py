@@ -55,7 +55,7 @@ print(json.dumps({"version": onnxruntime.__version__, "providers": onnxruntime.g
 """
 
 BINDINGS = """
-import json, sys, tensorrt
+import json, tensorrt
 print(json.dumps({"version": tensorrt.__version__, "file": tensorrt.__file__}))
 """
 

@@ -71,7 +71,7 @@ def cuda_version(tree: FileTree, site: Path | None) -> str | None:
         try:
             return str(json.loads(text)["cuda"]["version"])
         except (ValueError, KeyError, TypeError):
-            pass
+            pass  # a damaged record: the library below tells, too
     library = find_library(tree, "libcudart", site)
     return None if library is None else library.version
 
