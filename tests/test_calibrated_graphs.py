@@ -25,7 +25,7 @@ from fmedge_converters.rounding import Rounding
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
-from fmedge_converters.schemes.static_int8 import static_int8
+from fmedge_converters.schemes.static_codes import static_int8
 from fmedge_converters.targets import TARGETS
 from fmedge_converters.weight import Weight
 from fmedge_runtimes.bundle import Evidence

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
-from fmedge_runtimes.devices import DEVICES
+from fmedge_runtimes.devices import DEVICES, Device
 from fmedge_runtimes.errors import ExportError
 
 from fmedge_converters.dialects.dialect import Dialect
@@ -27,7 +27,7 @@ from fmedge_converters.schemes.int8_convolution import spell_convolution
 from fmedge_converters.schemes.plain_floating import PLAIN_FLOATING
 from fmedge_converters.schemes.qmoe import qmoe
 from fmedge_converters.schemes.scheme import USUAL, Scheme, SpellMixture, WeightOptions
-from fmedge_converters.schemes.static_int8 import static_int8
+from fmedge_converters.schemes.static_codes import static_float8, static_int8
 from fmedge_converters.schemes.stored_floats import BF16, FP16
 from fmedge_converters.schemes.weight_only import weight_only
 
@@ -93,16 +93,13 @@ CUDA_INT8 = weight_only("int8", "8-bit weights", 8, head_bits=8, accuracy_level=
 
 TENSORRT_INT4 = dequantize_linear("int4", "4-bit weights in symmetric blocks, 8-bit head", 4)
 TENSORRT_INT8 = dequantize_linear("int8", "8-bit weights per channel", 8)
+TENSORRT_FP8 = static_float8(PLAIN_FLOATING)
 
 
 def _by_name(*schemes: Scheme) -> Mapping[str, Scheme]:
     return MappingProxyType({scheme.name: scheme for scheme in schemes})
 
 
-NO_FP8 = (
-    "TensorRT multiplies in fp8 where both factors are in fp8, which needs static scales of the activations, and this "
-    "version measures none; weights alone in fp8 would be no faster than int8, and less exact"
-)
 NO_FP8_HERE = MappingProxyType({"fp8": "ONNX Runtime multiplies no fp8 weights, neither on the CPU nor on CUDA"})
 NO_BF16 = "ONNX Runtime's CPU provider does not compute in bf16, so nothing could be compared with the source"
 
@@ -112,13 +109,13 @@ TENSORRT_TARGET = Target(
     dialect=TENSORRT,
     passes=TENSORRT_PASSES,
     dtype=torch.float16,
-    schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4, static_int8(PLAIN_FLOATING)),
-    image_schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4),
+    schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4, static_int8(PLAIN_FLOATING), TENSORRT_FP8),
+    image_schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4, TENSORRT_FP8),
     part_operators=TENSORRT_OPERATORS,
     part_passes=TENSORRT_PART_PASSES,
     read_first=frozenset(),
     engines=True,
-    refused=MappingProxyType({"fp8": NO_FP8, "bf16": NO_BF16, "fp16": "fp16 is what none means there"}),
+    refused=MappingProxyType({"bf16": NO_BF16, "fp16": "fp16 is what none means there"}),
     no_int8_cache="TensorRT's cache update takes floats only",
 )
 
@@ -173,12 +170,32 @@ AUTO = "auto"
 
 
 def find_target(name: str) -> Target:
-    """The row of a name, or of the device of that name. Raises ExportError when there is none."""
+    """The row of a name, or of the device of that name, without what that cannot compute. Raises ExportError when there
+    is none."""
     if name in DEVICES:
-        return TARGETS[DEVICES[name].target]
+        return _for_device(TARGETS[DEVICES[name].target], DEVICES[name])
     if name not in TARGETS:
         raise ExportError(f"there is no target {name}; choose one of {', '.join((*TARGETS, *DEVICES))}.")
     return TARGETS[name]
+
+
+def _for_device(target: Target, device: Device) -> Target:
+    if device.fp8:
+        return target
+    why = (
+        f"the GPU of {device.name} has compute capability {device.compute_capability}, and tensor cores multiply fp8 "
+        "from 8.9 (Ada) on; choose w8a8, int8 or int4 there (int8 or int4 for images)"
+    )
+    return replace(
+        target,
+        schemes=_without(target.schemes, TENSORRT_FP8),
+        image_schemes=_without(target.image_schemes, TENSORRT_FP8),
+        refused=MappingProxyType({**target.refused, TENSORRT_FP8.name: why}),
+    )
+
+
+def _without(schemes: Mapping[str, Scheme], scheme: Scheme) -> Mapping[str, Scheme]:
+    return _by_name(*(other for other in schemes.values() if other is not scheme))
 
 
 def find_scheme(target: Target, name: str, *, images: bool = False) -> Scheme:

@@ -28,6 +28,7 @@ TOLERANCES = {
     ("float16", "int8"): Tolerance(near_tie=0.25, mean_kl=0.05, perplexity_ratio=1.05),
     ("float32", "w8a8"): Tolerance(near_tie=0.25, mean_kl=0.05, perplexity_ratio=1.05),
     ("float16", "w8a8"): Tolerance(near_tie=0.25, mean_kl=0.05, perplexity_ratio=1.05),
+    ("float16", "fp8"): Tolerance(near_tie=0.25, mean_kl=0.1, perplexity_ratio=1.1),
     ("float32", "int4"): Tolerance(near_tie=0.25, mean_kl=0.35, perplexity_ratio=1.35),
     ("float16", "int4"): Tolerance(near_tie=0.25, mean_kl=0.35, perplexity_ratio=1.35),
 }

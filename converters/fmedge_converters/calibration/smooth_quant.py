@@ -11,14 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from fmedge_runtimes.bundle import Evidence
 
 from fmedge_converters.calibration.calibration import Calibration, Report
-from fmedge_converters.calibration.linear_inputs import Place
-from fmedge_converters.calibration.places import placed_linears, placed_stacks
+from fmedge_converters.calibration.input_ranges import largest_inputs, note_experts
+from fmedge_converters.calibration.places import placed_linears
 from fmedge_converters.calibration.scale_sites import scale_sites, scaled_columns
-from fmedge_converters.calibration.statistics import Statistics
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.rounding import Rounding
 from fmedge_converters.weight import Array, Weight
@@ -35,10 +33,8 @@ def smooth(
     """Smooth every input that the graph can divide, and note the range of the inputs of all products."""
     del rounding
     statistics = calibration.statistics(report)
-    placed = {one.linear.node: one for one in placed_linears(graph, calibration.parameters)}
-    largest = {
-        one.linear.name: _largest(one.places, statistics) for one in placed.values() if one.places[0] in statistics
-    }  # each [K]
+    largest = largest_inputs(graph, calibration, statistics)  # each [K]
+    placed = {one.linear.node for one in placed_linears(graph, calibration.parameters)}
     divided = 0
     before, after = 0.0, 0.0
     for site in scale_sites(graph):
@@ -56,7 +52,7 @@ def smooth(
         divided += 1
     for name, values in largest.items():
         graph.input_ranges[name] = float(values.max())
-    _note_experts(graph, calibration, statistics)
+    note_experts(graph, calibration, statistics)
     figures: dict[str, float | int | str | bool] = {"smoothed_inputs": divided, "products": len(largest)}
     if divided:
         figures |= {"largest_over_median": before / divided, "smoothed_largest_over_median": after / divided}
@@ -85,12 +81,6 @@ def _of_groups(values: Array, groups: Array) -> Array:
     return result
 
 
-def _largest(places: tuple[Place, ...], statistics: dict[Place, Statistics]) -> Array:
-    found = [statistics[place].largest for place in places if place in statistics]
-    result: Array = torch.stack(found).amax(0).numpy()
-    return result
-
-
 def _columns(weight: Weight) -> Array:
     """The largest magnitude of each column [K], block by block."""
     result: Array = np.max([np.abs(block).max(0) for block in weight.blocks()], axis=0)
@@ -100,12 +90,3 @@ def _columns(weight: Weight) -> Array:
 def _spread(largest: Array) -> float:
     """How far the largest feature is above the usual one."""
     return float(largest.max() / max(np.median(largest), np.finfo(np.float32).tiny))
-
-
-def _note_experts(graph: DecoderGraph, calibration: Calibration, statistics: dict[Place, Statistics]) -> None:
-    """Ranges of the inputs of each expert; of all experts for one that no token reached."""
-    for stack in placed_stacks(graph, calibration.parameters):
-        known = {place.expert: float(statistics[place].largest.max()) for place in stack.places if place in statistics}
-        for place in stack.places:
-            if known:
-                graph.input_ranges[f"{stack.name}.{place.expert}"] = known.get(place.expert, max(known.values()))

@@ -6,6 +6,8 @@ with one scale, so rows of a batch influence each other's rounding; docs/quantiz
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -30,14 +32,21 @@ class QuantizedRows:
     """Codes and scales of the rows of one weight [N, K]; the scales of rows whose codes were read are kept until they
     are read."""
 
-    def __init__(self, weight: Weight) -> None:
-        self._weight = weight
+    def __init__(
+        self,
+        weight: Weight,
+        quantize: Callable[[Array], tuple[Array, Array]] = quantize_rows,
+        dtype: np.dtype[np.generic] | None = None,
+    ) -> None:
+        """`quantize` gives rows [n, K] codes [n, K] of a type, int8 unless said otherwise, and scales [n]."""
+        self._weight, self._quantize = weight, quantize
+        self._dtype = np.dtype(np.int8) if dtype is None else dtype
         self._kept: dict[tuple[int, int], Array] = {}
 
     @property
     def codes(self) -> Weight:
-        """Codes int8 [N, K]."""
-        return Weight(self._weight.shape, np.dtype(np.int8), self._codes, step=self._weight.rows_at_once)
+        """Codes [N, K]."""
+        return Weight(self._weight.shape, self._dtype, self._codes, step=self._weight.rows_at_once)
 
     @property
     def scales(self) -> Weight:
@@ -46,7 +55,7 @@ class QuantizedRows:
         return Weight(self._weight.shape[:1], np.dtype(np.float32), self._scales, step=step)
 
     def _codes(self, start: int, stop: int) -> Array:
-        codes, self._kept[start, stop] = quantize_rows(self._weight.read(start, stop))
+        codes, self._kept[start, stop] = self._quantize(self._weight.read(start, stop))
         return codes
 
     def _scales(self, start: int, stop: int) -> Array:
