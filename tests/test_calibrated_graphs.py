@@ -12,7 +12,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from calibrated_graphs import CONTEXT, ROWS, build, calibration, error, int4, logits, plant_outliers, random_model
+from calibrated_graphs import (
+    CONTEXT,
+    HELD_OUT,
+    ROWS,
+    build,
+    calibration,
+    error,
+    int4,
+    logits,
+    plant_outliers,
+    random_model,
+)
 from fmedge_converters.calibration import fit_codes
 from fmedge_converters.calibration.calibration import Calibration, Report
 from fmedge_converters.calibration.fit_codes import fit_awq, fit_gptq
@@ -25,7 +36,7 @@ from fmedge_converters.rounding import Rounding
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
-from fmedge_converters.schemes.static_codes import static_int8
+from fmedge_converters.schemes.static_codes import FLOAT8, FLOAT8_BY_TENSOR, Codes, static_float8, static_int8
 from fmedge_converters.targets import TARGETS
 from fmedge_converters.weight import Weight
 from fmedge_runtimes.bundle import Evidence
@@ -119,6 +130,55 @@ def test_smoothed_activations_lose_less(model: Path, wanted: np.ndarray, tmp_pat
     zeros = {node.input[2] for node in products}
     values = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer if item.name in zeros}
     assert [value.item() for value in values.values()] == [0]
+
+
+@pytest.mark.parametrize("codes", [FLOAT8, FLOAT8_BY_TENSOR], ids=["by channel", "by tensor"])
+def test_floats_of_8_bits_are_what_torch_makes_of_them(
+    codes: Codes, model: Path, wanted: np.ndarray, tmp_path: Path, traced_once: None
+) -> None:
+    """The whole decoder, against PyTorch with the same rounding of weights and activations in front of its products."""
+    built = build(model, tmp_path / "fp8", static_float8(FLOATING, codes))
+    module = load_model(model)
+    seen: dict[str, float] = {}
+    products = [(name, part) for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)][:-1]
+    assert len(products) == 14
+
+    def note(name: str) -> Any:
+        return lambda _, args: seen.__setitem__(name, max(seen.get(name, 0.0), float(args[0].abs().max())))
+
+    handles = [part.register_forward_pre_hook(note(name)) for name, part in products]
+    with torch.no_grad():
+        for row in ROWS:
+            module(input_ids=torch.tensor([row]), use_cache=False)
+        for handle in handles:
+            handle.remove()
+        for name, part in products:
+            scale = seen[name] / 224
+            part.register_forward_pre_hook(lambda _, args, scale=scale: (float8(args[0], scale),))
+        # Matrices that are one in the graph share a scale, if they have one for all.
+        groups = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+        by_name = dict(products)
+        for group in groups:
+            for prefix in {name.rpartition(".")[0] for name in by_name if name.endswith(group)}:
+                parts = [by_name[f"{prefix}.{name}"] for name in group]
+                peak = max(float(part.weight.abs().max()) for part in parts)
+                for part in parts:
+                    peaks = part.weight.abs().amax(1, keepdim=True) if codes is FLOAT8 else torch.tensor(peak)
+                    part.weight.copy_(float8(part.weight, (peaks / 448).half().float()))
+        rounded = torch.cat([module(input_ids=torch.tensor([row]), use_cache=False).logits[0] for row in HELD_OUT])
+    # The other way round a number here and there, between two codes, gets the other one.
+    lost, other = error(built, wanted), error(built, rounded.numpy())
+    assert 1e-5 < lost < 0.05
+    assert other < 0.1 * lost
+    graph = onnx.load(built.written.graph, load_external_data=False).graph
+    kinds = [item.data_type for item in graph.initializer if item.name.endswith("fp8.codes")]
+    assert kinds == [onnx.TensorProto.FLOAT8E4M3FN] * 8
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == 8
+
+
+def float8(values: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Rounded to E4M3."""
+    return (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
 def test_codes_are_written_as_they_were_fitted(model: Path, tmp_path: Path, traced_once: None) -> None:

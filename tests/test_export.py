@@ -212,8 +212,8 @@ def test_refusals_of_folders(llama: Path, tmp_path: Path) -> None:
         export(options(empty, tmp_path))
     with pytest.raises(ExportError, match="there is no target tpu"):
         export(options(llama, tmp_path, target="tpu"))
-    with pytest.raises(ExportError, match="tensorrt has no quantization fp8: "):
-        export(options(llama, tmp_path, target="tensorrt", quantize="fp8"))
+    with pytest.raises(ExportError, match="tensorrt has no quantization bf16: "):
+        export(options(llama, tmp_path, target="tensorrt", quantize="bf16"))
     with pytest.raises(ExportError, match="no quantization int3"):
         export(options(llama, tmp_path, quantize="int3"))
     with pytest.raises(ExportError, match="256 positions"):

@@ -172,8 +172,17 @@ def test_devices_are_targets():
     assert all(name == device.name for name, device in DEVICES.items())
     with pytest.raises(ExportError, match=r"no target orin-micro; choose one of cpu, .*orin-nano-4gb"):
         find_target("orin-micro")
-    with pytest.raises(ExportError, match="static scales of the activations"):
-        find_scheme(find_target("thor"), "fp8")
+
+
+def test_fp8_is_for_gpus_that_multiply_it():
+    for images in (False, True):
+        for name in ("thor", "thor-jp7.0", "rtx", "tensorrt"):
+            assert find_scheme(find_target(name), "fp8", images=images).name == "fp8"
+        for name in DEVICES:
+            if name.startswith(("orin", "agx-orin")):
+                with pytest.raises(ExportError, match=r"has compute capability 8\.7, .* choose w8a8"):
+                    find_scheme(find_target(name), "fp8", images=images)
+    assert all(device.fp8 == (float(device.compute_capability) >= 8.9) for device in DEVICES.values())
 
 
 def test_a_plan_gives_context_before_rows_and_says_what_does_not_fit():

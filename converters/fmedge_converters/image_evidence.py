@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,7 @@ ERRORS: Mapping[tuple[str, str], float] = {
     ("float32", "bf16"): 0.1,
     ("float32", "int8"): 0.25,
     ("float16", "int8"): 0.25,
+    ("float16", "fp8"): 0.25,
     ("float32", "int4"): 0.4,
     ("float16", "int4"): 0.4,
 }
@@ -96,8 +97,8 @@ def compare_images(
     if kind is None or why_not is not None:
         return Pictured(why_not=f"{source.pipeline} {why_not}")
     with ImageModel(bundle, _parts(bundle)) as model:
-        shown = _shown(bundle, sum(map(is_controlnet, source.parts)))
-        options = _options(bundle.manifest.image, model, shown)
+        shown = shown_pictures(bundle, sum(map(is_controlnet, source.parts)))
+        options = diffusion_options(bundle.manifest.image, model, shown, STEPS, SEEDS)
         found = [model.generate(prompt, one)[0] for prompt, one in zip(PROMPTS, options, strict=True)]
     golden = _keep(bundle.folder, found[0], shown, GOLDEN_LEVELS[precision == ("float32", "none")])
     why_not = _lacks_memory(source)
@@ -149,7 +150,8 @@ def _drawn(number: int, height: int, width: int) -> Image:
     return Image.fromarray((np.stack(waves, axis=-1) > np.array([0.9, 0.0, -0.5])).astype(np.uint8) * np.uint8(255))
 
 
-def _shown(bundle: ImageBundle, controls: int) -> Shown:
+def shown_pictures(bundle: ImageBundle, controls: int) -> Shown:
+    """A picture for each ControlNet, and one for the IP-Adapter if there is one."""
     facts = bundle.manifest.image
     side = min(facts.height, SIDE), min(facts.width, SIDE)
     pictures = tuple(_drawn(number, *side) for number in range(controls + 1))
@@ -157,14 +159,16 @@ def _shown(bundle: ImageBundle, controls: int) -> Shown:
     return Shown(pictures[:controls], pictures[-1] if adapted else None)
 
 
-def _options(facts: ImageFacts, model: ImageModel, shown: Shown) -> list[Diffusion]:
-    """For each prompt."""
+def diffusion_options(
+    facts: ImageFacts, model: ImageModel, shown: Shown, most_steps: int, seeds: Iterable[int]
+) -> list[Diffusion]:
+    """For each seed, at most so many steps of a small image."""
     sizes = model.pipeline.sizes
     height, width = (
         side if sizes.fixed or side <= SIDE else max(SIDE // sizes.multiple, 1) * sizes.multiple
         for side in (facts.height, facts.width)
     )
-    steps = min(facts.steps, STEPS)
+    steps = min(facts.steps, most_steps)
     guidance = facts.guidance if "guidance" in model.pipeline.takes else None
     return [
         Diffusion(
@@ -176,7 +180,7 @@ def _options(facts: ImageFacts, model: ImageModel, shown: Shown) -> list[Diffusi
             control=shown.controls or None,
             ip_adapter_image=shown.reference,
         )
-        for seed in SEEDS
+        for seed in seeds
     ]
 
 

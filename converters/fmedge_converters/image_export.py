@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,12 @@ from fmedge_converters.export_checks import check_block_size, check_disk, device
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.hub import fetch
 from fmedge_converters.image_adapter import ImageAdapter
+from fmedge_converters.image_calibration import (
+    ImageCalibration,
+    measure_ranges,
+    read_prompts,
+    sketched_manifest,
+)
 from fmedge_converters.image_evidence import Pictured, compare_images
 from fmedge_converters.image_facts import image_facts
 from fmedge_converters.ip_adapter import IpAdapter
@@ -65,7 +73,7 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     target = find_target(options.target)
     weights = WeightOptions(symmetric=not options.asymmetric)
     schemes = tuple(with_options(target, scheme, weights) for scheme in find_image_schemes(target, options.quantize))
-    _check_options(options)
+    _check_options(options, schemes)
     for scheme in schemes:
         check_block_size(scheme, options)
     _check_engines(target, options)
@@ -78,23 +86,23 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     parameters = sum(value.numel() for module in modules.values() for value in module.parameters())
     check_disk(options.output, parameters, sum(scheme.bits for scheme in schemes))
     adapters = _adapters(source, modules, file, options)
+    prompts = read_prompts(options.calibrate)
     with written_aside(options.output) as folder:
-        (folder / MODEL_INDEX).write_text(json.dumps(source.index, indent=2, sort_keys=True) + "\n", "utf-8")
+        _write_files(source, adapters, folder)
+        facts = image_facts(source, modules, options.adapter_scale if options.keep_adapter else None)
+        calibrated = None
+        if any(scheme.needs_calibration for scheme in schemes):
+            calibrated = _calibrate(source, facts, calls, adapters, folder, prompts, options, progress)
         choices: list[Choice] = []
         for part in source.parts:
             if not part.is_module:
-                write_part_files(part, folder)
                 continue
             chosen = _part_options(modules[part.name], target, schemes, adapters, options)
+            if calibrated is not None:
+                chosen = replace(chosen, ranges=calibrated.ranges[part.name])
             choice = _choose(part, modules[part.name], calls[part.name], folder, chosen, adapters, options, progress)
             choice.install(folder)
             choices.append(choice)
-        write_instruction(source.pipeline, folder)
-        for one in adapters:
-            if isinstance(one, IpAdapter):
-                one.write_facts(folder)
-                write_processor(source, folder)
-        facts = image_facts(source, modules, options.adapter_scale if options.keep_adapter else None)
         while True:
             manifest = _manifest(source, facts, target, schemes, choices, modules, options)
             pictures = _pictured(source, folder, manifest, choices, adapters, options, progress)
@@ -102,7 +110,8 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
                 break
         for item in (*manifest.evidence, *pictures.evidence):
             judge(item, options)
-        evidence = (*manifest.evidence, *pictures.evidence)
+        calibration = () if calibrated is None else (calibrated.evidence,)
+        evidence = (*calibration, *manifest.evidence, *pictures.evidence)
         manifest = manifest.model_copy(update={"evidence": evidence, "golden": pictures.goldens})
         shutil.rmtree(folder / FORMS, ignore_errors=True)
         flush(folder)
@@ -125,6 +134,52 @@ def _source(options: ExportOptions) -> tuple[PipelineSource, Path | None]:
     return source, file
 
 
+def _write_files(source: PipelineSource, adapters: Sequence[Adapter], folder: Path) -> None:
+    """Write what the runtime reads beside the parts that are modules. Raises SourceError."""
+    (folder / MODEL_INDEX).write_text(json.dumps(source.index, indent=2, sort_keys=True) + "\n", "utf-8")
+    for part in source.parts:
+        if not part.is_module:
+            write_part_files(part, folder)
+    write_instruction(source.pipeline, folder)
+    for one in adapters:
+        if isinstance(one, IpAdapter):
+            one.write_facts(folder)
+            write_processor(source, folder)
+
+
+def _calibrate(
+    source: PipelineSource,
+    facts: ImageFacts,
+    calls: Mapping[str, Mapping[str, Call]],
+    adapters: tuple[Adapter, ...],
+    folder: Path,
+    prompts: Sequence[str],
+    options: ExportOptions,
+    progress: Progress,
+) -> ImageCalibration:
+    """See what goes into the products of all parts while the pipeline makes images. Raises FmedgeError."""
+    parts = {part.name: part for part in source.parts if part.is_module}
+    with tempfile.TemporaryDirectory(prefix="calibration-", dir=folder) as name:
+        sketch = Path(name)
+        _write_files(source, adapters, sketch)
+        adapted: dict[str, dict[str, Call]] = {}
+        for part in parts.values():
+            adapted[part.name] = dict(calls[part.name])
+            for adapter in adapters:
+                adapted[part.name] = {each: adapter.call(part.name, call) for each, call in adapted[part.name].items()}
+            for each in adapted[part.name]:
+                (sketch / each).mkdir(exist_ok=True)
+                shutil.copyfile(part.folder / "config.json", sketch / each / "config.json")
+        return measure_ranges(
+            ImageBundle(sketch, sketched_manifest(source, facts)),
+            adapted,
+            lambda part: _module(parts[part], adapters, options),
+            prompts,
+            sum(map(is_controlnet, source.parts)),
+            progress,
+        )
+
+
 def _check_engines(target: Target, options: ExportOptions) -> None:
     """Refuse what has not been built as an engine, before anything is read."""
     asked = (
@@ -137,12 +192,13 @@ def _check_engines(target: Target, options: ExportOptions) -> None:
             raise ExportError(f"{name} is not for --target {target.name}: {NO_ENGINES}.")
 
 
-def _check_options(options: ExportOptions) -> None:
+def _check_options(options: ExportOptions, schemes: Sequence[Scheme]) -> None:
     """Refuse what means something for text only."""
     meaningless = {
+        "--calibrate": bool(options.calibrate) and not any(scheme.needs_calibration for scheme in schemes),
+        "--calibrate-chat": options.calibrate_chat,
         "--context": options.context is not None,
         "--text": options.text is not None,
-        "--calibrate": bool(options.calibrate),
         "--calibrate-tokens": options.calibrate_tokens != ExportOptions.calibrate_tokens,
         "--statistics": options.statistics is not None,
         "--cache int8": options.cache != "float",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +73,8 @@ class PartOptions:
     allow_pickle: bool = False
     adapters: tuple[Adapter, ...] = ()
     """A LoRA to merge, or to keep beside the weights; an IP-Adapter."""
+    ranges: Mapping[str, float] = field(default_factory=dict)
+    """The largest magnitude of a product's input, by the parameter that is its weight, where it was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +126,13 @@ def build_part(
             with quiet_libraries():
                 for rewrite in options.target.part_passes:
                     rewrite(graph, 0)
+            for linear in linears(graph):
+                parameter = traced.parameters.get(linear.name.removesuffix(".T"), "")
+                if parameter in options.ranges:
+                    graph.input_ranges[linear.name] = options.ranges[parameter]
             for number, (output, scheme) in enumerate(zip(outputs, options.schemes, strict=True)):
                 last = number + 1 == len(outputs)
-                form = graph if last else DecoderGraph(graph.model.clone(), dict(graph.weights))
+                form = graph if last else DecoderGraph(graph.model.clone(), dict(graph.weights), graph.input_ranges)
                 quantized = _quantize(form, scheme, options.block_size)
                 if options.target.engines:
                     require_plain(form, options.target.name)

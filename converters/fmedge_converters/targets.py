@@ -27,7 +27,7 @@ from fmedge_converters.schemes.int8_convolution import spell_convolution
 from fmedge_converters.schemes.plain_floating import PLAIN_FLOATING
 from fmedge_converters.schemes.qmoe import qmoe
 from fmedge_converters.schemes.scheme import USUAL, Scheme, SpellMixture, WeightOptions
-from fmedge_converters.schemes.static_codes import static_float8, static_int8
+from fmedge_converters.schemes.static_codes import FLOAT8_BY_TENSOR, static_float8, static_int8
 from fmedge_converters.schemes.stored_floats import BF16, FP16
 from fmedge_converters.schemes.weight_only import weight_only
 
@@ -94,10 +94,17 @@ CUDA_INT8 = weight_only("int8", "8-bit weights", 8, head_bits=8, accuracy_level=
 TENSORRT_INT4 = dequantize_linear("int4", "4-bit weights in symmetric blocks, 8-bit head", 4)
 TENSORRT_INT8 = dequantize_linear("int8", "8-bit weights per channel", 8)
 TENSORRT_FP8 = static_float8(PLAIN_FLOATING)
+TENSORRT_COMPAT_FP8 = static_float8(PLAIN_FLOATING, FLOAT8_BY_TENSOR)
+"""TensorRT has scales for each channel of a product in fp8 since 10.6."""
 
 
 def _by_name(*schemes: Scheme) -> Mapping[str, Scheme]:
     return MappingProxyType({scheme.name: scheme for scheme in schemes})
+
+
+def _with(schemes: Mapping[str, Scheme], scheme: Scheme) -> Mapping[str, Scheme]:
+    """With that one in place of the one of its name."""
+    return _by_name(*{**schemes, scheme.name: scheme}.values())
 
 
 NO_FP8_HERE = MappingProxyType({"fp8": "ONNX Runtime multiplies no fp8 weights, neither on the CPU nor on CUDA"})
@@ -157,6 +164,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             name="tensorrt-compat",
             summary="TensorRT >= 10.3 (JetPack 6), in fp16",
             dialect=TENSORRT_COMPAT,
+            schemes=_with(TENSORRT_TARGET.schemes, TENSORRT_COMPAT_FP8),
+            image_schemes=_with(TENSORRT_TARGET.image_schemes, TENSORRT_COMPAT_FP8),
             passes=(*TENSORRT_PASSES, decompose_gelu),
             part_operators=TENSORRT_COMPAT_OPERATORS,
             part_passes=(*TENSORRT_PART_PASSES, decompose_gelu),
@@ -188,14 +197,14 @@ def _for_device(target: Target, device: Device) -> Target:
     )
     return replace(
         target,
-        schemes=_without(target.schemes, TENSORRT_FP8),
-        image_schemes=_without(target.image_schemes, TENSORRT_FP8),
+        schemes=_without(target.schemes, TENSORRT_FP8.name),
+        image_schemes=_without(target.image_schemes, TENSORRT_FP8.name),
         refused=MappingProxyType({**target.refused, TENSORRT_FP8.name: why}),
     )
 
 
-def _without(schemes: Mapping[str, Scheme], scheme: Scheme) -> Mapping[str, Scheme]:
-    return _by_name(*(other for other in schemes.values() if other is not scheme))
+def _without(schemes: Mapping[str, Scheme], name: str) -> Mapping[str, Scheme]:
+    return _by_name(*(scheme for scheme in schemes.values() if scheme.name != name))
 
 
 def find_scheme(target: Target, name: str, *, images: bool = False) -> Scheme:

@@ -70,8 +70,9 @@ def command(
     quantize: Annotated[
         str,
         typer.Option(
-            help="none, int8, int4, int4-awq, int4-gptq or w8a8; on the CPU fp16 and bf16, too; for images none, int8, "
-            "int4, and on the CPU fp16, bf16 and auto (the fastest that holds).",
+            help="none, int8, int4, int4-awq, int4-gptq or w8a8; on the CPU fp16 and bf16, too; for TensorRT fp8, too, "
+            "where the GPU has it; for images none, int8, int4, with TensorRT fp8, and on the CPU fp16, bf16 and auto "
+            "(the fastest that holds).",
             rich_help_panel=WEIGHTS,
         ),
     ] = ExportOptions.quantize,
@@ -126,7 +127,8 @@ def command(
         list[str],
         typer.Option(
             help="Text that weights are fitted to: a text file, a .jsonl file of text or messages, or a folder of "
-            "both; repeatable. int4-awq, int4-gptq and w8a8 take Python's own documentation without it.",
+            "both; repeatable. int4-awq, int4-gptq, w8a8 and fp8 take Python's own documentation without it. For "
+            "images in fp8: a file of prompts, one on each line.",
             show_default=False,
             rich_help_panel=CALIBRATION,
         ),

@@ -94,7 +94,7 @@ class LinearInputs:
 
     def mode(self) -> TorchFunctionMode:
         """The context in which products are seen; a model runs in it."""
-        return _Watching(self._see)
+        return Watching(self._see)
 
     def _see(self, x: torch.Tensor, matrix: torch.Tensor) -> None:
         """A product of x [..., K] and the transpose of a matrix [N, K]."""
@@ -125,7 +125,9 @@ class LinearInputs:
             inputs.matrices[place] = matrix.detach() if self._with_gram else None
 
 
-class _Watching(TorchFunctionMode):
+class Watching(TorchFunctionMode):
+    """A context in which every product of x [..., K] with a matrix [N, K], transposed, is shown to a function."""
+
     def __init__(self, see: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
         super().__init__()
         self._see = see

@@ -2,8 +2,8 @@
 DequantizeLinear.
 
 A product becomes MatMul(DequantizeLinear(QuantizeLinear(x)), DequantizeLinear(codes [K, N])): one scale for the
-activations of each product, from what calibration showed, and one for each output channel of the weights; all symmetric,
-with zero points of 0, which TensorRT asks for.
+activations of each product, from what calibration showed, and one for each output channel of the weights, or for the
+whole weight; all symmetric, with zero points of 0, which TensorRT asks for.
 
     w8a8   int8                      code of the largest: 127
     fp8    E4M3, a float of 8 bits   code of the largest: 448, of activations 224
@@ -13,6 +13,7 @@ Products whose inputs calibration did not show, the head and the embedding stay 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +24,11 @@ import onnx_ir as ir
 from fmedge_converters.calibration.input_ranges import note_input_ranges
 from fmedge_converters.calibration.smooth_quant import smooth
 from fmedge_converters.graph import DecoderGraph, replace
-from fmedge_converters.passes.convolution import Convolution
 from fmedge_converters.passes.linear import Linear
-from fmedge_converters.schemes.dynamic_int8 import QuantizedRows, quantize_rows
-from fmedge_converters.schemes.float8 import E4M3, quantize_rows_float8
+from fmedge_converters.schemes.dynamic_int8 import QuantizedRows
+from fmedge_converters.schemes.float8 import E4M3, by_channel, by_tensor
 from fmedge_converters.schemes.scheme import Scheme, SpellLinear
-from fmedge_converters.weight import Array, Weight, mapped, reshaped, transposed
+from fmedge_converters.weight import Weight, mapped, transposed
 
 LEAST = 2.0**-24
 """The smallest scale that fp16 holds; none may be 0."""
@@ -42,13 +42,19 @@ class Codes:
     dtype: np.dtype[np.generic]
     largest: float
     """The code of the largest activation."""
-    quantize: Callable[[Array], tuple[Array, Array]]
-    """Rows [n, K] of weights to codes [n, K] and scales [n]."""
+    quantize: Callable[[Weight], tuple[Weight, Weight]]
+    """A weight [N, K] to codes [N, K] and scales, [N] or []."""
 
 
-INT8 = Codes("int8", np.dtype(np.int8), 127.0, quantize_rows)
-FLOAT8 = Codes("fp8", E4M3, 224.0, quantize_rows_float8)
-"""Activations keep a binade of headroom: it costs a float nothing, and cutting off costs much (docs/quantization.md)."""
+def _int8_rows(weight: Weight) -> tuple[Weight, Weight]:
+    rows = QuantizedRows(weight)
+    return rows.codes, rows.scales
+
+
+INT8 = Codes("int8", np.dtype(np.int8), 127.0, _int8_rows)
+FLOAT8 = Codes("fp8", E4M3, 224.0, by_channel)
+"""Activations keep a binade of headroom, which costs a float nothing: cutting off costs much (docs/quantization.md)."""
+FLOAT8_BY_TENSOR = dataclasses.replace(FLOAT8, quantize=by_tensor)
 
 
 def _spell_linear(
@@ -60,12 +66,13 @@ def _spell_linear(
         floating(graph, linear, is_head=is_head, block_size=block_size)
         return
     weight, node = graph.weights[linear.name], linear.node
-    x = _rounded(graph, node, linear.x, linear.name, largest, weight.dtype, codes)
-    rows, scales = _add_weight(graph, linear.name, weight, codes)
-    by_column = graph.add_weight(f"{linear.name}.{codes.name}.codes", transposed(rows))
-    shape = [weight.shape[1], weight.shape[0]]
-    like = [(linear.output.dtype, shape)]
-    (matrix,) = graph.insert(node, "DequantizeLinear", (by_column, scales), like, {"axis": 1})
+    x = _rounded(graph, linear, largest, weight.dtype, codes)
+    rows, by_row = codes.quantize(weight)
+    columns = graph.add_weight(f"{linear.name}.{codes.name}.codes", transposed(rows))
+    held = mapped(lambda found: np.maximum(found, LEAST).astype(weight.dtype), [by_row], weight.dtype)
+    scales = graph.add_weight(f"{linear.name}.{codes.name}.scales", held)
+    like = [(linear.output.dtype, weight.shape[::-1])]
+    (matrix,) = graph.insert(node, "DequantizeLinear", (columns, scales), like, {"axis": 1} if by_row.shape else {})
     like = [(linear.output.dtype, linear.output.shape)]
     (product,) = graph.insert(node, "MatMul", (x, matrix), like)
     if linear.bias is not None:
@@ -73,45 +80,17 @@ def _spell_linear(
     replace(linear.output, product)
 
 
-def _spell_convolution(graph: DecoderGraph, convolution: Convolution, *, codes: Codes) -> None:
-    """The convolution in codes where the range of its input is known."""
-    largest = graph.input_ranges.get(convolution.name)
-    if largest is None:
-        return
-    weight, node = graph.weights[convolution.name], convolution.node
-    x = _rounded(graph, node, convolution.x, convolution.name, largest, weight.dtype, codes)
-    flat = reshaped(weight, (weight.shape[0], int(np.prod(weight.shape[1:]))))
-    rows, scales = _add_weight(graph, convolution.name, flat, codes)
-    kernel = graph.add_weight(f"{convolution.name}.{codes.name}.codes", reshaped(rows, weight.shape))
-    like = [(convolution.output.dtype, weight.shape)]
-    (dequantized,) = graph.insert(node, "DequantizeLinear", (kernel, scales), like, {"axis": 0})
-    node.replace_input_with(0, x)
-    node.replace_input_with(1, dequantized)
-
-
 def _rounded(
-    graph: DecoderGraph,
-    before: ir.Node,
-    x: ir.Value,
-    name: str,
-    largest: float,
-    dtype: np.dtype[np.generic],
-    codes: Codes,
+    graph: DecoderGraph, linear: Linear, largest: float, dtype: np.dtype[np.generic], codes: Codes
 ) -> ir.Value:
     """Activations as their codes have them."""
-    scale = graph.add_constant(f"{name}.input.scale", np.array(max(largest / codes.largest, LEAST), dtype))
+    scale = graph.add_constant(f"{linear.name}.input.scale", np.array(max(largest / codes.largest, LEAST), dtype))
     zero = graph.add_constant(f"zero.{codes.name}", np.zeros((), codes.dtype))
+    x, before = linear.x, linear.node
     like = [(ir.DataType.from_numpy(codes.dtype), x.shape)]
     (rounded,) = graph.insert(before, "QuantizeLinear", (x, scale, zero), like)
     (values,) = graph.insert(before, "DequantizeLinear", (rounded, scale, zero), [(x.dtype, x.shape)])
     return values
-
-
-def _add_weight(graph: DecoderGraph, name: str, weight: Weight, codes: Codes) -> tuple[Weight, ir.Value]:
-    """The codes [N, K] of a weight, and an initializer for its scales [N]."""
-    rows = QuantizedRows(weight, codes.quantize, codes.dtype)
-    scales = mapped(lambda found: np.maximum(found, LEAST).astype(weight.dtype), [rows.scales], weight.dtype)
-    return rows.codes, graph.add_weight(f"{name}.{codes.name}.scales", scales)
 
 
 def static_int8(floating: Scheme) -> Scheme:
@@ -128,16 +107,15 @@ def static_int8(floating: Scheme) -> Scheme:
     )
 
 
-def static_float8(floating: Scheme) -> Scheme:
+def static_float8(floating: Scheme, codes: Codes = FLOAT8) -> Scheme:
     """The scheme for a target whose `none` is `floating`."""
     return Scheme(
         "fp8",
-        "fp8 (E4M3): weights per channel, activations with fixed scales; head in floating point",
+        "fp8 (E4M3): weights, and activations with fixed scales; head in floating point",
         8,
-        functools.partial(_spell_linear, floating=floating.linear, codes=FLOAT8),
+        functools.partial(_spell_linear, floating=floating.linear, codes=codes),
         floating.embedding,
         block_size=0,
-        convolution=functools.partial(_spell_convolution, codes=FLOAT8),
         calibrate=note_input_ranges,
         needs_calibration=True,
     )
