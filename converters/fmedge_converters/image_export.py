@@ -92,7 +92,7 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
         facts = image_facts(source, modules, options.adapter_scale if options.keep_adapter else None)
         calibrated = None
         if any(scheme.needs_calibration for scheme in schemes):
-            calibrated = _calibrate(source, facts, calls, adapters, folder, prompts, options, progress)
+            calibrated = calibrate_pipeline(source, facts, calls, adapters, folder, prompts, options, progress)
         choices: list[Choice] = []
         for part in source.parts:
             if not part.is_module:
@@ -147,7 +147,7 @@ def _write_files(source: PipelineSource, adapters: Sequence[Adapter], folder: Pa
             write_processor(source, folder)
 
 
-def _calibrate(
+def calibrate_pipeline(
     source: PipelineSource,
     facts: ImageFacts,
     calls: Mapping[str, Mapping[str, Call]],

@@ -54,7 +54,7 @@ class Calibration:
         """Fit each layer's matrices to their inputs. Raises SourceError."""
         if self.statistics_file is not None:
             raise ExportError(
-                "--statistics keeps what int4, int4-awq and w8a8 need; int4-gptq needs products of all pairs of "
+                "--statistics keeps what int4, int4-awq, w8a8 and fp8 need; int4-gptq needs products of all pairs of "
                 "features, which would take more room than the model: leave it out."
             )
         self.model.fit(fit, lambda done, whole: progress("fitting weights", done, whole))

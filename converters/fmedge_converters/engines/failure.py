@@ -39,6 +39,11 @@ CURES = (
         "export with --target tensorrt-compat for versions before 10.15",
     ),
     Cure(
+        r"HW-specific datatypes|(fp8|FP8|E4M3).*(not support|unsupported)",
+        "this GPU does not multiply that type: fp8 needs compute capability 8.9 (Ada) or later; export with w8a8, int8 "
+        "or int4",
+    ),
+    Cure(
         r"must have same input types|requires? .*same type|STRONGLY_TYPED|mixed types",
         "the graph mixes types where TensorRT wants one: export it again with this fmedge, for --target tensorrt",
     ),
