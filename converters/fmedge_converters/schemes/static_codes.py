@@ -71,8 +71,8 @@ def _spell_linear(
     columns = graph.add_weight(f"{linear.name}.{codes.name}.codes", transposed(rows))
     held = mapped(lambda found: np.maximum(found, LEAST).astype(weight.dtype), [by_row], weight.dtype)
     scales = graph.add_weight(f"{linear.name}.{codes.name}.scales", held)
-    like = [(linear.output.dtype, weight.shape[::-1])]
-    (matrix,) = graph.insert(node, "DequantizeLinear", (columns, scales), like, {"axis": 1} if by_row.shape else {})
+    wide = [(linear.output.dtype, weight.shape[::-1])]
+    (matrix,) = graph.insert(node, "DequantizeLinear", (columns, scales), wide, {"axis": 1} if by_row.shape else {})
     like = [(linear.output.dtype, linear.output.shape)]
     (product,) = graph.insert(node, "MatMul", (x, matrix), like)
     if linear.bias is not None:
