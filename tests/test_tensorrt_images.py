@@ -67,14 +67,17 @@ def test_parts_compute_what_their_modules_compute_and_build(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize(
+    ("name", "quantize"), [("sd", "none"), ("sdxl", "none"), ("sd3", "none"), ("flux", "none"), ("sd", "fp8")]
+)
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-compat"])
-def test_pipelines_make_the_images_of_diffusers_and_build(name, target, tmp_path: Path):
+def test_pipelines_make_the_images_of_diffusers_and_build(name, quantize, target, tmp_path: Path):
     folder = save_pipeline(name, tmp_path / "model")
-    bundle = export(ExportOptions(str(folder), tmp_path / "bundle", target=target))
-    assert {item.name for item in bundle.manifest.evidence} == {"parts", "image"}
+    bundle = export(ExportOptions(str(folder), tmp_path / "bundle", target=target, quantize=quantize))
+    calibration = {"calibration"} if quantize == "fp8" else set()
+    assert {item.name for item in bundle.manifest.evidence} == {"parts", "image"} | calibration
     assert all(item.passed for item in bundle.manifest.evidence)
     if rtx.is_available():
         for facts in bundle.manifest.graphs.values():
-            built = rtx.build(bundle.file(facts.file), facts.profiles)
+            built = rtx.build(bundle.file(facts.file), facts.profiles, "SM89")
             assert built.problems == () and built.engine is not None
