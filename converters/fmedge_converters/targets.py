@@ -19,7 +19,7 @@ from fmedge_converters.fused_operators import ORT_OPERATORS, PartOperators
 from fmedge_converters.passes import ORT_PASSES, PART_PASSES, TENSORRT_PART_PASSES, TENSORRT_PASSES, Pass
 from fmedge_converters.passes.gelu import decompose_gelu
 from fmedge_converters.plain_operators import TENSORRT_COMPAT_OPERATORS, TENSORRT_OPERATORS
-from fmedge_converters.schemes.calibrated import SMOOTHED_INT8, calibrated_int4
+from fmedge_converters.schemes.calibrated import calibrated_int4, smoothed_int8
 from fmedge_converters.schemes.dequantize_linear import dequantize_linear
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
@@ -137,7 +137,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dialect=ORT,
             passes=ORT_PASSES,
             dtype=torch.float32,
-            schemes=_by_name(FLOATING, FP16, BF16, CPU_INT8, CPU_INT4, *CPU_INT4_CALIBRATED, SMOOTHED_INT8),
+            schemes=_by_name(FLOATING, FP16, BF16, CPU_INT8, CPU_INT4, *CPU_INT4_CALIBRATED, smoothed_int8(CPU_INT8)),
             image_schemes=_by_name(FLOATING, FP16, BF16, CPU_INT8_IMAGES, CPU_INT4),
             part_operators=ORT_OPERATORS,
             part_passes=PART_PASSES,
