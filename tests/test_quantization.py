@@ -51,7 +51,7 @@ def test_blocks_of_a_weight_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
 FUSED = {
     "none": {"MatMul": 9, "Split": 2},
     "int4": {"MatMulNBits": 9, "Split": 2, "GatherBlockQuantized": 1},
-    "int8": {"DynamicQuantizeMatMul": 9, "Split": 2},
+    "int8": {"MatMulNBits": 9, "Split": 2, "GatherBlockQuantized": 1},
 }
 
 

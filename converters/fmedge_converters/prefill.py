@@ -46,7 +46,7 @@ def find_prefill(target: Target, scheme: Scheme, name: str | None) -> Scheme | N
             f"--prefill {name} is for --quantize {names}, whose prompts it makes faster; with --quantize {scheme.name} "
             "one graph serves prompts as fast; leave it out."
         )
-    return _beside(scheme, target.schemes[name])
+    return _beside(scheme, target.prefill[name])
 
 
 def _beside(decode: Scheme, prompts: Scheme) -> Scheme:

@@ -25,16 +25,27 @@ EXPONENT = 0.5
 """The paper's a: how much of the difficulty goes to the weights."""
 LEAST = 1e-5
 """The smallest magnitude that counts, as a part of the largest: dead features ask for no factor of their own."""
+MOST_NOISE = 0.003
+"""Of a product whose input is rounded with one scale, as a part of its output (docs/quantization.md)."""
 
 
 def smooth(
     graph: DecoderGraph, calibration: Calibration, rounding: Callable[[Weight], Rounding] | None, report: Report
 ) -> Evidence:
-    """Smooth every input that the graph can divide, and note the range of the inputs of all products."""
+    """Smooth every input that the graph can divide, and note the range of those that one scale can carry then.
+
+    Some inputs are beyond it: a feature of a few tokens, thousands of times as large as the others (Sun et al.,
+    "Massive Activations in Large Language Models", 2024, https://arxiv.org/abs/2402.17762), leaves them a step or two.
+    """
     del rounding
     statistics = calibration.statistics(report)
+    placed = {one.linear.node: one for one in placed_linears(graph, calibration.parameters)}
     largest = largest_inputs(graph, calibration, statistics)  # each [K]
-    placed = {one.linear.node for one in placed_linears(graph, calibration.parameters)}
+    squares = {
+        one.linear.name: statistics[one.places[0]].mean_square.numpy()
+        for one in placed.values()
+        if one.linear.name in largest
+    }  # each [K]
     divided = 0
     before, after = 0.0, 0.0
     for site in scale_sites(graph):
@@ -48,12 +59,21 @@ def smooth(
         for name in names:
             graph.weights[name] = scaled_columns(graph.weights[name], factors)
             largest[name] = largest[name] / factors
+            squares[name] = squares[name] / factors**2
         site.divide(factors)
         divided += 1
+    beyond = 0
     for name, values in largest.items():
-        graph.input_ranges[name] = float(values.max())
+        if rounding_noise(graph.weights[name], float(values.max()), squares[name]) > MOST_NOISE:
+            beyond += 1
+        else:
+            graph.input_ranges[name] = float(values.max())
     note_experts(graph, calibration, statistics)
-    figures: dict[str, float | int | str | bool] = {"smoothed_inputs": divided, "products": len(largest)}
+    figures: dict[str, float | int | str | bool] = {
+        "smoothed_inputs": divided,
+        "products": len(largest),
+        "beyond_one_scale": beyond,
+    }
     if divided:
         figures |= {"largest_over_median": before / divided, "smoothed_largest_over_median": after / divided}
     return calibration.evidence("activations smoothed", figures)
@@ -72,6 +92,17 @@ def smoothing_factors(inputs: Array, weights: Array, groups: Array | None = None
     w = np.maximum(weights, weights.max() * LEAST)
     factors: Array = (x**EXPONENT / w ** (1 - EXPONENT)).astype(np.float32)
     return factors
+
+
+def rounding_noise(weight: Weight, largest: float, squares: Array) -> float:
+    """What rounding an input in 254 steps of up to `largest` adds to a product, as a part of the product's mean square.
+
+    `weight` [N, K], `squares` [K]: the mean square of each feature. Features are taken as independent, and the error
+    of each as even within a step.
+    """
+    energies = np.sum([np.square(block, dtype=np.float64).sum(0) for block in weight.blocks()], axis=0)  # [K]
+    output = float(energies @ squares)
+    return (largest / 127) ** 2 / 12 * float(energies.sum()) / output if output else 0.0
 
 
 def _of_groups(values: Array, groups: Array) -> Array:

@@ -6,16 +6,30 @@ from dataclasses import replace
 
 from fmedge_converters.calibration.fit_codes import fit_awq, fit_gptq
 from fmedge_converters.calibration.smooth_quant import smooth
+from fmedge_converters.graph import DecoderGraph
+from fmedge_converters.passes.linear import Linear
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.scheme import Scheme
 
-SMOOTHED_INT8 = replace(
-    DYNAMIC_INT8,
-    name="w8a8",
-    summary="W8A8 like int8, with activations smoothed by what calibration text shows (SmoothQuant)",
-    calibrate=smooth,
-    needs_calibration=True,
-)
+
+def smoothed_int8(blocks: Scheme) -> Scheme:
+    """W8A8 on the CPU, where `blocks` rounds weights only: it has the head, the token embedding, and the products
+    whose inputs one scale cannot carry."""
+
+    def spell(graph: DecoderGraph, linear: Linear, *, is_head: bool, block_size: int) -> None:
+        scheme = blocks if is_head or linear.name not in graph.input_ranges else DYNAMIC_INT8
+        scheme.linear(graph, linear, is_head=is_head, block_size=block_size)
+
+    return replace(
+        blocks,
+        name="w8a8",
+        summary="W8A8: activations smoothed by what calibration text shows (SmoothQuant), and quantized in every call",
+        linear=spell,
+        keeps=(),
+        rounding=None,
+        calibrate=smooth,
+        needs_calibration=True,
+    )
 
 
 def calibrated_int4(scheme: Scheme) -> tuple[Scheme, ...]:

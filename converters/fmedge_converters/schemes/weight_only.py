@@ -234,6 +234,7 @@ def weight_only(
     keeps: tuple[int, ...] = (),
     symmetric: bool = True,
     search: bool = True,
+    block_size: int = BLOCK_SIZE,
 ) -> Scheme:
     """A weight-only scheme. `accuracy_level` 4 lets the CPU multiply in int8; 0 keeps the activations' type."""
     shared = _WeightOnly(bits, head_bits, symmetric, search, accuracy_level)
@@ -243,7 +244,7 @@ def weight_only(
         bits,
         shared.linear,
         shared.embedding,
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         mixture=mixture,
         keeps=keeps,
         rounding=shared.rounding,
