@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 import typer
 from fmedge_runtimes.devices import DEVICES
 from typer.testing import CliRunner

@@ -53,7 +53,7 @@ def report(machine: Machine, bundle: Path | None = None) -> list[Finding]:
         *_onnxruntime(machine),
         *(() if bundle is None else _bundle(machine, bundle)),
     ]
-    return [replace(item, value=_one_line(item.value), advice=_one_line(item.advice)) for item in found]
+    return [replace(item, value=_one_line(item.value) or "empty", advice=_one_line(item.advice)) for item in found]
 
 
 def _one_line(text: str) -> str:
