@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import jsonschema
 import pytest
 from device_trees import LIBRARIES, ORIN_JETPACK_7_2, ORIN_NANO_JETPACK_6_2, write_tree
 from fmedge_runtimes.devices import GIB
-from fmedge_runtimes.doctor import machine, probe, report, software
+from fmedge_runtimes.doctor import driver, machine, probe, report, software
 from fmedge_runtimes.doctor.board import find_board, find_release
 from fmedge_runtimes.doctor.fat_binary import Architectures, architectures
 from fmedge_runtimes.doctor.file_tree import FileTree
@@ -415,6 +416,57 @@ def test_a_provider_without_code_for_the_gpu(monkeypatch: pytest.MonkeyPatch, tm
     assert live(monkeypatch, {probe.ONNXRUNTIME: CUDA}, {})["onnxruntime.cuda"].level == Level.OK
 
 
+@pytest.mark.parametrize(
+    ("problem", "level", "words"),
+    [
+        ("there is no NVIDIA driver (libcuda.so.1: cannot open)", Level.NOTE, ""),
+        ("cuInit failed: CUDA_ERROR_NO_DEVICE", Level.WARNING, "CUDA_VISIBLE_DEVICES"),
+        ("cuInit failed: CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", Level.WARNING, "reboot"),
+        ("cuInit failed: CUDA_ERROR_OPERATING_SYSTEM", Level.WARNING, "video,render"),
+        ("cuInit failed: CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE", Level.WARNING, "cuda-compat"),
+    ],
+)
+def test_a_driver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, problem: str, level: Level, words: str) -> None:
+    monkeypatch.setattr(driver, "kernel_version", lambda _: None)
+    item = live(monkeypatch, {probe.GPUS: Answer(None, problem)}, {})["gpu.driver"]
+    assert (item.level, words in item.advice, bool(item.advice)) == (level, True, bool(words))
+    # With the kernel's half of a driver it is expected to work.
+    monkeypatch.setattr(driver, "kernel_version", lambda _: "580.95.05")
+    item = live(monkeypatch, {probe.GPUS: Answer(None, problem)}, {})["gpu.driver"]
+    assert item.level == Level.PROBLEM and item.advice
+
+
+def test_a_driver_older_than_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cuda_version", lambda *_: "13.0.2")
+    facts = live(monkeypatch, {}, {"cuda-bindings": "13.4.4"})
+    assert facts["gpu.cuda"].level == Level.WARNING and "the driver is for CUDA 12" in facts["gpu.cuda"].value
+    assert facts["gpu.cuda-bindings"].level == Level.PROBLEM
+    assert facts["gpu.cuda-bindings"].advice == "pip install 'cuda-bindings<13'"
+    assert "gpu.cuda-bindings" not in live(monkeypatch, {}, {"cuda-bindings": "12.9.4"})
+
+
+def test_a_folder_beside_is_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor is a file: probes run with the current directory's sources out of sight."""
+    (tmp_path / "tensorrt").mkdir()
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
+    monkeypatch.chdir(tmp_path)
+    assert ask(probe.BINDINGS).problem.startswith("ModuleNotFoundError: No module named 'tensorrt'")
+
+
+def test_environments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = true\n")
+    assert software.find_environment() == f"virtual, {tmp_path}: the system's packages are seen"
+    (tmp_path / "pyvenv.cfg").write_text("include-system-site-packages = false\n")
+    assert software.find_environment() == f"virtual, {tmp_path}: the system's packages are hidden"
+    (tmp_path / "conda-meta").mkdir()
+    assert software.find_environment().startswith("conda")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libnvinfer.so.10.3.0").write_text("")
+    found = software.find_library(FileTree(tmp_path / "nothing"), "libnvinfer", software.own_folders())
+    assert found == software.Library(tmp_path / "lib/libnvinfer.so.10.3.0", "10.3.0")
+
+
 def test_two_packages_of_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = live(monkeypatch, {}, {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"})
     assert facts["onnxruntime.packages"].level == Level.PROBLEM
@@ -481,6 +533,12 @@ def test_this_machine_is_examined(bundle: Path) -> None:
     assert facts["bundle.exported for"]["value"].startswith("cpu")
     assert facts["bundle.on the CPU"]["value"] == "yes"
     assert facts["onnxruntime.onnxruntime"]["level"] == "ok"
+
+
+def test_a_folder_that_is_no_bundle_is_a_finding(tmp_path: Path) -> None:
+    shown = run(str(tmp_path), "--root", str(tmp_path), "--json")
+    item = json.loads(shown.output)["findings"][-1]
+    assert (item["section"], item["level"], shown.exit_code) == ("bundle", "problem", 1)
 
 
 def test_a_machine_is_described_without_its_probes(tmp_path: Path) -> None:
