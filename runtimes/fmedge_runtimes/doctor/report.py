@@ -33,6 +33,7 @@ from fmedge_runtimes.errors import FmedgeError
 
 OLDEST_TENSORRT = (10, 3)
 OLDEST_PYTHON = (3, 10)
+PYTHON_OF_ONNXRUNTIME = (3, 11)
 NO_DLA_NEEDED = (10, 16)
 """From here on TensorRT on Jetsons does not load libnvdla_compiler.so."""
 SMALL_BOARD = 10 * GIB
@@ -216,6 +217,10 @@ def _onnxruntime(machine: Machine) -> Iterator[Finding]:
     version = found_version(machine.onnxruntime)
     if version is None:
         missing = "onnxruntime" not in installed and "onnxruntime-gpu" not in installed
+        if missing and numbers(machine.python) < PYTHON_OF_ONNXRUNTIME:
+            value = f"not installed: its wheels need Python 3.11, and this is {machine.python}; engines run without it"
+            yield Finding(section, "onnxruntime", value, Level.NOTE)
+            return
         value = "not installed" if missing else f"does not import: {machine.onnxruntime.problem}"
         advice = "pip install 'fmedge[cpu]' (or fmedge[gpu])" if missing else ""
         yield Finding(section, "onnxruntime", value, Level.WARNING if missing else Level.PROBLEM, advice)
