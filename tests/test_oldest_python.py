@@ -50,7 +50,7 @@ def test_it_is_admitted() -> None:
 
 
 def test_engines_need_no_onnx_runtime(tmp_path: Path) -> None:
-    """There is none for Python 3.10. What stops this program is that the engine is not built, and no missing package."""
+    """There is none for Python 3.10. What stops this program is the missing engine, not a missing package."""
     bundle = engine_bundle(tmp_path / "bundle").folder
     code = "import sys; sys.modules['onnxruntime'] = None; from fmedge.cli import main; main()"
     arguments = ["generate", str(bundle), "a", "--device", "tensorrt"]
