@@ -70,7 +70,8 @@ def find_library(tree: FileTree, name: str, own: Sequence[Path]) -> Library | No
 
     Of several in a folder it is the newest, and its version is the longest that its names have.
     """
-    for folder in (*LIBRARY_FOLDERS, *own):
+    folders: tuple[str | Path, ...] = (*LIBRARY_FOLDERS, *own)
+    for folder in folders:
         try:
             place = tree.path(folder) if isinstance(folder, str) else folder
             named = [(numbers(version_in(path.name)), path) for path in place.glob(f"{name}.so.*")]
