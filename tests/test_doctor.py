@@ -252,7 +252,13 @@ def assert_reported(root: Path) -> None:
     assert len(lines) == len(record["findings"]) + advices + sections
 
 
-WHOLE = {**ORIN_NANO_JETPACK_6_2, **device_trees.CONTAINER_ON_ORIN, **device_trees.WSL_2, "proc/1/cgroup": "0::/\n"}
+WHOLE = {
+    **ORIN_NANO_JETPACK_6_2,
+    **device_trees.CONTAINER_ON_ORIN,
+    **device_trees.WSL_2,
+    "proc/1/cgroup": "0::/\n",
+    "usr/local/cuda-12.6/x": "",
+}
 """Every file that is read, somewhere."""
 LONG = "9" * 5000
 """More digits than Python turns into a number."""
@@ -266,6 +272,7 @@ PIECES = st.sampled_from(
         f"pmode:{LONG}",
         "< PM_CONFIG DEFAULT=1 >< POWER_MODEL ID=1 NAME=\x1b[31m >",
         '{"cuda": {"version": []}}',
+        f'{{"cuda": {{"version": "{LONG}"}}}}',
         "[" * 100_000,
         f"NVRM version: Kernel Module  {LONG}.{LONG}",
         "\x1b[2J\x07\r\n",
