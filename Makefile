@@ -1,4 +1,4 @@
-# fmedge needs Python 3.11 or newer; everything is installed into .venv and nothing outside this folder changes.
+# This needs Python 3.11 or newer (fmedge on a device 3.10); everything is installed into .venv and nothing outside this folder changes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,6 +29,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/vermin --quiet --no-tips --violations --target=3.10- fmedge converters runtimes
 	$(BIN)/lint-imports
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.torch
@@ -40,7 +41,7 @@ $(VENV)/.quickstart: pyproject.toml | $(VENV)/.torch
 	touch $@
 
 $(VENV)/.torch:
-	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'fmedge needs Python 3.11 or newer')"
+	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'exporting and the tests need Python 3.11 or newer')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
 	touch $@

@@ -24,5 +24,5 @@ def require_onnx() -> None:
     if missing:
         raise BackendError(
             f"checking graphs needs {' and '.join(missing)}, which this environment lacks: "
-            "pip install 'fmedge[export]', or only what is missing."
+            "pip install onnx-ir (or 'fmedge[export]')."
         )

@@ -456,7 +456,7 @@ def test_coroutines_that_are_cancelled_cancel_their_request(bundle, how):
             await anext(stream)
             await stream.aclose()
         elif how == "timeout":
-            with pytest.raises(TimeoutError):
+            with pytest.raises(asyncio.TimeoutError):  # which is TimeoutError only from Python 3.11 on
                 await asyncio.wait_for(model.agenerate("ab", LONG), 0.05)
         else:
             task = asyncio.create_task(model.agenerate("ab", LONG) if how == "generate" else read())

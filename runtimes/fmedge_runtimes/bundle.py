@@ -479,11 +479,15 @@ def check_files(
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hex."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        # hashlib.file_digest, which Python 3.10 does not have.
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}.") from error
+    return digest.hexdigest()
 
 
 def write_manifest(folder: Path, manifest: TextManifest | ImageManifest) -> None:

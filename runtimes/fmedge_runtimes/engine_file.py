@@ -10,7 +10,6 @@ that differs is named with the command that builds the engine again.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import sys
@@ -226,9 +225,3 @@ def note_ran(graph: Path, library: str, what: str) -> None:
     """Remember that an engine has reproduced something on this device."""
     engine = read_engine(graph, library)
     write_record(engine.path, engine.facts.model_copy(update={"ran": what}))
-
-
-def engine_bytes(path: Path) -> tuple[int, str]:
-    """Size and SHA-256 of a file."""
-    with path.open("rb") as file:
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

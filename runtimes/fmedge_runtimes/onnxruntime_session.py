@@ -234,7 +234,10 @@ def _import_onnxruntime(device: Device) -> Any:  # noqa: ANN401 - a module
         import onnxruntime
     except ImportError as error:
         extra = "gpu" if device.kind == "cuda" else "cpu"
-        raise BackendError(f"ONNX Runtime is not installed: pip install 'fmedge[{extra}]'.") from error
+        how = f"pip install 'fmedge[{extra}]'"
+        if sys.version_info < (3, 11):
+            how = f"its wheels need Python 3.11 or newer, and this is 3.{sys.version_info[1]}; engines run without it"
+        raise BackendError(f"ONNX Runtime is not installed: {how}.") from error
     provider = PROVIDERS[device.kind]
     if provider not in onnxruntime.get_available_providers():
         raise BackendError(

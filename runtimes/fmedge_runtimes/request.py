@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import Self
 
 from fmedge_runtimes.completion import Completion, Delta
 from fmedge_runtimes.errors import FmedgeError
@@ -79,7 +78,7 @@ class Request:
             raise self._failure.with_traceback(None)
         return sorted(self._completions, key=lambda completion: (completion.prompt_index, completion.index))
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> Request:
         return self
 
     def __next__(self) -> Delta:
@@ -91,7 +90,7 @@ class Request:
             raise StopIteration
         return delta
 
-    def __aiter__(self) -> Self:
+    def __aiter__(self) -> Request:
         return self
 
     async def __anext__(self) -> Delta:

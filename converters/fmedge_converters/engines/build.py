@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmedge_runtimes.bundle import ProfileFacts
+from fmedge_runtimes.bundle import ProfileFacts, sha256_of
 from fmedge_runtimes.cuda import Cuda
 from fmedge_runtimes.engine_file import (
     FOLDER,
@@ -22,7 +22,6 @@ from fmedge_runtimes.engine_file import (
     BuilderFacts,
     EngineFacts,
     Machine,
-    engine_bytes,
     engine_path,
     hashes_of,
     record_path,
@@ -95,7 +94,7 @@ class Builder:
             with aside.open("wb") as file:
                 file.write(plan)
             del plan
-            size, digest = engine_bytes(aside)
+            size, digest = aside.stat().st_size, sha256_of(aside)
             memory = self._working_memory(aside, logger)
             # An old record must not stand beside a new engine.
             record_path(path).unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,16 @@ from typing import Any
 from fmedge_runtimes.doctor.board import Board, find_board
 from fmedge_runtimes.doctor.file_tree import FileTree
 from fmedge_runtimes.doctor.probe import BINDINGS, GPUS, ONNXRUNTIME, TENSORRT_LIBRARY, Answer, ask
-from fmedge_runtimes.doctor.software import Library, cuda_version, find_library, packages, system_bindings
+from fmedge_runtimes.doctor.software import (
+    Library,
+    cuda_version,
+    find_environment,
+    find_library,
+    find_toolkits,
+    own_folders,
+    packages,
+    system_bindings,
+)
 
 NOT_ASKED = Answer(None, "these files are another machine's")
 
@@ -36,9 +44,14 @@ class Machine:
     system: str
     """Operating system and processor, as platform has them; of recorded files the processor is unknown."""
     python: str
+    environment: str
+    """What kind of Python environment this is; empty of recorded files."""
     board: Board | None
     driver: Answer
+    driver_library: Library | None
     cuda: str | None
+    toolkits: Sequence[str]
+    """Versions of the CUDA toolkits beside each other."""
     cudnn: Library | None
     tensorrt: Library | None
     tensorrt_loads: Answer
@@ -79,8 +92,8 @@ def examine(root: Path = Path("/")) -> Machine:
     """
     tree = FileTree(root)
     live = root == Path("/")
-    site = Path(sysconfig.get_path("purelib")) if live else None
-    library = find_library(tree, "libnvinfer", site)
+    own = own_folders() if live else ()
+    library = find_library(tree, "libnvinfer", own)
 
     def probe(program: str, *arguments: str) -> Answer:
         return ask(program, *arguments) if live else NOT_ASKED
@@ -89,10 +102,13 @@ def examine(root: Path = Path("/")) -> Machine:
         tree=tree,
         system=f"{platform.system()} {platform.machine()}" if live else "recorded files",
         python=".".join(map(str, sys.version_info[:3])),
+        environment=find_environment() if live else "",
         board=find_board(tree),
         driver=probe(GPUS),
-        cuda=cuda_version(tree, site),
-        cudnn=find_library(tree, "libcudnn", site),
+        driver_library=find_library(tree, "libcuda", own),
+        cuda=cuda_version(tree, own),
+        toolkits=find_toolkits(tree),
+        cudnn=find_library(tree, "libcudnn", own),
         tensorrt=library,
         tensorrt_loads=NOT_ASKED if library is None else probe(TENSORRT_LIBRARY, str(library.path)),
         system_bindings=system_bindings(tree),

@@ -13,13 +13,19 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+WITHOUT_FOLDER = """
+import sys
+sys.path[:] = [place for place in sys.path if place]
+"""
+"""Before each program: a folder or file of the current directory must not be taken for the package of its name."""
+
 SECONDS = 60
 """An import of ONNX Runtime or TensorRT takes seconds on a small board."""
 
 GPUS = """
-import ctypes, json
+import ctypes, json, sys
 try:
-    cuda = ctypes.CDLL("libcuda.so.1")
+    cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 except OSError as error:
     raise SystemExit(f"there is no NVIDIA driver ({error})")
 def ask(name, *arguments):
@@ -42,8 +48,8 @@ for number in range(count.value):
         value = ctypes.c_int()
         ask("cuDeviceGetAttribute", ctypes.byref(value), which, device)
         return value.value
-    gpus.append({"name": name.value.decode(), "capability": f"{attribute(75)}.{attribute(76)}", "memory": total.value,
-                 "integrated": bool(attribute(18))})
+    gpus.append({"name": name.value.decode("utf-8", "replace"), "memory": total.value,
+                 "capability": f"{attribute(75)}.{attribute(76)}", "integrated": bool(attribute(18))})
 major, minor = divmod(version.value, 1000)
 print(json.dumps({"cuda": f"{major}.{minor // 10}", "gpus": gpus}))
 """
@@ -79,7 +85,7 @@ def ask(program: str, *arguments: str) -> Answer:
     """Run a Python program in a child; it prints one JSON object, or exits with a message."""
     try:
         child = subprocess.run(
-            [sys.executable, "-c", program, *arguments],
+            [sys.executable, "-c", WITHOUT_FOLDER + program, *arguments],
             capture_output=True,
             text=True,
             errors="replace",
@@ -94,9 +100,10 @@ def ask(program: str, *arguments: str) -> Answer:
     lines = child.stdout.strip().splitlines()
     if child.returncode == 0 and lines:
         try:
-            return Answer(dict(json.loads(lines[-1])))
-        except ValueError:
-            return Answer(None, f"it said {lines[-1]!r}")
+            value = json.loads(lines[-1])
+        except (ValueError, RecursionError):
+            value = None
+        return Answer(value) if isinstance(value, dict) else Answer(None, f"it said {lines[-1]!r}")
     messages = child.stderr.strip().splitlines()
     return Answer(None, messages[-1] if messages else f"it ended with {child.returncode}")
 

@@ -5,7 +5,7 @@ Values of the network at earlier levels stand in for the derivatives of the curr
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from pydantic import model_validator
@@ -32,7 +32,7 @@ class DPMMultistepSettings(ZeroSnrSettings, DPMSettings):
     steps_offset: Count = 0
 
     @model_validator(mode="after")
-    def _lambdas_alone(self) -> Self:
+    def _lambdas_alone(self) -> DPMMultistepSettings:
         if self.use_lu_lambdas and (self.respaced or self.use_flow_sigmas):
             raise ValueError(
                 "use_lu_lambdas goes without use_karras_sigmas, use_exponential_sigmas and use_flow_sigmas"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -46,7 +46,7 @@ class DPMSettings(ThresholdSettings, SigmaSettings, ShiftSettings):
     time_shift_type: Literal["exponential"] = "exponential"
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> DPMSettings:
         if not self.data and self.final_sigmas_type == "zero":
             raise ValueError(f"algorithm_type {self.algorithm_type} needs final_sigmas_type sigma_min")
         if not self.data and self.prediction_type == "flow_prediction":

@@ -5,7 +5,7 @@ Steps come in groups of up to three; each step of a group starts from the group'
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from pydantic import model_validator
@@ -26,7 +26,7 @@ class DPMSinglestepSettings(BetaSettings, DPMSettings):
     lower_order_final: bool = False
 
     @model_validator(mode="after")
-    def _stable(self) -> Self:
+    def _stable(self) -> DPMSinglestepSettings:
         if self.algorithm_type == "sde-dpmsolver":
             raise ValueError("algorithm_type must be dpmsolver++, dpmsolver or sde-dpmsolver++")
         if self.algorithm_type == "sde-dpmsolver++" and self.solver_order == 3 and self.solver_type == "heun":

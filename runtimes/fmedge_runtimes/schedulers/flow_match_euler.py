@@ -5,7 +5,7 @@ A sample at level sigma is (1 - sigma) * clean + sigma * noise, and the network 
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from pydantic import model_validator
@@ -33,7 +33,7 @@ class FlowMatchEulerSettings(Settings, SigmaSettings):
     stochastic_sampling: bool = False
 
     @model_validator(mode="after")
-    def _growing(self) -> Self:
+    def _growing(self) -> FlowMatchEulerSettings:
         if self.base_image_seq_len >= self.max_image_seq_len:
             raise ValueError("base_image_seq_len must be below max_image_seq_len")
         return self

@@ -7,7 +7,7 @@ are implemented. Others are refused when the config is read.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -93,7 +93,7 @@ class SigmaSettings(BaseModel):
     sigma_max: PositiveFloat | None = None
 
     @model_validator(mode="after")
-    def _one_spacing(self) -> Self:
+    def _one_spacing(self) -> SigmaSettings:
         if self.use_karras_sigmas and self.use_exponential_sigmas:
             raise ValueError("only one of use_karras_sigmas and use_exponential_sigmas can be used")
         if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:

@@ -5,7 +5,7 @@ Before a step the sample is corrected with the value of the network at that very
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BeforeValidator, model_validator
@@ -55,7 +55,7 @@ class UniPCSettings(ZeroSnrSettings, ThresholdSettings, SigmaSettings, ShiftSett
     shift_terminal: Terminal | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> UniPCSettings:
         if not self.predict_x0 and self.final_sigmas_type == "zero":
             raise ValueError("predict_x0 false needs final_sigmas_type sigma_min")
         if not self.predict_x0 and self.prediction_type == "flow_prediction":
