@@ -5,6 +5,7 @@ Norms, biases and tables of rotary embeddings are left out; what a file holds on
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -13,16 +14,33 @@ import numpy as np
 GATHERS = ("Gather", "GatherBlockQuantized")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights of a folder of transformers; others may lie beside them. Raises SystemExit."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    if not (folder / "model.safetensors").is_file():
+        raise SystemExit(f"{folder} holds no model.safetensors, whole or in shards")
+    return [folder / "model.safetensors"]
+
+
 def parameters_of_matrices(folder: Path) -> int:
-    """Numbers in the matrices of a folder of transformers, a tied one once."""
+    """Numbers in the matrices of a folder of transformers, a tied one once. Raises SystemExit."""
     from safetensors import safe_open
 
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     total = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, framework="np") as reader:
-            shapes = [reader.get_slice(name).get_shape() for name in tuple(reader.keys())]
+            names = [name for name in tuple(reader.keys()) if name != "lm_head.weight" or not _is_tied(config)]
+            shapes = [reader.get_slice(name).get_shape() for name in names]
         total += sum(math.prod(shape) for shape in shapes if len(shape) == 2)
     return total
+
+
+def _is_tied(config: dict[str, object]) -> bool:
+    """Whether the head is the embedding, also where a file holds both."""
+    return bool(config.get("tie_word_embeddings"))
 
 
 def onnx_matrix_bytes(folder: Path) -> int:

@@ -136,11 +136,11 @@ def build_genai(options: Sequence[str]) -> Build:
     return command
 
 
-def write_gguf(precision: str) -> Build:
-    """A GGUF file that llama.cpp has quantized."""
-
+def write_gguf(precision: str, statistics: Path | None = None) -> Build:
+    """A GGUF file that llama.cpp has quantized, with an importance matrix if there are statistics of fmedge."""
+    more = [] if statistics is None else [str(statistics)]
     return lambda python, model, output: [
-        str(python), str(HERE / "gguf_file.py"), str(model), str(output), precision
+        str(python), str(HERE / "gguf_file.py"), str(model), str(output), precision, *more
     ]  # fmt: skip
 
 

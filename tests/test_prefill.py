@@ -216,6 +216,21 @@ def test_the_command_line(both: Bundle, tmp_path: Path) -> None:
     assert "graph for prompts" not in without
 
 
+def test_eval_reads_through_the_graph_that_is_asked_for(both: Bundle, alone: dict[str, Bundle], tmp_path: Path) -> None:
+    def perplexity(bundle: Path, *more: str) -> float:
+        done = CliRunner().invoke(app, ["eval", str(bundle), "--tokens", "200", "--json", "--threads", "1", *more])
+        assert done.exit_code == 0, done.output
+        return float(json.loads(done.stdout)["bundles"][0]["text"]["perplexity"])
+
+    off = perplexity(both.folder, "--prefill-graph", "off")
+    assert off == pytest.approx(perplexity(alone["int4"].folder), abs=1e-9)
+    assert perplexity(both.folder) != pytest.approx(off, rel=1e-6)
+    copy = Path(shutil.copytree(both.folder, tmp_path / "copy"))
+    perplexity(copy, "--prefill-graph", "off", "--record")
+    assert open_bundle(copy).manifest.evidence[-1].what.endswith(", without the graph for prompts")
+    assert CliRunner().invoke(app, ["eval", str(copy), "--prefill-graph", "batches"]).exit_code == 2
+
+
 def changed(bundle: Bundle, folder: Path, change: dict[str, object], graph: dict[str, object]) -> Path:
     shutil.copytree(bundle.folder, folder)
     content = json.loads((folder / "fmedge.json").read_text("utf-8"))

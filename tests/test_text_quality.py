@@ -164,6 +164,20 @@ def rounded(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(ExportOptions(str(llama), output, quantize="int4", block_size=32, verify="none")).folder
 
 
+def test_the_benchmark_counts_every_matrix_of_a_bundle_once(
+    bundle: Path, rounded: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    from matrices import onnx_matrix_bytes, parameters_of_matrices
+
+    numbers, table = parameters_of_matrices(llama), 320 * 64
+    config = json.loads((llama / "config.json").read_text("utf-8"))
+    aside = table * (1 if config["tie_word_embeddings"] else 2)
+    assert onnx_matrix_bytes(bundle) == numbers * 4
+    # Layers: 4 bits and a scale of 16 for 32 weights; head and embedding: 8 bits and a scale.
+    assert onnx_matrix_bytes(rounded) == (numbers - aside) * 9 // 16 + aside * 17 // 16
+
+
 def test_bundles_are_compared_with_another_and_with_pytorch(
     bundle: Path, rounded: Path, llama: Path, text: Path
 ) -> None:
@@ -269,6 +283,14 @@ GOOD = (
     '{"ctx": "q", "endings": ["x", "y"], "label": "1"}',
     '{"ctx": "q", "endings": ["x", "y"], "label": 1}',
 )
+
+
+def test_the_questions_among_the_examples_are_read() -> None:
+    questions = read_questions(Path(__file__).parent.parent / "examples" / "questions.jsonl")
+    assert len(questions) == len({question.text for question in questions}) == 12
+    # No letter wins by being chosen always.
+    answers = [question.answer for question in questions]
+    assert all(answers.count(letter) == 3 for letter in range(4))
 
 
 def test_the_common_formats_are_read(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fmedge.commands.device_options import PrefillOption
 from fmedge.commands.kinds import refuse_others
 
 EPILOG = """
@@ -19,7 +20,7 @@ EPILOG = """
 
   fmedge eval out/none out/int8 out/int4 --data held-out.txt --against out/none --plot size.png
 
-  fmedge eval out/bundle --choices arc-easy.jsonl --chat
+  fmedge eval out/bundle --choices examples/questions.jsonl --chat
 
   fmedge eval out/images
 
@@ -29,7 +30,20 @@ EPILOG = """
 """
 
 FOR_TEXT = frozenset(
-    {"data", "tokens", "window", "stride", "against", "choices", "chat", "plot", "record", "device", "threads"}
+    {
+        "data",
+        "tokens",
+        "window",
+        "stride",
+        "against",
+        "choices",
+        "chat",
+        "plot",
+        "record",
+        "device",
+        "threads",
+        "prefill_graph",
+    }
 )
 FOR_IMAGES = frozenset({"per_combination", "seed", "steps", "guidance", "batch"})
 
@@ -84,6 +98,7 @@ def command(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Text: threads of the CPU; all cores unless given.")
     ] = None,
+    prefill_graph: PrefillOption = "prompts",
     per_combination: Annotated[int, typer.Option(min=1, help="Images: pictures of each of the 180 captions.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Images: of the first picture; the next ones count up.")] = 0,
     steps: Annotated[
@@ -124,6 +139,7 @@ def command(
                 record=record,
                 device=device,
                 threads=threads,
+                prefill_graph=prefill_graph,
             ),
             as_json=as_json,
         )

@@ -16,6 +16,7 @@ from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import BundleError, DataError, RequestError
 from fmedge_runtimes.foreign import find_foreign
 from fmedge_runtimes.load import open_decoder
+from fmedge_runtimes.prefill_graph import PrefillGraph
 from fmedge_runtimes.tokenizer import Tokenizer
 
 from fmedge.commands.console import progress_bar
@@ -44,6 +45,8 @@ class TextEval:
     record: bool
     device: str | None
     threads: int | None
+    prefill_graph: PrefillGraph
+    """Which graph reads the windows of a bundle that has two: "prompts", the one for prompts; "off", the other."""
 
     @property
     def of_text(self) -> bool:
@@ -73,7 +76,9 @@ def evaluate_texts(asked: TextEval, *, as_json: bool) -> None:
     questions = [] if asked.choices is None else read_questions(asked.choices)
     found = []
     for folder in asked.bundles:
-        bundle, decoder = open_decoder(folder, device=asked.device, threads=asked.threads)
+        bundle, decoder = open_decoder(
+            folder, device=asked.device, threads=asked.threads, prefill_graph=asked.prefill_graph
+        )
         try:
             found.append(_evaluate(asked, bundle, decoder, questions))
         finally:
@@ -95,6 +100,8 @@ def evaluate_texts(asked: TextEval, *, as_json: bool) -> None:
 def _check(asked: TextEval) -> None:
     if asked.chat and asked.choices is None:
         raise typer.BadParameter("--chat is for the questions of --choices.")
+    if asked.prefill_graph == "batches":
+        raise typer.BadParameter("windows go through the graph one by one; --prefill-graph is prompts or off.")
     of_text = {"--tokens": asked.tokens, "--window": asked.window, "--stride": asked.stride, "--plot": asked.plot}
     given = [name for name, value in of_text.items() if value is not None]
     if given and not asked.of_text:
@@ -194,7 +201,7 @@ def _original(asked: TextEval, bundle: Bundle, tokenizer: Tokenizer, longest: in
         with open_original(asked.against, bundle.manifest.text.context) as original:
             yield original
         return
-    other, decoder = open_decoder(folder, device=asked.device, threads=asked.threads)
+    other, decoder = open_decoder(folder, device=asked.device, threads=asked.threads, prefill_graph=asked.prefill_graph)
     try:
         if other.manifest.text.context < longest:
             context = other.manifest.text.context
@@ -225,7 +232,7 @@ def _check_vocabulary(bundle: Bundle, other: Bundle, tokenizer: Tokenizer) -> No
 
 def _record(asked: TextEval, bundle: Bundle, found: Evaluated) -> None:
     """Write what was found into the manifest, in place of what was found of the same before."""
-    made = list(_evidence(asked, found))
+    made = list(_evidence(asked, bundle, found))
     # Read anew: another process may have recorded something meanwhile.
     manifest = open_bundle(bundle.folder, checksums=False).manifest
     what = {item.what for item in made}
@@ -236,8 +243,10 @@ def _record(asked: TextEval, bundle: Bundle, found: Evaluated) -> None:
         raise BundleError(f"cannot write the manifest of {bundle.folder}: {error.strerror}.") from error
 
 
-def _evidence(asked: TextEval, found: Evaluated) -> Iterator[Evidence]:
+def _evidence(asked: TextEval, bundle: Bundle, found: Evaluated) -> Iterator[Evidence]:
     """The figures as evidence. Nothing of this machine is in it but the names of files."""
+    aside = asked.prefill_graph == "off" and "prefill" in bundle.manifest.graphs
+    graph = ", without the graph for prompts" if aside else ""
     if found.text is not None:
         text, difference = found.text, found.text.difference
         name = "a page of Python's documentation" if asked.data is None else asked.data.name
@@ -254,9 +263,11 @@ def _evidence(asked: TextEval, found: Evaluated) -> Iterator[Evidence]:
                 "top1_agreement": difference.top1_agreement,
                 "top5_agreement": difference.top5_agreement,
             }
-        cut = f"in windows of {text.window} tokens, one every {text.stride}"
+        cut = f"in windows of {text.window} tokens, one every {text.stride}{graph}"
         yield Evidence(name="eval", what=f"the text of {name} {cut}{against}", passed=True, figures=figures)
     if found.choices is not None and asked.choices is not None:
         how = ", as a chat" if asked.chat else ""
         figures = dict(asdict(found.choices).items())
-        yield Evidence(name="eval", what=f"the questions of {asked.choices.name}{how}", passed=True, figures=figures)
+        yield Evidence(
+            name="eval", what=f"the questions of {asked.choices.name}{how}{graph}", passed=True, figures=figures
+        )
