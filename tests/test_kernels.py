@@ -13,8 +13,11 @@ import onnxruntime
 import pytest
 import torch
 from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.in_place import updates_in_place
 from fmedge_converters.kernels import KERNELS, kernel_name, recurrent_kernels
+from fmedge_converters.passes.plain_recurrence import decompose_recurrence
+from fmedge_converters.plain_graph import require_plain
 from fmedge_converters.targets import TARGETS
 from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
@@ -288,6 +291,31 @@ def test_pieces_with_carried_state_equal_the_whole_in_transformers(name: str) ->
         np.testing.assert_allclose(state, last, atol=TOLERANCE, rtol=TOLERANCE)
     past, present = model.graph.inputs[0], model.graph.outputs[1]
     assert updates_in_place(model.graph, past, present, TARGETS["cpu"].read_first)
+    # The same without ONNX Runtime's own operators.
+    graph = DecoderGraph(model, {})
+    found = sum(node.domain != "" for node in model.graph)
+    assert decompose_recurrence(graph, 0) == found
+    require_plain(graph, "tensorrt")
+    plain = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    layer.generator.manual_seed(2)
+    output, state = run(plain, layer, tokens, in_place=False)
+    np.testing.assert_allclose(output, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+    np.testing.assert_allclose(state, last, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_plain_convolution_without_a_state_starts_from_zeros() -> None:
+    shapes = {"x": (2, 6, 5), "w": (6, 1, 4), "y": (2, 6, 5), "present": (2, 6, 3)}
+    x, weight, *outputs = (ir.val(name, ir.DataType.FLOAT, shape) for name, shape in shapes.items())
+    node = ir.node("CausalConvWithState", [x, weight, None, None], domain="com.microsoft", outputs=outputs)
+    opsets = {"": 21, "com.microsoft": 1}
+    model = ir.Model(ir.Graph([x, weight], outputs, nodes=[node], opset_imports=opsets, name="g"), ir_version=10)
+    random = np.random.default_rng(0)
+    feeds = {name: random.standard_normal(shapes[name], np.float32) for name in ("x", "w")}
+    wanted = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)
+    assert decompose_recurrence(DecoderGraph(model, {}), 0) == 1
+    found = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 STATE = ir.Shape((2, 4))
