@@ -43,10 +43,10 @@ def _convolution(graph: DecoderGraph, node: ir.Node) -> None:
     joined.shape = ir.Shape([batch, channels, length + columns if isinstance(length, int) else f"{length} + {columns}"])
     inputs = [joined, weight] if bias is None else [joined, weight, bias]
     (convolved,) = graph.insert(node, "Conv", inputs, [(output.dtype, output.shape)], {"group": channels})
-    _stand_in(output, convolved)
+    replace(output, convolved)
     bounds = [_integers(graph, [number]) for number in (-columns, LAST, 2)]
     (tail,) = graph.insert(node, "Slice", [joined, *bounds], [(present.dtype, present.shape)])
-    _stand_in(present, tail)
+    replace(present, tail)
 
 
 def _linear_attention(graph: DecoderGraph, node: ir.Node) -> None:
@@ -98,10 +98,10 @@ def _linear_attention(graph: DecoderGraph, node: ir.Node) -> None:
     )
     flat = _integers(graph, [0, 0, heads * value_size])
     (joined,) = graph.insert(node, "Reshape", [turned, flat], [(output.dtype, output.shape)])
-    _stand_in(output, joined)
+    replace(output, joined)
     whole = _integers(graph, [0, heads, key_size, value_size])
     (after,) = graph.insert(node, "Reshape", [last, whole], [(present.dtype, present.shape)])
-    _stand_in(present, after)
+    replace(present, after)
 
 
 def _step(name: str, start: ir.Value, tokens: Sequence[ir.Value], axes: ir.Value) -> ir.Graph:
@@ -128,12 +128,6 @@ def _step(name: str, start: ir.Value, tokens: Sequence[ir.Value], axes: ir.Value
     after = emit("Add", decayed, emit("Mul", key, value), shape=start.shape)
     read = emit("ReduceSum", emit("Mul", after, query), axes, shape=inputs[2].shape)
     return ir.Graph([state, *inputs], [after, read], nodes=nodes, name=name)
-
-
-def _stand_in(old: ir.Value, new: ir.Value) -> None:
-    """Put a value in the place of another, under its name: it may be an output of the graph."""
-    old.name, new.name = None, old.name
-    replace(old, new)
 
 
 def _integers(graph: DecoderGraph, numbers: Sequence[int]) -> ir.Value:
