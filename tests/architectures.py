@@ -117,9 +117,7 @@ def brief(message: str, folder: Path) -> str:
     return message.replace(f"{folder}/model", "the checkpoint").replace("|", "/").replace("\n", " ")
 
 
-def run_all(
-    model_types: list[str], jobs: int, evaluate: Callable[[str, Path], Outcome] = evaluate
-) -> list[Outcome]:
+def run_all(model_types: list[str], jobs: int, evaluate: Callable[[str, Path], Outcome] = evaluate) -> list[Outcome]:
     """Evaluate each type in a process of its own, forked once everything is imported."""
     import fmedge_converters.export  # noqa: F401 - imported once, for all children
     import fmedge_runtimes.text  # noqa: F401 - as above

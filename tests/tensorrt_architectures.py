@@ -1,11 +1,11 @@
-"""Every causal language model that runs on the CPU, written for TensorRT: python tests/tensorrt_architectures.py
+"""Decoders of transformers, written for TensorRT: python tests/tensorrt_architectures.py --records FILE --page
 
-Each model type that docs/architectures.md calls exact gets its tiny random model. Its graph in fp16, in ONNX Runtime and
-a ragged batch, must choose PyTorch's tokens but for near ties (where it does not, one in fp32 is asked), the rules of
-`fmedge check` must pass, and TensorRT-RTX must parse it and build an engine with both profiles, without a GPU. Writes the page's part on
-TensorRT from what ran.
-Options: model types (all unless given, which also writes the page), --update (write the given types into the page),
---target, --records FILE (one JSON line for each type, with what failed), --jobs N.
+Each model type that docs/architectures.md calls exact gets its tiny random model. Its graph in fp16, in ONNX Runtime
+and a ragged batch, must choose PyTorch's tokens but for near ties (where it does not, one in fp32 is asked), the rules
+of `fmedge check` must pass, and TensorRT-RTX must parse it and build an engine with both profiles, without a GPU.
+
+Options: model types (all unless given), --target, --jobs N, --records FILE (one JSON line for each type is appended,
+with what failed), --page (write docs/tensorrt-architectures.md from the records, the latest of each type).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 from architectures import NEAR_TIE, Outcome, brief, differing, documented, run_all
 
+PAGE = Path(__file__).parent.parent / "docs" / "tensorrt-architectures.md"
 LENGTHS = (1, 40, 7)
 STEPS = (16, 8, 12)
 CONTEXT = 100
@@ -40,8 +41,9 @@ class Record:
     wrong: dict[str, int] = field(default_factory=dict)
     """Tokens by type of the graph that PyTorch would not have chosen."""
     tokens: int = 0
+    """That were compared."""
     rules: list[str] = field(default_factory=list)
-    """What the rules found."""
+    """What the rules found, notes left out."""
     problems: list[str] = field(default_factory=list)
     """What TensorRT-RTX refused, or why the export stopped."""
     seconds: float = 0.0
@@ -54,7 +56,7 @@ class Record:
             kind, detail = "mismatch", f"{self.wrong} of {self.tokens} tokens differ from PyTorch's; {detail}"
         elif self.rules:
             kind, detail = "rules find something", f"{self.rules[0][:200]}; TensorRT-RTX: {detail or 'builds it'}"
-        elif self.stage in ("parse", "build"):
+        elif self.stage in ("rules", "parse", "build"):
             kind = f"{self.stage} fails"
         elif self.stage == "done":
             wrong = self.wrong["float16"]
@@ -63,7 +65,7 @@ class Record:
 
 
 def evaluate(target_name: str, records: Path | None, model_type: str, folder: Path, **changes: Any) -> Outcome:
-    """Export, compare, check, parse and build a tiny model of a type."""
+    """Export, compare, check, parse and build a tiny model of a type; a process that dies leaves its stage behind."""
     record = Record(model_type, target_name)
     started = time.perf_counter()
     try:
@@ -120,7 +122,8 @@ def _try(record: Record, folder: Path, **changes: Any) -> None:
             break
     graph = folder / str(torch.float16) / built.written.graph.name
     record.stage = "rules"
-    record.rules = [str(item) for item in apply_rules(read_graph(graph), find_version(record.target))]
+    findings = apply_rules(read_graph(graph), find_version(record.target))
+    record.rules = [str(item) for item in findings if item.effect != "note"]
     record.stage = "parse"
     record.problems = [str(problem) for problem in rtx.parse(graph)]
     if not record.problems:
@@ -131,18 +134,48 @@ def _try(record: Record, folder: Path, **changes: Any) -> None:
         record.stage = "done"
 
 
+def page(records: Path) -> str:
+    """docs/tensorrt-architectures.md."""
+    latest: dict[str, Record] = {}
+    for line in records.read_text("utf-8").splitlines():
+        fields = json.loads(line)
+        del fields["kind"]
+        latest[fields["model_type"]] = Record(**fields)
+    outcomes = [record.outcome for _, record in sorted(latest.items())]
+    built = [outcome.model_type for outcome in outcomes if outcome.kind == "built"]
+    lines = [
+        "# Architectures for TensorRT",
+        "",
+        "Written by `python tests/tensorrt_architectures.py` from what ran; do not edit. Each model type got a tiny",
+        f"random model, exported in fp16 for `{next(iter(latest.values())).target}`. *Built*: in ONNX Runtime on the CPU,",
+        "in a ragged batch, every greedy token is PyTorch's or a near tie; the rules of `fmedge check` find nothing; and",
+        "TensorRT-RTX 1.7.1 parses the graph and builds an engine with both profiles, without a GPU. No engine ran. Types",
+        "of [architectures.md](architectures.md) that are not here were not tried.",
+        "",
+        f"{len(built)} built, of {len(outcomes)}: {', '.join(built)}.",
+    ]
+    others = [outcome for outcome in outcomes if outcome.kind != "built"]
+    if others:
+        lines += ["", "| model type | what happened | why |", "|---|---|---|"]
+        lines += [f"| {outcome.model_type} | {outcome.kind} | {outcome.detail} |" for outcome in others]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model_types", nargs="*")
     parser.add_argument("--target", default="rtx")
     parser.add_argument("--records", type=Path)
+    parser.add_argument("--page", action="store_true")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     exact = [model_type for model_type, kind in documented().items() if kind == "exact"]
     run = functools.partial(evaluate, options.target, options.records)
     outcomes = run_all(options.model_types or exact, options.jobs, run)
+    if options.page and options.records:
+        PAGE.write_text(page(options.records), "utf-8")
     failed = [outcome.model_type for outcome in outcomes if outcome.kind != "built"]
     sys.exit(f"not built: {', '.join(failed)}" if failed else 0)
 

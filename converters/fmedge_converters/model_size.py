@@ -49,7 +49,9 @@ def room(
     if device is None:
         return context, ROWS
     kept = find_layout(source.config, target.dialect, target.dtype, context)
-    needs = decoder_needs(kept.caches, kept.states, target.dtype.itemsize, scheme.bits, size.parameters, size.embedding, size.vocabulary)
+    needs = decoder_needs(
+        kept.caches, kept.states, target.dtype.itemsize, scheme.bits, size.parameters, size.embedding, size.vocabulary
+    )
     found = plan_device(device, needs, context, asked=options.context is not None)
     progress(f"{device.name} is target {target.name} (JetPack {device.jetpack}); {found}", 0, 0)
     return found.context, found.rows

@@ -2,8 +2,8 @@
 
 com.microsoft::CausalConvWithState becomes a convolution of the kept columns with the new ones behind them, and
 com.microsoft::LinearAttention a Scan over tokens, whose body is the recurrence of kernels/linear_attention.py in
-products, sums and one reduction each. Prompts go through the scan token by token: exact for any length and any decay, and
-slower than a kernel for whole chunks would be.
+products and sums. Prompts go through the scan token by token: exact for any length and any decay, and slower than a
+kernel for whole chunks would be.
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ def _linear_attention(graph: DecoderGraph, node: ir.Node) -> None:
     (start,) = graph.insert(node, "Reshape", [state, start_shape], [(kind, [batch, *grouped])])
     body = _step(f"{node.name}.step", start, tokens, _integers(graph, [3]))
     outputs = [(kind, start.shape), (kind, [length, batch, groups, each, 1, value_size])]
-    last, found = graph.insert(
-        node, "Scan", [start, *tokens], outputs, {"body": body, "num_scan_inputs": len(tokens)}
-    )
+    last, found = graph.insert(node, "Scan", [start, *tokens], outputs, {"body": body, "num_scan_inputs": len(tokens)})
     perm = [1, 0, 2, 3, 4, 5]
     (turned,) = graph.insert(
         node, "Transpose", [found], [(kind, [batch, length, groups, each, 1, value_size])], {"perm": perm}
