@@ -73,7 +73,8 @@ def decoder_needs(
 ) -> Needs:
     """What a decoder takes whose matrices have so many bits, and whose cache and embedding have that size of a number.
 
-    A cache that is not updated in place exists twice, and so does a state. A head of 8 bits beside a tied embedding counts by itself.
+    A cache that is not updated in place exists twice, and so does a state. A head of 8 bits beside a tied embedding
+    counts by itself.
     """
     width = min(bits, 8 * itemsize)
     scales = SCALES if width < 8 * itemsize else 1.0

@@ -71,7 +71,7 @@ class DecoderGraph:
         op: str,
         inputs: Sequence[ir.Value | None],
         like: Sequence[tuple[ir.DataType | None, Sequence[int | str | ir.SymbolicDim] | ir.Shape | None]],
-        attributes: Mapping[str, int | float | str | Sequence[int] | ir.TensorProtocol] | None = None,
+        attributes: Mapping[str, int | float | str | Sequence[int] | ir.TensorProtocol | ir.Graph] | None = None,
         domain: str = "",
     ) -> tuple[ir.Value, ...]:
         """Insert a node in front of another; `like` gives dtype and shape of each output."""

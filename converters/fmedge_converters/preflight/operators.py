@@ -76,11 +76,17 @@ NUMBERS = frozenset(
 """Operators that take no booleans."""
 RTX_TAKES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
-        "INT8": frozenset(_listed("Conv Erf InstanceNormalization LeakyRelu MaxPool Resize RMSNormalization")),
+        "INT8": frozenset(
+            _listed("Conv Erf HardSwish InstanceNormalization LeakyRelu LRN MaxPool Reciprocal Resize RMSNormalization")
+        ),
         "BFLOAT16": frozenset(("GridSample",)),
     }
 )
 """Types that TensorRT-RTX 1.7.1 builds these operators for, although no document of TensorRT lists them."""
+RTX_REFUSES: Mapping[str, frozenset[str]] = MappingProxyType(
+    {"INT32": frozenset(("Relu",)), "INT8": frozenset(("CumSum", "ReduceMean"))}
+)
+"""Types that it refuses for these, although TensorRT's documents list them."""
 BOOLEANS = frozenset(_listed("And Not Or Xor"))
 """Operators that take nothing else."""
 

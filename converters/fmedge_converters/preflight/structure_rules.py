@@ -15,7 +15,7 @@ from fmedge_converters.preflight.graph import Graph
 from fmedge_converters.preflight.rule import Effect, Evidence, Finding
 
 RAN: Evidence = "ran in TensorRT-RTX 1.7.1"
-SCHEMA_TYPES = onnx.defs.OpSchema.AttrType
+REQUIRED = onnx.defs.OpSchema.FormalParameterOption.Single
 UNLIMITED = 2**31 - 1
 
 
@@ -61,7 +61,7 @@ def misuse(node: ir.Node, opset: int) -> Iterator[Finding]:
     required = [
         formal.name
         for number, formal in enumerate(schema.inputs[: schema.min_input])
-        if number >= given or (node.inputs[number] is None and not formal.option.value)
+        if number >= given or (node.inputs[number] is None and formal.option == REQUIRED)
     ]
     if required or given < schema.min_input:
         yield found(f"its input {required[0] if required else schema.min_input} is missing")
@@ -72,8 +72,8 @@ def misuse(node: ir.Node, opset: int) -> Iterator[Finding]:
         if own is None:
             if attribute.required:
                 yield found(f"its attribute {name} is missing")
-        elif not own.is_ref() and own.type.name != attribute.type.name:
-            words = f"its attribute {name} is {own.type.name}, not {attribute.type.name}, and is not understood"
+        elif not own.is_ref() and own.type.name != (wanted := str(attribute.type).rpartition(".")[2]):
+            words = f"its attribute {name} is {own.type.name}, not {wanted}, and is not understood"
             yield found(words, "wrong")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from fmedge_converters.preflight.graph import Graph, dtype_of, input_of, whole
-from fmedge_converters.preflight.operators import BOOLEANS, FLOATS, HALVES, NUMBERS, RTX_TAKES
+from fmedge_converters.preflight.operators import BOOLEANS, FLOATS, HALVES, NUMBERS, RTX_REFUSES, RTX_TAKES
 from fmedge_converters.preflight.rule import Rule
 from fmedge_converters.preflight.versions import Asked, Number
 
@@ -57,6 +57,9 @@ def operands(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
     del graph
     kind = dtype_of(input_of(node, 0))
     if kind is not None and asked.version.rtx and _taken_all_the_same(node, kind):
+        return
+    if kind is not None and asked.version.rtx and node.op_type in RTX_REFUSES.get(kind.name, ()):
+        yield f"TensorRT-RTX does not compute it with {kind.name}"
         return
     if kind is None or (kind is ir.DataType.DOUBLE and node.op_type not in BOOLEANS):
         return  # doubles are taken for floats
@@ -114,7 +117,7 @@ def batch_norm(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
 def bytes_inside(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
     """Bytes are for inputs and outputs of the network, and for casts of them."""
     del graph, asked
-    others = ("Cast", "CastLike", "QuantizeLinear", "DequantizeLinear", "Identity", "Constant")
+    others = ("Cast", "CastLike", "QuantizeLinear", "DequantizeLinear", "Identity", "Constant", "Shape", "Size")
     if node.op_type not in others and any(dtype_of(value) is ir.DataType.UINT8 for value in node.inputs):
         yield "UINT8 is for inputs and outputs of the graph only"
 
