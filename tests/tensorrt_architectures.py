@@ -150,8 +150,8 @@ def page(records: Path) -> str:
         f"random model, exported in fp16 for `{next(iter(latest.values())).target}`. *Built*: in ONNX Runtime on the",
         "CPU, in a ragged batch, every greedy token is PyTorch's or a near tie; the rules of `fmedge check` find",
         "nothing; and TensorRT-RTX 1.7.1 parses the graph and builds an engine with both profiles, without a GPU. No",
-        "engine ran. Types",
-        "of [architectures.md](architectures.md) that are not here were not tried, or ended the process that tried them.",
+        "engine ran. Types of [architectures.md](architectures.md) that are not here were not tried, or ended the",
+        "process that tried them.",
         "",
         f"{len(built)} built, of {len(outcomes)}: {', '.join(built)}.",
     ]

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from fmedge_converters.decoder import quiet_libraries
-from fmedge_converters.graph import DecoderGraph
+from fmedge_converters.graph import DecoderGraph, replace
 from fmedge_converters.in_place import updates_in_place
 from fmedge_converters.kernels import KERNELS, kernel_name, recurrent_kernels
 from fmedge_converters.passes.plain_recurrence import decompose_recurrence
@@ -301,6 +301,21 @@ def test_pieces_with_carried_state_equal_the_whole_in_transformers(name: str) ->
     output, state = run(plain, layer, tokens, in_place=False)
     np.testing.assert_allclose(output, wanted, atol=TOLERANCE, rtol=TOLERANCE)
     np.testing.assert_allclose(state, last, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_an_output_keeps_its_name_whatever_takes_its_place() -> None:
+    past = ir.val("past", ir.DataType.FLOAT, (2,))
+    nodes = [ir.node("Abs", [past]), ir.node("Neg", [past])]
+    outputs = [node.outputs[0] for node in nodes]
+    outputs[0].name, outputs[1].name = "present", "output"
+    graph = DecoderGraph(ir.Model(ir.Graph([past], outputs, nodes=nodes, opset_imports={"": 21}), ir_version=10), {})
+    replace(outputs[0], past)
+    graph.remove_unused()
+    assert [value.name for value in graph.graph.outputs] == ["present", "output"]
+    assert [node.op_type for node in graph.graph] == ["Identity", "Neg"] and past.name == "past"
+    (other,) = graph.insert(nodes[1], "Exp", [past], [(past.dtype, past.shape)])
+    replace(graph.graph.outputs[1], other)
+    assert [value.name for value in graph.graph.outputs] == ["present", "output"]
 
 
 def test_a_plain_convolution_without_a_state_starts_from_zeros() -> None:
