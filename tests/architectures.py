@@ -16,8 +16,13 @@ import signal
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 LENGTHS = (1, 40, 7, 3, 23)
@@ -44,8 +49,6 @@ class Outcome:
 def evaluate(model_type: str, folder: Path, **changes: object) -> Outcome:
     """Export a tiny model of a type and compare its greedy tokens with PyTorch's."""
     import numpy as np
-    import torch
-    from fmedge_converters.decoder import quiet_libraries
     from fmedge_converters.export import export
     from fmedge_converters.export_options import ExportOptions
     from fmedge_converters.reduced import write_random_model
@@ -63,24 +66,35 @@ def evaluate(model_type: str, folder: Path, **changes: object) -> Outcome:
     except FmedgeError as error:
         encoder = "it is an encoder" in str(error)
         kind = "not a text decoder" if encoder else "refused"
-        return Outcome(model_type, kind, _brief(str(error), folder))
+        return Outcome(model_type, kind, brief(str(error), folder))
     facts = bundle.manifest.text
     random = np.random.default_rng(0)
     prompts = [random.integers(3, facts.vocabulary, length).tolist() for length in LENGTHS]
     budgets = [Sampling(max_new_tokens=budget, ignore_eos=True) for budget in BUDGETS]
     with load(bundle.folder, max_batch=3, threads=1) as model:
         found = [list(completion.tokens) for completion in model.generate(prompts, budgets)]
-    wrong = total = 0
+    total = sum(map(len, found))
+    wrong = differing(reference, prompts, found, NEAR_TIE)
+    if wrong or total != sum(BUDGETS):
+        return Outcome(model_type, "mismatch", f"{wrong} of {total} tokens differ from PyTorch's")
+    return Outcome(model_type, "exact", _kept(bundle.manifest.text))
+
+
+def differing(
+    reference: torch.nn.Module, prompts: Sequence[list[int]], found: Sequence[list[int]], near_tie: float
+) -> int:
+    """How many tokens of the continuations of prompts a model of transformers would not have chosen."""
+    import torch
+    from fmedge_converters.decoder import quiet_libraries
+
+    wrong = 0
     with torch.no_grad(), quiet_libraries():
         for prompt, tokens in zip(prompts, found, strict=True):
             ids = torch.tensor([[*prompt, *tokens[:-1]]])  # [1, S]
             logits = reference(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]  # [T, V]
             leads = logits.max(-1).values - logits[torch.arange(len(tokens)), torch.tensor(tokens)]  # [T]
-            wrong += int((leads > NEAR_TIE).sum())
-            total += len(tokens)
-    if wrong or total != sum(BUDGETS):
-        return Outcome(model_type, "mismatch", f"{wrong} of {total} tokens differ from PyTorch's")
-    return Outcome(model_type, "exact", _kept(bundle.manifest.text))
+            wrong += int((leads > near_tie).sum())
+    return wrong
 
 
 def _kept(facts: object) -> str:
@@ -98,11 +112,12 @@ def _kept(facts: object) -> str:
     return ", ".join(words)
 
 
-def _brief(message: str, folder: Path) -> str:
+def brief(message: str, folder: Path) -> str:
+    """A message for a row of the page."""
     return message.replace(f"{folder}/model", "the checkpoint").replace("|", "/").replace("\n", " ")
 
 
-def run_all(model_types: list[str], jobs: int) -> list[Outcome]:
+def run_all(model_types: list[str], jobs: int, evaluate: Callable[[str, Path], Outcome] = evaluate) -> list[Outcome]:
     """Evaluate each type in a process of its own, forked once everything is imported."""
     import fmedge_converters.export  # noqa: F401 - imported once, for all children
     import fmedge_runtimes.text  # noqa: F401 - as above
@@ -133,7 +148,7 @@ def run_all(model_types: list[str], jobs: int) -> list[Outcome]:
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            _child(model_type, writer)
+            _child(evaluate, model_type, writer)
         os.close(writer)
         live[pid] = model_type, reader
     while live:
@@ -141,7 +156,7 @@ def run_all(model_types: list[str], jobs: int) -> list[Outcome]:
     return [outcomes[model_type] for model_type in model_types]
 
 
-def _child(model_type: str, pipe: int) -> None:
+def _child(evaluate: Callable[[str, Path], Outcome], model_type: str, pipe: int) -> None:
     signal.alarm(SECONDS)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:

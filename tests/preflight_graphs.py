@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,9 @@ def unary(operator: str, kind: int = F32, opset: int = 22, **attributes: Any) ->
     return make
 
 
-def binary(operator: str, first: int, second: int, result: int) -> Callable[[], Any]:
+def binary(operator: str, first: int, second: int, result: int, **attributes: Any) -> Callable[[], Any]:
     def make() -> Any:
-        node = helper.make_node(operator, ["x", "z"], ["y"])
+        node = helper.make_node(operator, ["x", "z"], ["y"], **attributes)
         return model([node], [tensor("x", first, 8, 8), tensor("z", second, 8, 8)], [tensor("y", result, 8, 8)])
 
     return make
@@ -221,6 +221,30 @@ def gathered_codes() -> Any:
     return model(nodes, [tensor("i", I64, 4)], [tensor("y", F16, 4, 32)], constants)
 
 
+def unchecked(nodes: list[Any], opsets: Sequence[Any] = (), functions: Sequence[Any] = ()) -> Any:
+    """A graph of x [2, 8] and y, whatever is wrong with it."""
+    for number, node in enumerate(nodes):
+        node.name = f"node{number}"
+    graph = helper.make_graph(nodes, "small", [tensor("x", F32, 2, 8)], [tensor("y", F32, 2, 8)])
+    opsets = [helper.make_opsetid("", 20), *opsets]
+    return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
+
+
+def undefined_input() -> Any:
+    return unchecked([helper.make_node("Add", ["x", "nowhere"], ["y"])])
+
+
+def cycle() -> Any:
+    return unchecked([helper.make_node("Add", ["x", "z"], ["y"]), helper.make_node("Exp", ["y"], ["z"])])
+
+
+def function_body() -> Any:
+    inner = helper.make_node("Det", ["a"], ["b"], name="inner")
+    own = helper.make_opsetid("own", 1)
+    function = helper.make_function("own", "F", ["a"], ["b"], [inner], [helper.make_opsetid("", 20)])
+    return unchecked([helper.make_node("F", ["x"], ["y"], domain="own")], [own], [function])
+
+
 def unnamed_axis() -> Any:
     node = helper.make_node("Relu", ["x"], ["y"])
     return model([node], [tensor("x", F32, None, 8)], [tensor("y", F32, None, 8)])
@@ -287,6 +311,17 @@ CASES = (
     Case("int8_offset", "zero-point", quantized(3)),
     Case("uint8_activations", "uint8-codes", quantized(0, TensorProto.UINT8), "wrong", rtx_takes=True),
     Case("gathered_codes", "quantized-constant", gathered_codes),
+    Case("reduce_l2_int", "operands", unary("ReduceL2", TensorProto.INT32, keepdims=1)),
+    Case("is_nan_int", "operands", unary("IsNaN", I64)),
+    Case("pow_int8", "operands", binary("Pow", TensorProto.INT8, TensorProto.INT8, TensorProto.INT8)),
+    Case("mod_float", "operands", binary("Mod", F16, F16, F16)),
+    Case("mod_fmod", None, binary("Mod", F16, F16, F16, fmod=1)),
+    Case("attention_int", "operands", attention(TensorProto.INT32, mask=None)),
+    Case("erf_int8", None, unary("Erf", TensorProto.INT8)),
+    Case("undefined_input", "undefined-input", undefined_input),
+    Case("cycle", "order", cycle),
+    Case("no_axis", "definition", unary("Concat")),
+    Case("function_body", "operator", function_body),
     Case("top_k", None, top_k(3840)),
     Case("top_k_large", "top-k", top_k(3841)),
     Case("scatter_nd", None, scatter_nd("none")),

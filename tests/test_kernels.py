@@ -13,8 +13,11 @@ import onnxruntime
 import pytest
 import torch
 from fmedge_converters.decoder import quiet_libraries
+from fmedge_converters.graph import DecoderGraph, replace
 from fmedge_converters.in_place import updates_in_place
 from fmedge_converters.kernels import KERNELS, kernel_name, recurrent_kernels
+from fmedge_converters.passes.plain_recurrence import decompose_recurrence
+from fmedge_converters.plain_graph import require_plain
 from fmedge_converters.targets import TARGETS
 from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
@@ -288,6 +291,46 @@ def test_pieces_with_carried_state_equal_the_whole_in_transformers(name: str) ->
         np.testing.assert_allclose(state, last, atol=TOLERANCE, rtol=TOLERANCE)
     past, present = model.graph.inputs[0], model.graph.outputs[1]
     assert updates_in_place(model.graph, past, present, TARGETS["cpu"].read_first)
+    # The same without ONNX Runtime's own operators.
+    graph = DecoderGraph(model, {})
+    found = sum(node.domain != "" for node in model.graph)
+    assert decompose_recurrence(graph, 0) == found
+    require_plain(graph, "tensorrt")
+    plain = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    layer.generator.manual_seed(2)
+    output, state = run(plain, layer, tokens, in_place=False)
+    np.testing.assert_allclose(output, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+    np.testing.assert_allclose(state, last, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_an_output_keeps_its_name_whatever_takes_its_place() -> None:
+    past = ir.val("past", ir.DataType.FLOAT, (2,))
+    nodes = [ir.node("Abs", [past]), ir.node("Neg", [past])]
+    outputs = [node.outputs[0] for node in nodes]
+    outputs[0].name, outputs[1].name = "present", "output"
+    graph = DecoderGraph(ir.Model(ir.Graph([past], outputs, nodes=nodes, opset_imports={"": 21}), ir_version=10), {})
+    replace(outputs[0], past)
+    graph.remove_unused()
+    assert [value.name for value in graph.graph.outputs] == ["present", "output"]
+    assert [node.op_type for node in graph.graph] == ["Identity", "Neg"] and past.name == "past"
+    (other,) = graph.insert(nodes[1], "Exp", [past], [(past.dtype, past.shape)])
+    replace(graph.graph.outputs[1], other)
+    assert [value.name for value in graph.graph.outputs] == ["present", "output"]
+
+
+def test_a_plain_convolution_without_a_state_starts_from_zeros() -> None:
+    shapes = {"x": (2, 6, 5), "w": (6, 1, 4), "y": (2, 6, 5), "present": (2, 6, 3)}
+    x, weight, *outputs = (ir.val(name, ir.DataType.FLOAT, shape) for name, shape in shapes.items())
+    node = ir.node("CausalConvWithState", [x, weight, None, None], domain="com.microsoft", outputs=outputs)
+    opsets = {"": 21, "com.microsoft": 1}
+    model = ir.Model(ir.Graph([x, weight], outputs, nodes=[node], opset_imports=opsets, name="g"), ir_version=10)
+    random = np.random.default_rng(0)
+    feeds = {name: random.standard_normal(shapes[name], np.float32) for name in ("x", "w")}
+    wanted = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)
+    assert decompose_recurrence(DecoderGraph(model, {}), 0) == 1
+    found = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 STATE = ir.Shape((2, 4))

@@ -172,6 +172,8 @@ def _rewritten(
 
 
 def _updates_in_place(graph: ir.Graph, state: LayerState, target: Target) -> bool:
+    if target.engines:
+        return False  # TensorRT promises nothing of an output that shares the memory of an input, but for TensorScatter
     values = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
     past, present = values[f"past_states.{state.name}"], values[f"present_states.{state.name}"]
     return updates_in_place(graph, past, present, target.read_first)

@@ -270,10 +270,10 @@ def trace_decoder(
     return TracedDecoder(graph, model, layout.caches, layout.states, parameters)
 
 
-def find_caches(config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype, context: int) -> tuple[LayerCache, ...]:
-    """What the layers of a decoder cache, without a trace. Raises SourceError when that cannot be found."""
+def find_layout(config: PretrainedConfig, dialect: Dialect, dtype: torch.dtype, context: int) -> Layout:
+    """What the layers of a decoder keep, without a trace. Raises SourceError when that cannot be found."""
     with _on_fakes(config, dtype, context, lambda _: {}) as model:
-        return _look(model, dialect, context).caches
+        return _look(model, dialect, context)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ class DecoderGraph:
         op: str,
         inputs: Sequence[ir.Value | None],
         like: Sequence[tuple[ir.DataType | None, Sequence[int | str | ir.SymbolicDim] | ir.Shape | None]],
-        attributes: Mapping[str, int | float | str | Sequence[int] | ir.TensorProtocol] | None = None,
+        attributes: Mapping[str, int | float | str | Sequence[int] | ir.TensorProtocol | ir.Graph] | None = None,
         domain: str = "",
     ) -> tuple[ir.Value, ...]:
         """Insert a node in front of another; `like` gives dtype and shape of each output."""
@@ -100,8 +100,24 @@ class DecoderGraph:
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
-    """Let every user of `old`, the graph's outputs included, use `new`."""
+    """Let every user of `old`, the graph's outputs included, use `new`; an output keeps its name."""
+    if old.is_graph_output() and old.name is not None:
+        new = _free(old, new)
+        old.name, new.name = None, old.name
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def _free(old: ir.Value, new: ir.Value) -> ir.Value:
+    """`new`, or a copy of it where it has a name that it must keep."""
+    producer = old.producer()
+    if not (new.is_graph_input() or new.is_graph_output() or new.is_initializer()) or producer is None:
+        return new
+    copy = ir.node("Identity", [new])
+    (made,) = copy.outputs
+    made.type, made.shape = new.type, new.shape
+    if isinstance(producer.graph, ir.Graph):
+        producer.graph.insert_after(producer, copy)
+    return made
 
 
 def produced_by(value: ir.Value | None, op: str, domain: str = "") -> ir.Node | None:

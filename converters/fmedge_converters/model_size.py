@@ -11,7 +11,7 @@ from fmedge_runtimes.errors import ExportError
 
 from fmedge_converters.build import Progress
 from fmedge_converters.checkpoint import Checkpoint
-from fmedge_converters.decoder import empty_model, find_caches, text_config
+from fmedge_converters.decoder import empty_model, find_layout, text_config
 from fmedge_converters.device_plan import ROWS, STATIC_DEFAULT, decoder_needs, plan_device
 from fmedge_converters.export_options import LONGEST_DEFAULT, ExportOptions
 from fmedge_converters.schemes.scheme import Scheme
@@ -48,8 +48,10 @@ def room(
     device = DEVICES.get(options.target)
     if device is None:
         return context, ROWS
-    caches = find_caches(source.config, target.dialect, target.dtype, context)
-    needs = decoder_needs(caches, target.dtype.itemsize, scheme.bits, size.parameters, size.embedding, size.vocabulary)
+    kept = find_layout(source.config, target.dialect, target.dtype, context)
+    needs = decoder_needs(
+        kept.caches, kept.states, target.dtype.itemsize, scheme.bits, size.parameters, size.embedding, size.vocabulary
+    )
     found = plan_device(device, needs, context, asked=options.context is not None)
     progress(f"{device.name} is target {target.name} (JetPack {device.jetpack}); {found}", 0, 0)
     return found.context, found.rows

@@ -11,6 +11,7 @@ from fmedge_converters.passes.linear import recognise_linears
 from fmedge_converters.passes.merged_projections import merge_projections
 from fmedge_converters.passes.pair_rotation import rotate_pairs
 from fmedge_converters.passes.permutation import transpose_permutations
+from fmedge_converters.passes.plain_recurrence import decompose_recurrence
 from fmedge_converters.passes.reshapes import simplify_reshapes
 from fmedge_converters.passes.rms_norm import fuse_rms_norms
 from fmedge_converters.passes.rotary import fold_rotary_embeddings
@@ -36,6 +37,7 @@ ORT_PASSES: tuple[Pass, ...] = (
 TENSORRT_PASSES: tuple[Pass, ...] = (
     fold_constants,
     compute_bfloat16_in_float32,
+    decompose_recurrence,
     simplify_reshapes,
     recognise_linears,
     simplify_reshapes,

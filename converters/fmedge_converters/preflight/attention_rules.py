@@ -12,6 +12,7 @@ from fmedge_converters.preflight.versions import Asked
 
 LARGEST_HEAD = 256
 LEAST_HEAD = 16
+RANKS = (3, 4)
 RAN: Evidence = "ran in TensorRT-RTX 1.7.1"
 
 
@@ -55,7 +56,7 @@ def _causal(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
 def _length(node: ir.Node, number: int) -> int | str | None:
     """The tokens of an input: a size, or the name of its axis."""
     value = input_of(node, number)
-    if value is None or value.shape is None:
+    if value is None or value.shape is None or len(value.shape) not in RANKS:
         return None
     size = value.shape[1 if len(value.shape) == 3 else 2]
     return size if isinstance(size, int) else size.value
@@ -66,6 +67,8 @@ def _kernel(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
     if whole(node, "TRT_decomposable", 0):
         return
     query, value = input_of(node, 0), input_of(node, 2)
+    if query is not None and query.shape is not None and len(query.shape) not in RANKS:
+        yield f"its tensors have {len(query.shape)} axes, and must have 3 or 4"
     if dtype_of(query) in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
         yield "there is no kernel in fp32"
     sizes = [_head(node, query, "q_num_heads"), _head(node, value, "kv_num_heads")]
@@ -80,7 +83,7 @@ def _kernel(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
 def _head(node: ir.Node, value: ir.Value | None, heads: str) -> int | None:
     """The size of a head, of tensors with and without an axis of heads."""
     shape = shape_of(value)
-    if shape is None or shape[-1] is None:
+    if shape is None or len(shape) not in RANKS or shape[-1] is None:
         return None
     number = whole(node, heads, 0)
     return shape[-1] // number if len(shape) == 3 and number else shape[-1]

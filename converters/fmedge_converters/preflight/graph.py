@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +27,33 @@ class Graph:
     model: ir.Model
 
     def nodes(self) -> Iterator[ir.Node]:
-        """All nodes, those of subgraphs too; not those of local functions, which stand for what calls them."""
+        """All nodes, those of subgraphs and of the local functions that are called, too."""
         yield from ir.traversal.RecursiveGraphIterator(self.model.graph)
+        for function in self._called()[0]:
+            yield from ir.traversal.RecursiveGraphIterator(function)
+
+    @property
+    def recursive(self) -> tuple[str, ...]:
+        """Names of local functions that call themselves."""
+        return self._called()[1]
+
+    def _called(self) -> tuple[tuple[ir.Function, ...], tuple[str, ...]]:
+        """The functions that are called, and the names of those that call themselves."""
+        found: dict[ir.Function, None] = {}
+        recursive: dict[str, None] = {}
+
+        def visit(inner: ir.Graph | ir.Function, callers: tuple[ir.Function, ...]) -> None:
+            for node in ir.traversal.RecursiveGraphIterator(inner):
+                function = self.model.functions.get(node.op_identifier())
+                if function in callers:
+                    recursive[node.op_type] = None
+                elif function is not None and function not in found:
+                    found[function] = None
+                    visit(function, (*callers, function))
+
+        if self.model.functions:
+            visit(self.model.graph, ())
+        return tuple(found), tuple(recursive)
 
     @property
     def functions(self) -> frozenset[tuple[str, str]]:
@@ -47,15 +74,37 @@ def read_graph(path: Path) -> Graph:
     except BundleError:
         raise
     except Exception as error:  # protobuf's own, whatever it is
-        raise BundleError(f"{path} is no ONNX graph: {type(error).__name__}: {error}") from error
+        raise BundleError(f"{path} is no ONNX graph: {_cause(error)}.") from error
+    if not len(model.graph) and not model.graph.outputs:
+        raise BundleError(f"{path} is no ONNX graph: it has neither nodes nor outputs.")
     graph = Graph(path, model)
     if any(value.dtype is None for node in graph.nodes() for value in node.outputs):
         # Without types half of the rules see nothing; what cannot be inferred stays unknown.
         try:
-            graph = Graph(path, common.ShapeInferencePass()(model).model)
+            with _silent("onnx_ir.passes.common"):
+                graph = Graph(path, common.ShapeInferencePass()(model).model)
         except Exception:
             return graph
     return graph
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong first, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Keep a logger from telling what is no news."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def dtype_of(value: ir.Value | None) -> ir.DataType | None:

@@ -42,7 +42,9 @@ def foreign(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
 def _top_k(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
     del graph, asked
     count = constant_of(input_of(node, 1))
-    if count is not None and int(count.reshape(-1)[0]) > LARGEST_K:
+    if count is not None and not count.size:
+        yield "K is empty"
+    elif count is not None and int(count.reshape(-1)[0]) > LARGEST_K:
         yield f"K is {int(count.reshape(-1)[0])}, and {LARGEST_K} is the most"
 
 

@@ -54,11 +54,13 @@ RTX_CONTRIB = frozenset({"SkipSimplifiedLayerNormalization", "SimplifiedLayerNor
 
 FLOATS = frozenset(
     _listed(
-        "Acos Acosh Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu Conv ConvTranspose Cos Cosh "
-        "Dropout Einsum Elu Erf Exp Floor Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization "
-        "GRU HardSigmoid Hardmax InstanceNormalization IsInf LayerNormalization LeakyRelu Log LogSoftmax LRN LSTM "
-        "LpNormalization LpPool MatMul MaxPool MeanVarianceNormalization PRelu Reciprocal Resize RMSNormalization RNN "
-        "Round Selu Sigmoid Sin Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Upsample"
+        "Acos Acosh Asin Asinh Atan Atanh Attention AveragePool BatchNormalization Ceil Celu Conv "
+        "ConvTranspose Cos Cosh Dropout Einsum Elu Erf Exp Floor Gelu Gemm GlobalAveragePool GlobalLpPool "
+        "GlobalMaxPool GroupNormalization GRU Hardmax HardSigmoid InstanceNormalization IsInf IsNaN "
+        "LayerNormalization LeakyRelu Log LogSoftmax LpNormalization LpPool LRN LSTM MatMul MaxPool "
+        "MeanVarianceNormalization PRelu Reciprocal ReduceL2 ReduceLogSum ReduceLogSumExp Resize "
+        "RMSNormalization RNN RotaryEmbedding Round Selu Sigmoid Sin Sinh Softmax Softplus Softsign Sqrt "
+        "Swish Tan Tanh ThresholdedRelu Upsample"
     )
 )
 """Operators that take floats only."""
@@ -67,11 +69,24 @@ HALVES = frozenset(_listed("DeformConv GridSample HardSwish Mish NonMaxSuppressi
 NUMBERS = frozenset(
     _listed(
         "Abs Add ArgMax ArgMin Clip CumSum DepthToSpace Div Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod "
-        "Mul Neg Pow Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd "
+        "Mul Neg Pow Range ReduceL1 ReduceMax ReduceMean ReduceMin ReduceProd "
         "ReduceSum ReduceSumSquare Relu Shrink Sign SpaceToDepth Sub Sum TopK"
     )
 )
 """Operators that take no booleans."""
+RTX_TAKES: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "INT8": frozenset(
+            _listed("Conv Erf HardSwish InstanceNormalization LeakyRelu LRN MaxPool Reciprocal Resize RMSNormalization")
+        ),
+        "BFLOAT16": frozenset(("GridSample",)),
+    }
+)
+"""Types that TensorRT-RTX 1.7.1 builds these operators for, although no document of TensorRT lists them."""
+RTX_REFUSES: Mapping[str, frozenset[str]] = MappingProxyType(
+    {"INT32": frozenset(("Relu",)), "INT8": frozenset(("CumSum", "ReduceMean"))}
+)
+"""Types that it refuses for these, although TensorRT's documents list them."""
 BOOLEANS = frozenset(_listed("And Not Or Xor"))
 """Operators that take nothing else."""
 

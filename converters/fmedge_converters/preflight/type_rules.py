@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from fmedge_converters.preflight.graph import Graph, dtype_of, input_of
-from fmedge_converters.preflight.operators import BOOLEANS, FLOATS, HALVES, NUMBERS
+from fmedge_converters.preflight.graph import Graph, dtype_of, input_of, whole
+from fmedge_converters.preflight.operators import BOOLEANS, FLOATS, HALVES, NUMBERS, RTX_REFUSES, RTX_TAKES
 from fmedge_converters.preflight.rule import Rule
 from fmedge_converters.preflight.versions import Asked, Number
 
@@ -54,8 +54,13 @@ def unsupported(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
 
 def operands(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
     """Types that an operator does not compute with."""
-    del graph, asked
+    del graph
     kind = dtype_of(input_of(node, 0))
+    if kind is not None and asked.version.rtx and _taken_all_the_same(node, kind):
+        return
+    if kind is not None and asked.version.rtx and node.op_type in RTX_REFUSES.get(kind.name, ()):
+        yield f"TensorRT-RTX does not compute it with {kind.name}"
+        return
     if kind is None or (kind is ir.DataType.DOUBLE and node.op_type not in BOOLEANS):
         return  # doubles are taken for floats
     if node.op_type in FLOATS:
@@ -72,12 +77,26 @@ def operands(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
         yield f"it computes with {wanted}, and gets {kind.name}"
 
 
+def _taken_all_the_same(node: ir.Node, kind: ir.DataType) -> bool:
+    return node.op_type in RTX_TAKES.get(kind.name, ())
+
+
+def undocumented(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    """Types that TensorRT-RTX takes, and no document promises."""
+    del graph, asked
+    kind = dtype_of(input_of(node, 0))
+    if kind is not None and _taken_all_the_same(node, kind):
+        yield f"TensorRT-RTX builds it for {kind.name}, which TensorRT does not"
+
+
 def remainders(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
-    """Remainders of integers, which are of 32 or 64 bits."""
+    """Integers that are of 32 or 64 bits; and remainders of floats, which C's fmod computes."""
     del graph, asked
     kind = dtype_of(input_of(node, 0))
     if kind is not None and kind.is_integer() and kind not in (ir.DataType.INT32, ir.DataType.INT64):
         yield f"it computes with INT32 and INT64, and gets {kind.name}"
+    elif kind is not None and kind.is_floating_point() and node.op_type == "Mod" and not whole(node, "fmod", 0):
+        yield f"without fmod it computes with INT32 and INT64, and gets {kind.name}"
 
 
 def casts(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
@@ -98,7 +117,7 @@ def batch_norm(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
 def bytes_inside(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
     """Bytes are for inputs and outputs of the network, and for casts of them."""
     del graph, asked
-    others = ("Cast", "CastLike", "QuantizeLinear", "DequantizeLinear", "Identity", "Constant")
+    others = ("Cast", "CastLike", "QuantizeLinear", "DequantizeLinear", "Identity", "Constant", "Shape", "Size")
     if node.op_type not in others and any(dtype_of(value) is ir.DataType.UINT8 for value in node.inputs):
         yield "UINT8 is for inputs and outputs of the graph only"
 
@@ -135,7 +154,8 @@ TYPE_RULES = (
     Rule("one-type", (*SAME, *CHOICES), mixed, "Cast one of them", "ran in TensorRT-RTX 1.7.1"),
     Rule("types", (), unsupported, "Cast to a type that there is", "ran in TensorRT-RTX 1.7.1"),
     Rule("operands", (), operands, "Cast it before, and back behind", "ran in TensorRT-RTX 1.7.1"),
-    Rule("operands", ("Mod",), remainders, "Cast it before, and back behind", "ran in TensorRT-RTX 1.7.1"),
+    Rule("undocumented-type", (), undocumented, "Cast it for TensorRT", "ran in TensorRT-RTX 1.7.1", "note", rtx=True),
+    Rule("operands", ("Mod", "Pow"), remainders, "Cast it before, and back behind", "ran in TensorRT-RTX 1.7.1"),
     Rule("cast", ("Cast", "CastLike"), casts, "Leave it out", "ran in TensorRT-RTX 1.7.1"),
     Rule("batch-norm", ("BatchNormalization",), batch_norm, "Cast one of them", "changelog", until=(10, 7)),
     Rule("uint8", (), bytes_inside, "Cast the input first", "documentation"),
