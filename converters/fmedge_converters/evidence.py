@@ -148,7 +148,7 @@ def weights_evidence(built: BuiltDecoder, scheme: Scheme) -> Evidence:
 
 def allocation_evidence(built: BuiltDecoder, tokens: int) -> Evidence:
     """What was expected of the roundings that were chosen, and of the scheme without a choice."""
-    allocation = built.quantization.allocation
+    allocation = built.allocation
     if allocation is None:
         raise RuntimeError("a decoder that was built without a budget")
     return Evidence(

@@ -49,7 +49,7 @@ class PackedMatrix:
     codes: Read
     """uint8 [n, blocks, block_size * bits / 8]; the code of the lower index lies in the lower bits of a byte."""
     scales: Read
-    """[n, blocks], in the weight's dtype."""
+    """[n, blocks], in `scale_dtype`."""
     zero_points: Read | None = None
     """uint8 [n, ceil(blocks * bits / 8)], packed along the blocks like the codes; None: 2 ** (bits - 1) everywhere."""
     columns: Array | None = None
@@ -57,6 +57,8 @@ class PackedMatrix:
     itself reads in the order of the input features."""
     of_source: bool = True
     """False for codes that an export has fitted."""
+    scale_dtype: np.dtype[np.generic] | None = None
+    """None: the weight's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +288,7 @@ def _alike(first: PackedMatrix, other: PackedMatrix) -> bool:
     )
     return (
         same_order
-        and (first.bits, first.block_size) == (other.bits, other.block_size)
+        and (first.bits, first.block_size, first.scale_dtype) == (other.bits, other.block_size, other.scale_dtype)
         and (first.zero_points is None) == (other.zero_points is None)
     )
 

@@ -41,6 +41,12 @@ def placed_linears(graph: DecoderGraph, parameters: Mapping[str, str]) -> list[P
     return found
 
 
+def placed_head(graph: DecoderGraph) -> Linear | None:
+    """The head, if it is rounded and has no codes of a source."""
+    found = linears(graph)[-1:]
+    return next((one for one in found if not one.exact and graph.weights[one.name].packed is None), None)
+
+
 def placed_stacks(graph: DecoderGraph, parameters: Mapping[str, str]) -> list[PlacedStack]:
     """The experts' weights that are parameters as they are, without codes of a source."""
     found = []
