@@ -15,14 +15,14 @@ from transformers import PretrainedConfig
 
 from fmedge_converters.budget import spend_bits
 from fmedge_converters.calibration.calibration import Calibration
-from fmedge_converters.calibration.places import placed_head
+from fmedge_converters.calibration.places import placed_heads
 from fmedge_converters.checkpoint import Checkpoint, Files
 from fmedge_converters.decoder import TracedDecoder
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.in_place import updates_in_place
 from fmedge_converters.layouts.layout import Layout
-from fmedge_converters.plain_graph import require_plain
 from fmedge_converters.mixed_precision import Allocation
+from fmedge_converters.plain_graph import require_plain
 from fmedge_converters.quantize import Quantization, quantize
 from fmedge_converters.recording import LayerCache, LayerState
 from fmedge_converters.repeated_layers import trace_by_layers
@@ -194,11 +194,11 @@ def _calibrate(
     rounding = None
     if scheme.rounding is not None:
         rounding = functools.partial(scheme.rounding, is_head=False, block_size=options.block_size or scheme.block_size)
-    head = placed_head(graph)
-    if scheme.rounding is not None and head is not None and calibration.lookups is not None:
-        weight = graph.weights[head.name]
-        usual = scheme.rounding(weight, is_head=True, block_size=options.block_size or scheme.block_size)
-        graph.weights[head.name] = replace(weight, rounding=usual)
+    if scheme.rounding is not None and calibration.lookups is not None:
+        for head in placed_heads(graph):
+            weight = graph.weights[head.name]
+            usual = scheme.rounding(weight, is_head=True, block_size=options.block_size or scheme.block_size)
+            graph.weights[head.name] = replace(weight, rounding=usual)
     calibration.parameters = traced.parameters
     return scheme.calibrate(graph, calibration, rounding, progress)
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from fmedge_runtimes.errors import ExportError
 
 from fmedge_converters.graph import DecoderGraph
-from fmedge_converters.matrices import embeddings_of, matrices_of
+from fmedge_converters.matrices import matrices_of
 from fmedge_converters.mixed_precision import Allocation, Matrix, Option
 from fmedge_converters.passes.experts import expand_experts
-from fmedge_converters.passes.linear import linears
+from fmedge_converters.passes.linear import heads, linears
+from fmedge_converters.passes.lookup import lookups
 from fmedge_converters.passes.mixture import expert_linears, mixtures
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme
@@ -48,9 +49,9 @@ def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None) -> Qua
         del experts[item.name]
     expand_experts(graph)
     projections = linears(graph)
-    head = projections[-1] if projections else None
-    embeddings = embeddings_of(graph)
-    tied = {embedding.node: head is not None and head.weight is embedding.weight for embedding in embeddings}
+    of_head = {head.node for head in heads(graph)}
+    embeddings = lookups(graph)
+    tied = {embedding.node: any(use.node in of_head for use in embedding.weight.uses()) for embedding in embeddings}
     rounded = [linear.name for linear in projections if not linear.exact]
     names = dict.fromkeys([*rounded, *(str(embedding.weight.name) for embedding in embeddings)])
     weights = [*experts.values(), *(graph.weights[name] for name in names)]
@@ -72,7 +73,7 @@ def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None) -> Qua
     # Last first: what a Linear reads may be the output of another, which is replaced in its turn.
     for linear in reversed(projections):
         spell = FLOATING.linear if linear.exact else scheme.linear
-        spell(graph, linear, is_head=linear is head, block_size=size)
+        spell(graph, linear, is_head=linear.node in of_head, block_size=size)
     for embedding in embeddings:
         scheme.embedding(graph, embedding, tied=tied[embedding.node], block_size=size)
     graph.remove_unused()
@@ -85,5 +86,3 @@ def _kernels(graph: DecoderGraph, experts: Sequence[Weight]) -> Iterator[Matrix]
     size = sum(weight.nbytes for weight in inputs if weight is not None and len(weight.shape) == 3)
     if size:
         yield Matrix("experts", sum(math.prod(weight.shape) for weight in experts), (Option(None, size * 8, 0.0),))
-
-

@@ -47,8 +47,8 @@ class Sensitivities:
     tokens: int
     matrices: Mapping[str, Sensitivity]
     lookups: Array
-    """float32 [E, E]: Gram matrix of the gradients of looked up embeddings, in the measure of the head's inputs. What an
-    error in the row of a token costs where it is read is to this matrix as what it costs where it is predicted is to
+    """float32 [E, E]: Gram matrix of the gradients of looked up embeddings, in the measure of the head's inputs. What
+    an error in the row of a token costs where it is read is to this matrix as what it costs where it is predicted is to
     the Gram matrix of the head's inputs, because tokens are read as often as they are predicted."""
 
     def attach(self, weights: dict[str, Weight]) -> dict[str, Weight]:
@@ -99,7 +99,7 @@ def measure_sensitivities(
     tied = head is not None and streamed.weights[looked_up] is head.weight
     table = _Table(streamed.weights[looked_up], roundings, head, tied=tied)
     streamed.run_back(rows, _towards_own_tokens, visits, table.visit)
-    found = {name: matrix.result() for name, matrix in measured.items() if matrix.tokens}
+    found = {name: matrix.result(with_rows=matrix is head) for name, matrix in measured.items() if matrix.tokens}
     if not tied:
         found[looked_up] = table.result()
     return Sensitivities(rows.numel(), found, table.gram.numpy())
@@ -121,7 +121,8 @@ class _Matrix:
         self.tokens = 0
         """That it has seen; an expert sees some."""
         self.weight = weight
-        self.costs = dict.fromkeys(roundings, 0.0)
+        self.costs = {rounding: torch.zeros(weight.shape[0]) for rounding in roundings}
+        """Of each row, [N]."""
         self.reach = 0.0
         """Mean over tokens of the square of the gradient of the outputs."""
         self._all_tokens = tokens
@@ -145,14 +146,11 @@ class _Matrix:
             fisher = outputs[:, start:stop].T @ inputs  # [n, K]
             for rounding in self.costs:
                 change = round_blocks(rows, rounding, self.importance, torch.bfloat16).dequantized(rows.shape[1]) - rows
-                total = (change.square_() * fisher).sum(dtype=torch.float64)
-                self.costs[rounding] += float(total) / (2 * self._all_tokens)
+                self.costs[rounding][start:stop] += (change.square_() * fisher).sum(1) / (2 * self._all_tokens)
 
-    def result(self) -> Sensitivity:
+    def result(self, *, with_rows: bool) -> Sensitivity:
         """What was found."""
-        return Sensitivity(
-            self.importance.numpy(), tuple(Cost(rounding, cost) for rounding, cost in self.costs.items())
-        )
+        return Sensitivity(self.importance.numpy(), _costs(self.costs, with_rows=with_rows))
 
 
 class _Table:
@@ -165,7 +163,8 @@ class _Table:
         self._weight = weight
         self._head = head
         self._tied = tied
-        self._costs = head.costs if head is not None and tied else dict.fromkeys(roundings, 0.0)
+        own = {rounding: torch.zeros(weight.shape[0]) for rounding in roundings}
+        self._costs = head.costs if head is not None and tied else own
 
     def visit(self, ids: torch.Tensor, embeddings: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add what the gradients [B, S, E] of looked up embeddings say."""
@@ -181,8 +180,7 @@ class _Table:
         importance = self._importance()
         for rounding in self._costs:
             change = round_blocks(rows, rounding, importance, torch.bfloat16).dequantized(rows.shape[1]) - rows
-            total = (change.square_() * fisher).sum(dtype=torch.float64)
-            self._costs[rounding] += float(total) / (2 * len(back))
+            self._costs[rounding].index_add_(0, found, (change.square_() * fisher).sum(1) / (2 * len(back)))
 
     def _importance(self) -> torch.Tensor:
         own = self.gram.diagonal()
@@ -190,5 +188,11 @@ class _Table:
 
     def result(self) -> Sensitivity:
         """What was found of an embedding by itself."""
-        costs = tuple(Cost(rounding, cost) for rounding, cost in self._costs.items())
-        return Sensitivity(self._importance().numpy(), costs)
+        return Sensitivity(self._importance().numpy(), _costs(self._costs, with_rows=False))
+
+
+def _costs(rows: Mapping[Rounding, torch.Tensor], *, with_rows: bool) -> tuple[Cost, ...]:
+    return tuple(
+        Cost(rounding, float(found.sum(dtype=torch.float64)), found if with_rows else None)
+        for rounding, found in rows.items()
+    )

@@ -370,6 +370,16 @@ def selected(weight: Weight, axis: int, indices: Array) -> Weight:
     return Weight(shape, weight.dtype, picked, packed, weight.step, None, importance, weight.rounding)
 
 
+def rows_of(weight: Weight, start: int, stop: int) -> Weight:
+    """Neighbouring rows, with what their roundings cost where that is known of each row."""
+    costs = tuple(
+        Cost(cost.rounding, float(cost.rows[start:stop].sum()), cost.rows[start:stop])
+        for cost in weight.costs
+        if cost.rows is not None
+    )
+    return replace(selected(weight, 0, np.arange(start, stop)), costs=costs)
+
+
 def _picked(read: Read, indices: Array) -> Read:
     """Read rows by their place in `indices`: a few runs of neighbours one by one, else all that lies between them."""
 

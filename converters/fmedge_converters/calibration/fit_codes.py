@@ -19,7 +19,7 @@ from fmedge_converters.calibration.linear_inputs import Inputs, Place
 from fmedge_converters.calibration.places import (
     PlacedLinear,
     PlacedStack,
-    placed_head,
+    placed_heads,
     placed_linears,
     placed_stacks,
 )
@@ -84,8 +84,8 @@ def _fit(
     sites = _sites(graph, linears) if scaled else {}
     dtype = next((graph.weights[one.linear.name].dtype for one in linears), np.dtype(np.float32))
     layers = _Layers(wanted, sites, round_matrix, FittedMatrices(calibration.scratch), torch_scale_dtype(dtype))
-    head = None if scaled or calibration.lookups is None else placed_head(graph)
-    reaching = None if head is None else Inputs(graph.weights[head.name].shape[1])
+    heads = [] if scaled or calibration.lookups is None else placed_heads(graph)
+    reaching = Inputs(graph.weights[heads[0].name].shape[1]) if heads else None
     calibration.fit(layers.fit, report, reaching)
     if not len(layers.fitted):
         raise SourceError(
@@ -93,8 +93,9 @@ def _fit(
         )
     figures: dict[str, float | int | str | bool] = {"matrices": len(layers.fitted), "of": len(wanted)}
     _apply(graph, linears, stacks, layers)
-    if head is not None and reaching is not None and reaching.gram is not None:
-        _fit_head(graph, head, rounding(graph.weights[head.name]), reaching, calibration, layers)
+    if reaching is not None and reaching.gram is not None:
+        for head in heads:
+            _fit_head(graph, head, rounding(graph.weights[head.name]), reaching, calibration, layers)
         figures["head"] = "fitted, too"
     if stacks:
         figures["experts_fitted_together"] = layers.pooled
@@ -109,7 +110,7 @@ def _fit(
 def _fit_head(
     graph: DecoderGraph, head: Linear, rounding: Rounding, inputs: Inputs, calibration: Calibration, layers: _Layers
 ) -> None:
-    """Round the head to what reaches it, and a tied one to what its rows are where tokens are looked up, too."""
+    """Round a head, or a part of it, to what reaches it, and a tied one to what its rows are where tokens are looked up, too."""
     weight = graph.weights[head.name]
     rows, size = weight.shape
     gram = torch.zeros(size, size) if inputs.gram is None else inputs.gram / max(1, inputs.tokens)

@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from fmedge_converters.graph import MICROSOFT, DecoderGraph
 from fmedge_converters.passes.linear import Linear
-from fmedge_converters.schemes.matmul_nbits import Blocks, insert_matmul_nbits
 from fmedge_converters.scales import add_scales
+from fmedge_converters.schemes.matmul_nbits import Blocks, insert_matmul_nbits
 from fmedge_converters.schemes.scheme import Embedding
 from fmedge_converters.weight import Array, PackedMatrix, Weight, reshaped
 

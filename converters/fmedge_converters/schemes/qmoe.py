@@ -21,8 +21,8 @@ from fmedge_converters.passes.expert_activation import Activation, activation_be
 from fmedge_converters.passes.mixture import ExpertLinear, Mixture, expert_linear
 from fmedge_converters.passes.sign import never_negative
 from fmedge_converters.rounding import Rounding
-from fmedge_converters.schemes.scheme import SpellMixture
 from fmedge_converters.scales import add_scales
+from fmedge_converters.schemes.scheme import SpellMixture
 from fmedge_converters.schemes.weight_only import BLOCK_SIZE, QuantizedMatrix, joined_blocks
 from fmedge_converters.weight import Array, PackedMatrix, Read, Weight, selected
 

@@ -19,9 +19,9 @@ from fmedge_converters.calibration.weighted import weigh_errors
 from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
 from fmedge_converters.rounding import RoundedBlocks, Rounding, joined, round_blocks
+from fmedge_converters.scales import add_scales, scale_dtype, torch_scale_dtype
 from fmedge_converters.schemes.kept_codes import kept_embedding_rows, spell_kept_linear
 from fmedge_converters.schemes.matmul_nbits import Blocks, insert_matmul_nbits
-from fmedge_converters.scales import add_scales, scale_dtype, torch_scale_dtype
 from fmedge_converters.schemes.scheme import Embedding, Scheme, SpellMixture
 from fmedge_converters.weight import Array, Read, Weight, reshaped
 
