@@ -110,7 +110,7 @@ def _fit(
 def _fit_head(
     graph: DecoderGraph, head: Linear, rounding: Rounding, inputs: Inputs, calibration: Calibration, layers: _Layers
 ) -> None:
-    """Round a head, or a part of it, to what reaches it, and a tied one to what its rows are where tokens are looked up, too."""
+    """Round a head, or a part of it, to what reaches it, and a tied one to the lookups of tokens, too."""
     weight = graph.weights[head.name]
     rows, size = weight.shape
     gram = torch.zeros(size, size) if inputs.gram is None else inputs.gram / max(1, inputs.tokens)

@@ -14,9 +14,9 @@ import onnx_ir as ir
 
 from fmedge_converters.graph import MICROSOFT, DecoderGraph
 from fmedge_converters.passes.linear import Linear
+from fmedge_converters.passes.lookup import Lookup
 from fmedge_converters.scales import add_scales
 from fmedge_converters.schemes.matmul_nbits import Blocks, insert_matmul_nbits
-from fmedge_converters.schemes.scheme import Embedding
 from fmedge_converters.weight import Array, PackedMatrix, Weight, reshaped
 
 
@@ -34,7 +34,7 @@ def spell_kept_linear(graph: DecoderGraph, linear: Linear, packed: PackedMatrix,
     )
 
 
-def kept_embedding_rows(graph: DecoderGraph, embedding: Embedding, packed: PackedMatrix) -> ir.Value:
+def kept_embedding_rows(graph: DecoderGraph, embedding: Lookup, packed: PackedMatrix) -> ir.Value:
     """GatherBlockQuantized with the codes of the source: rows [B, S, E], E padded to whole blocks."""
     name = str(embedding.weight.name)
     weight = graph.weights[name]

@@ -18,8 +18,6 @@ from fmedge_converters.passes.mixture import Mixture
 from fmedge_converters.rounding import Rounding
 from fmedge_converters.weight import Weight
 
-Embedding = Lookup
-
 
 class SpellLinear(Protocol):
     """Replaces a Linear node by operators that the target runs."""
@@ -30,7 +28,7 @@ class SpellLinear(Protocol):
 class SpellEmbedding(Protocol):
     """Replaces the lookup of the embedding; `tied` if the head has the same weight."""
 
-    def __call__(self, graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int) -> None: ...
+    def __call__(self, graph: DecoderGraph, embedding: Lookup, *, tied: bool, block_size: int) -> None: ...
 
 
 class SpellMixture(Protocol):

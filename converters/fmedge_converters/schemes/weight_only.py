@@ -18,11 +18,12 @@ import torch
 from fmedge_converters.calibration.weighted import weigh_errors
 from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
+from fmedge_converters.passes.lookup import Lookup
 from fmedge_converters.rounding import RoundedBlocks, Rounding, joined, round_blocks
 from fmedge_converters.scales import add_scales, scale_dtype, torch_scale_dtype
 from fmedge_converters.schemes.kept_codes import kept_embedding_rows, spell_kept_linear
 from fmedge_converters.schemes.matmul_nbits import Blocks, insert_matmul_nbits
-from fmedge_converters.schemes.scheme import Embedding, Scheme, SpellMixture
+from fmedge_converters.schemes.scheme import Scheme, SpellMixture
 from fmedge_converters.weight import Array, Read, Weight, reshaped
 
 BLOCK_SIZE = 128
@@ -162,7 +163,7 @@ class _WeightOnly:
             self.accuracy_level,
         )
 
-    def embedding(self, graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int) -> None:
+    def embedding(self, graph: DecoderGraph, embedding: Lookup, *, tied: bool, block_size: int) -> None:
         """The head's codes when both are tied, without their axis of blocks: the writer stores equal bytes once."""
         del tied  # codes have names: those that the head has made are found
         weight = graph.weights[str(embedding.weight.name)]
@@ -184,7 +185,7 @@ class _WeightOnly:
         replace(embedding.output, rows)
 
 
-def _embedding_rows(graph: DecoderGraph, embedding: Embedding, weight: Weight, rounding: Rounding) -> ir.Value:
+def _embedding_rows(graph: DecoderGraph, embedding: Lookup, weight: Weight, rounding: Rounding) -> ir.Value:
     """Rows [B, S, E], E padded to whole blocks."""
     name = str(embedding.weight.name)
     made = _add_quantized(graph, name, weight, rounding)
