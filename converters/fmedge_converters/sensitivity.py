@@ -168,8 +168,10 @@ class _Table:
 
     def visit(self, ids: torch.Tensor, embeddings: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add what the gradients [B, S, E] of looked up embeddings say."""
-        found, places = ids.flatten().unique(return_inverse=True)  # [U], [T]
-        rows = torch.cat([torch.from_numpy(self._weight.read(row, row + 1)) for row in found.tolist()]).float()
+        numbers = sorted(set(ids.flatten().tolist()))
+        found = torch.tensor(numbers)  # [U]
+        places = torch.searchsorted(found, ids.flatten())  # [T]
+        rows = torch.cat([torch.from_numpy(self._weight.read(row, row + 1)) for row in numbers]).float()  # [U, E]
         plain, given = rows[places], embeddings.flatten(0, -2)  # [T, E]
         # Some models multiply what they look up.
         factor = (plain * given).sum() / plain.square().sum().clamp(min=torch.finfo(torch.float32).tiny)

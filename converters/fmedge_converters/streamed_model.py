@@ -138,7 +138,8 @@ class StreamedModel:
     ) -> None:
         def looked_up(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             embeddings = output.detach().clone()  # some models change what they get
-            output.requires_grad_().register_hook(lambda back: visit_lookup(args[0], embeddings, back))
+            output.requires_grad_()
+            output.register_hook(lambda back: visit_lookup(args[0], embeddings, back))  # type: ignore[no-untyped-call]  # torch gives it no type
 
         begin = self._model.get_input_embeddings().register_forward_hook(looked_up)
         try:
