@@ -154,8 +154,8 @@ def allocation_evidence(built: BuiltDecoder, tokens: int) -> Evidence:
     return Evidence(
         name="allocation",
         what=(
-            f"what the roundings that were chosen for {len(allocation.matrices)} matrices cost, to second order, on "
-            f"{tokens} tokens of text; beside it the scheme without --bits"
+            f"what the roundings that were chosen for {len(allocation.matrices)} matrices cost if no code is fitted to "
+            f"text, to second order, on {tokens} tokens; beside it the scheme without --bits"
         ),
         passed=True,
         figures={

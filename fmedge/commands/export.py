@@ -99,8 +99,8 @@ def command(
     bits: Annotated[
         float | None,
         typer.Option(
-            help="For int4, int4-awq and int4-gptq: a size in bits per weight, scales included; what each matrix gets is "
-            "chosen by measuring what it does to the output.",
+            help="For int4, int4-awq and int4-gptq: a size in bits per weight, scales included; what each matrix gets "
+            "is chosen by measuring what it does to the output.",
             rich_help_panel=WEIGHTS,
         ),
     ] = ExportOptions.bits,
