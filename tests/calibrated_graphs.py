@@ -30,12 +30,14 @@ ROWS = tuple(tuple(row) for row in np.random.default_rng(1).integers(1, 320, (12
 HELD_OUT = np.random.default_rng(2).integers(1, 320, (3, CONTEXT)).tolist()
 
 
-def calibration(folder: Path, scratch: Path, statistics: Path | None = None) -> Calibration:
+def calibration(
+    folder: Path, scratch: Path, statistics: Path | None = None, lookups: np.ndarray | None = None
+) -> Calibration:
     """Random tokens for a model."""
     scratch.mkdir(parents=True, exist_ok=True)
     text = CalibrationText(ROWS, "random tokens")
     model = CalibrationModel(AutoConfig.from_pretrained(folder), Files(folder), CONTEXT, ROWS)
-    return Calibration(model, text, statistics, scratch)
+    return Calibration(model, text, statistics, scratch, lookups=lookups)
 
 
 def build(folder: Path, output: Path, scheme: Scheme, block_size: int | None = None) -> BuiltDecoder:

@@ -130,13 +130,14 @@ def test_what_is_kept_on_disk_is_what_was_rounded(bits: int, symmetric: bool, tm
     places, wanted = [Place("stack", expert) for expert in range(3)], []
     for number, place in enumerate(places):
         matrix, _ = problem(6, 80, number)
-        rounded = round_blocks(matrix, Rounding(bits, 32, symmetric))
+        rounded = round_blocks(matrix, Rounding(bits, 32, symmetric), None, torch.bfloat16)
         kept.add(place, rounded, (6, 80))
         wanted.append(rounded.dequantized(80).numpy())
     stack = kept.stack(places, FLOAT)
     np.testing.assert_allclose(stack.array(), np.stack(wanted), rtol=1e-6)
     assert stack.packed is not None
     assert stack.packed.codes(4, 14).shape == (10, 3, 32 * bits // 8)
+    assert stack.packed.scales(4, 14).itemsize == 2
     np.testing.assert_allclose(kept.weight(places[1], FLOAT).read(2, 5), wanted[1][2:5], rtol=1e-6)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,33 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fmedge_converters import mixed_precision, streamed_model
+from calibrated_graphs import CONTEXT, build, calibration, error, logits, random_model
+from fmedge_converters import budget, mixed_precision, streamed_model
 from fmedge_converters import weight as weight_module
+from fmedge_converters.build import BuildOptions, build_decoder
+from fmedge_converters.calibration.calibration import Calibration
+from fmedge_converters.checkpoint import Files
 from fmedge_converters.decoder import quiet_libraries
 from fmedge_converters.export import export
 from fmedge_converters.export_options import ExportOptions
+from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.mixed_precision import Matrix, Option, allocate, candidates
+from fmedge_converters.passes.divided_head import can_be_divided, divide_head
+from fmedge_converters.passes.linear import heads
+from fmedge_converters.passes.lookup import lookups
 from fmedge_converters.reference import open_streamed
 from fmedge_converters.rounding import Rounding, round_blocks
+from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.sensitivity import Sensitivities, measure_sensitivities
 from fmedge_converters.source import open_source
 from fmedge_converters.streamed_model import StreamedModel
-from fmedge_runtimes.bundle import Bundle
+from fmedge_converters.targets import TARGETS
+from fmedge_runtimes.bundle import Evidence
 from fmedge_runtimes.errors import ExportError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 TEXT = np.random.default_rng(1).integers(0, 320, 96).tolist()
@@ -128,11 +139,22 @@ def test_costs_are_those_of_gradients_in_memory(
 
     for name, module in products.items():
         module.register_forward_hook(lambda _m, args, output, name=name: record(name, args[0], output))
+    looked_up: dict[str, torch.Tensor] = {}
+
+    def record_lookup(_module: torch.nn.Module, _args: object, output: torch.Tensor) -> None:
+        output.register_hook(lambda gradient: looked_up.__setitem__("gradient", gradient.flatten(0, -2)))
+
+    model.get_input_embeddings().register_forward_hook(record_lookup)
     logits = model(input_ids=torch.tensor([TEXT]), use_cache=False).logits[0]
     drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
     torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert tied
     assert set(found.matrices) == {f"{name}.weight" for name in products}
     assert found.tokens == len(TEXT)
+    back = looked_up["gradient"]  # [T, E]
+    reach = gone["lm_head"].square().sum() / len(TEXT)
+    np.testing.assert_allclose(found.lookups, back.T @ back / len(TEXT) / reach, rtol=1e-3, atol=1e-6)
     for name, module in products.items():
         matrix = module.weight.detach()
         matrix = matrix.T.contiguous() if isinstance(module, Conv1D) else matrix
@@ -140,7 +162,16 @@ def test_costs_are_those_of_gradients_in_memory(
         np.testing.assert_allclose(found.matrices[f"{name}.weight"].importance, importance, rtol=1e-4)
         change = round_blocks(matrix, rounding, importance, torch.bfloat16).dequantized(matrix.shape[1]) - matrix
         fisher = gone[name].square().T @ seen[name].square()
-        wanted = float((fisher * change.square()).sum() / (2 * len(TEXT)))
+        rows = (fisher * change.square()).sum(1)  # [N]
+        if name == "lm_head":
+            importance = importance + torch.from_numpy(found.lookups).diagonal()
+            change = round_blocks(matrix, rounding, importance, torch.bfloat16).dequantized(matrix.shape[1]) - matrix
+            rows.index_add_(0, torch.tensor(TEXT), (back.square() * change[TEXT].square()).sum(1))
+            by_row = found.matrices["lm_head.weight"].costs[0].rows
+            assert by_row is not None
+            assert by_row.sum() == pytest.approx(found.matrices["lm_head.weight"].costs[0].divergence)
+            assert torch.corrcoef(torch.stack((by_row, rows)))[0, 1] > 0.99
+        wanted = float(rows.sum() / (2 * len(TEXT)))
         # Codes at the edge may fall either way.
         assert found.matrices[f"{name}.weight"].costs[0].divergence == pytest.approx(wanted, rel=0.02)
 
@@ -165,9 +196,9 @@ def test_costs_foretell_the_divergence(tmp_path: Path) -> None:
             module.weight.data = matrix
 
 
-def stored(bundle: Bundle) -> tuple[int, int]:
+def stored(file: Path) -> tuple[int, int]:
     """Bits of codes, scales and zero points in a graph, and the numbers that they stand for."""
-    graph = onnx.load(bundle.file("decoder.onnx"), load_external_data=False).graph
+    graph = onnx.load(file, load_external_data=False).graph
     sizes = {
         item.name: math.prod(item.dims) * {1: 4, 2: 1, 7: 8, 10: 2, 16: 2}[item.data_type] * 8
         for item in graph.initializer
@@ -224,18 +255,71 @@ def test_a_bundle_has_the_bits_that_were_asked_for(tied: Path, tmp_path: Path) -
         )
         made[name] = export(wanted)
     for bundle in made.values():
-        bits, numbers = stored(bundle)
+        bits, numbers = stored(bundle.file("decoder.onnx"))
         assert bits <= 5.5 * numbers
         assert bundle.manifest.bits_per_weight == pytest.approx(bits / numbers)
         assert bundle.manifest.matrices is not None
         # q, k and v, gate and up are one matrix each; the embedding is the head's.
-        assert len(bundle.manifest.matrices) == 2 * 4 + 1
+        assert len({name.partition("[")[0] for name in bundle.manifest.matrices}) == 2 * 4 + 1
         assert len({(facts.bits, facts.block_size) for facts in bundle.manifest.matrices.values()}) > 1
     assert all(not facts.symmetric for facts in (made["zeros"].manifest.matrices or {}).values())
     for file in ("decoder.onnx", "decoder.onnx.data"):
         assert made["first"].file(file).read_bytes() == made["again"].file(file).read_bytes()
     (evidence,) = (item for item in made["first"].manifest.evidence if item.name == "allocation")
     assert evidence.figures["bits_per_weight"] == made["first"].manifest.bits_per_weight
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_a_divided_head_computes_the_same(tied: Path, tmp_path: Path) -> None:
+    starts = (32, 96, 224)
+
+    def divide(graph: DecoderGraph, given: Calibration, *_: object) -> Evidence:
+        (head,) = heads(graph)
+        assert can_be_divided(graph, head)
+        divide_head(graph, head, starts)
+        assert [graph.weights[part.name].rows for part in heads(graph)] == list(np.diff((0, *starts, 320)))
+        assert len(lookups(graph)) == len(starts) + 1
+        return given.evidence("divided", {})
+
+    whole = logits(build(tied, tmp_path / "whole", FLOATING))
+    divided = replace(FLOATING, calibrate=divide, needs_calibration=True)
+    np.testing.assert_allclose(logits(build(tied, tmp_path / "divided", divided)), whole, atol=1e-5)
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_a_budget_of_fitted_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head is fitted, divided where that is best, and its codes serve the lookups of tokens, too."""
+    monkeypatch.setattr(budget, "STEP", 16)
+    folder = random_model(tmp_path / "model", tie_word_embeddings=True)
+    found = measured(folder, candidates(symmetric=True))
+    wanted = logits(build(folder, tmp_path / "fp32", FLOATING))
+    errors = {}
+    for name in ("int4", "int4-gptq"):
+        spent = BuildOptions(
+            TARGETS["cpu"],
+            TARGETS["cpu"].schemes[name],
+            None,
+            CONTEXT,
+            prepare=found.attach,
+            bits=5.2,
+            calibration=None if name == "int4" else calibration(folder, tmp_path / "scratch", lookups=found.lookups),
+        )
+        (tmp_path / name).mkdir()
+        built = build_decoder(
+            AutoConfig.from_pretrained(folder), Files(folder), tmp_path / name, spent, lambda *_: None
+        )
+        assert built.allocation is not None
+        bits, numbers = stored(built.written.graph)
+        assert bits <= 5.2 * numbers
+        assert built.quantization.bits_per_weight == pytest.approx(bits / numbers)
+        assert built.allocation.bits_per_weight == pytest.approx(bits / numbers)
+        parts = [matrix.name for matrix in built.allocation.matrices if "[" in matrix.name]
+        assert len(parts) > 1
+        graph = onnx.load(built.written.graph, load_external_data=False).graph
+        lookups_of = [node for node in graph.node if node.op_type == "GatherBlockQuantized"]
+        assert len(lookups_of) == len(parts)
+        errors[name] = error(built, wanted)
+    assert errors["int4-gptq"] < 0.75 * errors["int4"]
 
 
 @pytest.mark.usefixtures("traced_once")

@@ -13,12 +13,15 @@ import torch
 from fmedge_runtimes.bundle import Evidence
 from transformers import PretrainedConfig
 
+from fmedge_converters.budget import spend_bits
 from fmedge_converters.calibration.calibration import Calibration
+from fmedge_converters.calibration.places import placed_heads
 from fmedge_converters.checkpoint import Checkpoint, Files
 from fmedge_converters.decoder import TracedDecoder
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.in_place import updates_in_place
 from fmedge_converters.layouts.layout import Layout
+from fmedge_converters.mixed_precision import Allocation
 from fmedge_converters.plain_graph import require_plain
 from fmedge_converters.quantize import Quantization, quantize
 from fmedge_converters.recording import LayerCache, LayerState
@@ -83,6 +86,8 @@ class BuiltDecoder:
     states: tuple[LayerState, ...]
     vocabulary: int
     quantization: Quantization
+    allocation: Allocation | None
+    """What was chosen for each matrix, if there was a budget."""
     source_format: str | None
     """The quantization of the source, None if it has none."""
     calibration: Evidence | None
@@ -120,8 +125,9 @@ def build_decoder(
         prepared = options.prepare(weights)
         second = None if options.prefill is None else replace(traced, model=traced.model.clone())
         graph = _rewritten(traced, prepared, options, progress)
+        allocation = None if options.bits is None else spend_bits(graph, options.scheme, options.bits)
         calibration = _calibrate(graph, traced, options, progress)
-        quantization = quantize(graph, options.scheme, options.block_size, options.bits)
+        quantization = quantize(graph, options.scheme, options.block_size)
         if options.scheme.storage is not None:
             store_weights(graph, options.scheme.storage)
         if target.engines:
@@ -154,6 +160,7 @@ def build_decoder(
         states,
         int(size),
         quantization,
+        allocation,
         checkpoint.source_format,
         calibration,
         prefill,
@@ -189,6 +196,11 @@ def _calibrate(
     rounding = None
     if scheme.rounding is not None:
         rounding = functools.partial(scheme.rounding, is_head=False, block_size=options.block_size or scheme.block_size)
+    if scheme.rounding is not None and calibration.lookups is not None:
+        for head in placed_heads(graph):
+            weight = graph.weights[head.name]
+            usual = scheme.rounding(weight, is_head=True, block_size=options.block_size or scheme.block_size)
+            graph.weights[head.name] = replace(weight, rounding=usual)
     calibration.parameters = traced.parameters
     return scheme.calibrate(graph, calibration, rounding, progress)
 

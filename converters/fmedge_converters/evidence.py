@@ -148,14 +148,14 @@ def weights_evidence(built: BuiltDecoder, scheme: Scheme) -> Evidence:
 
 def allocation_evidence(built: BuiltDecoder, tokens: int) -> Evidence:
     """What was expected of the roundings that were chosen, and of the scheme without a choice."""
-    allocation = built.quantization.allocation
+    allocation = built.allocation
     if allocation is None:
         raise RuntimeError("a decoder that was built without a budget")
     return Evidence(
         name="allocation",
         what=(
-            f"what the roundings that were chosen for {len(allocation.matrices)} matrices cost, to second order, on "
-            f"{tokens} tokens of text; beside it the scheme without --bits"
+            f"what the roundings that were chosen for {len(allocation.matrices)} matrices cost if no code is fitted to "
+            f"text, to second order, on {tokens} tokens; beside it the scheme without --bits"
         ),
         passed=True,
         figures={

@@ -114,9 +114,9 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
         if layout is not None and tokenizer is not None:
             layout.check_tokenizer(folder / tokenizer.tokenizer)
         generation = write_generation_config(source, folder)
-        found = find_sensitivities(source, folder, tokenizer, text, context, options, progress)
-        prepare = as_they_are if found is None else found.attach
-        with opened_calibration(options, source, scheme, folder, tokenizer, context, text) as calibration:
+        found = find_sensitivities(source, folder, tokenizer, text, context, options, scheme, progress)
+        prepare = as_they_are if options.bits is None or found is None else found.attach
+        with opened_calibration(options, source, scheme, folder, tokenizer, context, text, found) as calibration:
             build = BuildOptions(
                 target, scheme, options.block_size, context, layout, prepare, options.bits, calibration, prefill
             )
@@ -199,14 +199,14 @@ def _graphs(
 def _of_weights(built: BuiltDecoder, scheme: Scheme, found: Sensitivities | None) -> list[Evidence]:
     """What became of the weights, where that is not the same for all."""
     found_out = [] if built.source_format is None else [weights_evidence(built, scheme)]
-    if found is not None:
+    if found is not None and built.allocation is not None:
         found_out.append(allocation_evidence(built, found.tokens))
     return found_out if built.calibration is None else [*found_out, built.calibration]
 
 
 def _matrices(built: BuiltDecoder) -> dict[str, MatrixFacts] | None:
     """What was chosen for each matrix, if there was a choice."""
-    allocation = built.quantization.allocation
+    allocation = built.allocation
     if allocation is None:
         return None
     return {

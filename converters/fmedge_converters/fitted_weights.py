@@ -38,6 +38,7 @@ def opened_calibration(
     tokenizer: TokenizerFacts | None,
     context: int,
     evaluation_text: str,
+    found: Sensitivities | None,
 ) -> Iterator[Calibration | None]:
     """The calibration that a scheme needs, or that was asked for, while its codes are needed. Raises ExportError."""
     asked = bool(options.calibrate) or options.statistics is not None
@@ -55,7 +56,8 @@ def opened_calibration(
     model = CalibrationModel(source.config, source.files, context, text.rows)
     # Inside the folder that disappears if the export does.
     with tempfile.TemporaryDirectory(prefix="calibration-", dir=folder) as scratch:
-        yield Calibration(model, text, options.statistics, Path(scratch))
+        lookups = None if found is None else found.lookups
+        yield Calibration(model, text, options.statistics, Path(scratch), lookups=lookups)
 
 
 def find_sensitivities(
@@ -65,15 +67,16 @@ def find_sensitivities(
     text: str,
     context: int,
     options: ExportOptions,
+    scheme: Scheme,
     progress: Progress,
 ) -> Sensitivities | None:
     """What each rounding of each matrix costs on other text than the comparison's, if that is long enough; None where
-    nothing is to be chosen."""
-    if options.bits is None:
+    nothing is to be chosen, and no head is to be fitted that is the token embedding, too."""
+    if options.bits is None and (options.head_bits is None or not scheme.needs_calibration):
         return None
     stage = "measuring what each matrix's rounding costs"
     progress(stage, 0, 0)
-    roundings = candidates(symmetric=not options.asymmetric)
+    roundings = () if options.bits is None else candidates(symmetric=not options.asymmetric)
     name = tokenizer.tokenizer if tokenizer else None
     try:
         with open_streamed(source, context) as streamed, quiet_libraries():
@@ -83,5 +86,5 @@ def find_sensitivities(
     except NotLoadedError as error:
         raise SourceError(
             f"PyTorch cannot compute this model layer by layer: a layer uses the weights of another ({error}); leave "
-            "--bits out."
+            "--bits and --head-bits out."
         ) from error

@@ -10,7 +10,7 @@ the block gets back the length, along its own direction, that least squares take
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -57,6 +57,8 @@ class Cost:
     rounding: Rounding
     divergence: float
     """KL divergence, in nats per token."""
+    rows: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    """The part of each row, [N], where it is known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ To second order, the KL divergence that a change d of a weight causes is F d d /
 the mean square of the gradient of -log p(y) for tokens y drawn from the model's own distribution (LeCun, Denker and
 Solla, "Optimal brain damage", 1990; Kim et al., "SqueezeLLM", 2023). One pass over the layers and back finds it: in a
 matrix, F is the sum over tokens of squared inputs times squared gradients of outputs. Changes of different weights add
-up, so the estimate for several matrices is a sum.
+up, so the estimate for several matrices is a sum. Of the token embedding only the rows that were looked up count; one
+that is the head's, too, costs what both together do.
 """
 
 from __future__ import annotations
@@ -45,15 +46,19 @@ class Sensitivities:
 
     tokens: int
     matrices: Mapping[str, Sensitivity]
+    lookups: Array
+    """float32 [E, E]: Gram matrix of the gradients of looked up embeddings, in the measure of the head's inputs. What
+    an error in the row of a token costs where it is read is to this matrix as what it costs where it is predicted is to
+    the Gram matrix of the head's inputs, because tokens are read as often as they are predicted."""
 
     def attach(self, weights: dict[str, Weight]) -> dict[str, Weight]:
-        """The weights with what was measured."""
-        return {
-            name: replace(weight, importance=found.importance, costs=found.costs)
-            if (found := self.matrices.get(name)) is not None
-            else weight
-            for name, weight in weights.items()
+        """The weights with what was measured; a tied one stays one."""
+        known = {
+            id(weights[name]): replace(weights[name], importance=found.importance, costs=found.costs)
+            for name, found in self.matrices.items()
+            if name in weights
         }
+        return {name: known.get(id(weight), weight) for name, weight in weights.items()}
 
 
 def measure_sensitivities(
@@ -66,14 +71,15 @@ def measure_sensitivities(
 
     Raises NotLoadedError when a layer uses the weights of another.
     """
-    vocabulary = streamed.model.get_output_embeddings().weight.shape[0]
+    model = streamed.model
+    vocabulary = model.get_output_embeddings().weight.shape[0]
     window = min(WINDOW, len(text))
     most = max(1, min(TOKENS, LOGITS_BYTES // (4 * vocabulary)) // window)
     ends = range(0, min(len(text), most * window) + 1, window)
     rows = torch.tensor([list(text[start:end]) for start, end in pairwise(ends)])  # [B, S]
     modules = {
         f"{name}.weight": module
-        for name, module in streamed.model.named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and f"{name}.weight" in streamed.weights
     }
     measured: dict[str, _Matrix] = {}
@@ -87,8 +93,16 @@ def measure_sensitivities(
             progress(sum(other.tokens > 0 for other in measured.values()), len(measured))
 
         visits[module] = visit
-    streamed.run_back(rows, _towards_own_tokens, visits)
-    return Sensitivities(rows.numel(), {name: matrix.result() for name, matrix in measured.items() if matrix.tokens})
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    head = measured.get(names[id(model.get_output_embeddings())])
+    looked_up = names[id(model.get_input_embeddings())]
+    tied = head is not None and streamed.weights[looked_up] is head.weight
+    table = _Table(streamed.weights[looked_up], roundings, head, tied=tied)
+    streamed.run_back(rows, _towards_own_tokens, visits, table.visit)
+    found = {name: matrix.result(with_rows=matrix is head) for name, matrix in measured.items() if matrix.tokens}
+    if not tied:
+        found[looked_up] = table.result()
+    return Sensitivities(rows.numel(), found, table.gram.numpy())
 
 
 def _towards_own_tokens(logits: torch.Tensor) -> torch.Tensor:
@@ -106,26 +120,81 @@ class _Matrix:
     def __init__(self, weight: Weight, roundings: Sequence[Rounding], tokens: int) -> None:
         self.tokens = 0
         """That it has seen; an expert sees some."""
-        self._weight = weight
+        self.weight = weight
+        self.costs = {rounding: torch.zeros(weight.shape[0]) for rounding in roundings}
+        """Of each row, [N]."""
+        self.reach = 0.0
+        """Mean over tokens of the square of the gradient of the outputs."""
         self._all_tokens = tokens
         self._squares = torch.zeros(weight.shape[1])  # [K]
-        self._costs = dict.fromkeys(roundings, 0.0)
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """Mean square of each input feature, [K]."""
+        return self._squares / max(1, self.tokens)
 
     def visit(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add what inputs [T, K] and gradients of outputs [T, N] say."""
         inputs, outputs = x.square(), gradient.square()
         self.tokens += len(x)
+        self.reach += float(outputs.sum(dtype=torch.float64)) / self._all_tokens
         self._squares += inputs.sum(0)
-        importance = self._squares / self.tokens
-        for (start, stop), block in zip(self._weight.ranges(), self._weight.blocks(), strict=True):
+        if not self.costs:
+            return
+        for (start, stop), block in zip(self.weight.ranges(), self.weight.blocks(), strict=True):
             rows = torch.from_numpy(block)  # [n, K]
             fisher = outputs[:, start:stop].T @ inputs  # [n, K]
-            for rounding in self._costs:
-                change = round_blocks(rows, rounding, importance, torch.bfloat16).dequantized(rows.shape[1]) - rows
-                total = (change.square_() * fisher).sum(dtype=torch.float64)
-                self._costs[rounding] += float(total) / (2 * self._all_tokens)
+            for rounding in self.costs:
+                change = round_blocks(rows, rounding, self.importance, torch.bfloat16).dequantized(rows.shape[1]) - rows
+                self.costs[rounding][start:stop] += (change.square_() * fisher).sum(1) / (2 * self._all_tokens)
+
+    def result(self, *, with_rows: bool) -> Sensitivity:
+        """What was found."""
+        return Sensitivity(self.importance.numpy(), _costs(self.costs, with_rows=with_rows))
+
+
+class _Table:
+    """The token embedding [V, E], while what its roundings cost is added up: to the costs of the head if both are
+    tied."""
+
+    def __init__(self, weight: Weight, roundings: Sequence[Rounding], head: _Matrix | None, *, tied: bool) -> None:
+        self.gram = torch.zeros(weight.shape[1], weight.shape[1])
+        """As Sensitivities has it."""
+        self._weight = weight
+        self._head = head
+        self._tied = tied
+        own = {rounding: torch.zeros(weight.shape[0]) for rounding in roundings}
+        self._costs = head.costs if head is not None and tied else own
+
+    def visit(self, ids: torch.Tensor, embeddings: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add what the gradients [B, S, E] of looked up embeddings say."""
+        numbers = sorted(set(ids.flatten().tolist()))
+        found = torch.tensor(numbers)  # [U]
+        places = torch.searchsorted(found, ids.flatten())  # [T]
+        rows = torch.cat([torch.from_numpy(self._weight.read(row, row + 1)) for row in numbers]).float()  # [U, E]
+        plain, given = rows[places], embeddings.flatten(0, -2)  # [T, E]
+        # Some models multiply what they look up.
+        factor = (plain * given).sum() / plain.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        back = gradient.flatten(0, -2) * factor  # [T, E]
+        reach = 1.0 if self._head is None else max(self._head.reach, torch.finfo(torch.float32).tiny)
+        self.gram += back.T @ back / (len(back) * reach)
+        fisher = torch.zeros_like(rows).index_add_(0, places, back.square())  # [U, E]
+        importance = self._importance()
+        for rounding in self._costs:
+            change = round_blocks(rows, rounding, importance, torch.bfloat16).dequantized(rows.shape[1]) - rows
+            self._costs[rounding].index_add_(0, found, (change.square_() * fisher).sum(1) / (2 * len(back)))
+
+    def _importance(self) -> torch.Tensor:
+        own = self.gram.diagonal()
+        return own + self._head.importance if self._head is not None and self._tied else own
 
     def result(self) -> Sensitivity:
-        """What was found."""
-        importance = (self._squares / self.tokens).numpy()
-        return Sensitivity(importance, tuple(Cost(rounding, cost) for rounding, cost in self._costs.items()))
+        """What was found of an embedding by itself."""
+        return Sensitivity(self._importance().numpy(), _costs(self._costs, with_rows=False))
+
+
+def _costs(rows: Mapping[Rounding, torch.Tensor], *, with_rows: bool) -> tuple[Cost, ...]:
+    return tuple(
+        Cost(rounding, float(found.sum(dtype=torch.float64)), found if with_rows else None)
+        for rounding, found in rows.items()
+    )

@@ -46,6 +46,8 @@ class Visitor(Protocol):
 
 Visit = Callable[[torch.Tensor, torch.Tensor], None]
 """Takes the input of a product [B, S, K] and the gradient of its output [B, S, N]."""
+VisitLookup = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Takes token ids [B, S], their embeddings [B, S, E] and the gradient of these."""
 
 
 class StreamedModel:
@@ -77,27 +79,45 @@ class StreamedModel:
         """How many a visitor sees."""
         return len(_layers(self._model))
 
-    def visit(self, rows: Sequence[Sequence[int]], mode: Mode, visitor: Visitor) -> None:
+    def visit(
+        self,
+        rows: Sequence[Sequence[int]],
+        mode: Mode,
+        visitor: Visitor,
+        head: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
         """Run the rows, each in a `mode`, through all layers, which a visitor sees in the order in which they run. What
-        comes behind the layers does not run. Raises as `run` does."""
-        self._pass(rows, lambda _number, _logits: None, mode, visitor)
+        comes behind the layers does not run, unless `head` is to take the inputs [1, S, K] of the head, whose products
+        are never computed. Raises as `run` does."""
+        if head is None:
+            self._pass(rows, lambda _number, _logits: None, mode, visitor)
+            return
+
+        def take(x: torch.Tensor) -> torch.Tensor:
+            head(x)
+            return x[..., :0]
+
+        with _replaced_forward(self._model.get_output_embeddings(), take):
+            self._pass(rows, lambda _number, _logits: None, mode, visitor, beyond=True)
 
     def run_back(
         self,
         rows: torch.Tensor,
         gradient: Callable[[torch.Tensor], torch.Tensor],
         visits: Mapping[torch.nn.Module, Visit],
+        visit_lookup: VisitLookup,
     ) -> None:
         """Run rows [B, S] together and back. `gradient` says, given the logits [B, S, V], what goes back into them;
-        `visits` are told, for each module, what went in and what comes back. Raises as `run` does."""
+        `visits` are told, for each module, what went in and what comes back, and `visit_lookup` that of the token
+        embedding. Raises as `run` does."""
         try:
-            self._pass_back(rows, gradient, visits)
+            self._pass_back(rows, gradient, visits, visit_lookup)
         except NotLoadedError:
             layers = _layers(self._model)
             if len(layers) == len(self._parts):
                 raise
             self._divide(layers, layers)
-            self._pass_back(rows, gradient, visits)
+            self._pass_back(rows, gradient, visits, visit_lookup)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -114,9 +134,14 @@ class StreamedModel:
         rows: torch.Tensor,
         gradient: Callable[[torch.Tensor], torch.Tensor],
         visits: Mapping[torch.nn.Module, Visit],
+        visit_lookup: VisitLookup,
     ) -> None:
-        embeddings = self._model.get_input_embeddings()
-        begin = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+        def looked_up(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            embeddings = output.detach().clone()  # some models change what they get
+            output.requires_grad_()
+            output.register_hook(lambda back: visit_lookup(args[0], embeddings, back))  # type: ignore[no-untyped-call]  # torch gives it no type
+
+        begin = self._model.get_input_embeddings().register_forward_hook(looked_up)
         try:
             with contextlib.ExitStack() as stack:
                 for module, visit in visits.items():
@@ -148,12 +173,18 @@ class StreamedModel:
             self._fill(module, inside)
 
     def _pass(
-        self, rows: Sequence[Sequence[int]], consume: Consume, mode: Mode, visitor: Visitor | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        consume: Consume,
+        mode: Mode,
+        visitor: Visitor | None = None,
+        *,
+        beyond: bool = False,
     ) -> None:
         workers = [_Worker(self._model, row, Pieces(self._pieces), mode()) for row in rows]
         hooks = [part.register_forward_pre_hook(self._wait, with_kwargs=True) for part in self._parts]
         try:
-            self._take_turns(workers, consume, visitor)
+            self._take_turns(workers, consume, visitor, beyond=beyond)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -166,7 +197,9 @@ class StreamedModel:
         if isinstance(worker, _Worker):
             worker.wait_for(part, args, kwargs)
 
-    def _take_turns(self, workers: Sequence[_Worker], consume: Consume, visitor: Visitor | None) -> None:
+    def _take_turns(
+        self, workers: Sequence[_Worker], consume: Consume, visitor: Visitor | None, *, beyond: bool
+    ) -> None:
         order = {part: number for number, part in enumerate(self._parts)}
         layers = set(_layers(self._model))
         last = max((order[layer] for layer in layers), default=-1)
@@ -176,7 +209,7 @@ class StreamedModel:
         while running:
             waiting = [worker.part for _, worker in running if worker.part is not None]
             following = min(waiting, key=order.__getitem__, default=None)
-            if visitor is not None and (following is None or order[following] > last):
+            if visitor is not None and not beyond and (following is None or order[following] > last):
                 return
             with self._loaded(following) if following is not None else contextlib.nullcontext() as part:
                 if visitor is not None and part in layers:

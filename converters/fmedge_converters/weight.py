@@ -49,7 +49,7 @@ class PackedMatrix:
     codes: Read
     """uint8 [n, blocks, block_size * bits / 8]; the code of the lower index lies in the lower bits of a byte."""
     scales: Read
-    """[n, blocks], in the weight's dtype."""
+    """[n, blocks], in `scale_dtype`."""
     zero_points: Read | None = None
     """uint8 [n, ceil(blocks * bits / 8)], packed along the blocks like the codes; None: 2 ** (bits - 1) everywhere."""
     columns: Array | None = None
@@ -57,6 +57,8 @@ class PackedMatrix:
     itself reads in the order of the input features."""
     of_source: bool = True
     """False for codes that an export has fitted."""
+    scale_dtype: np.dtype[np.generic] | None = None
+    """None: the weight's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +288,7 @@ def _alike(first: PackedMatrix, other: PackedMatrix) -> bool:
     )
     return (
         same_order
-        and (first.bits, first.block_size) == (other.bits, other.block_size)
+        and (first.bits, first.block_size, first.scale_dtype) == (other.bits, other.block_size, other.scale_dtype)
         and (first.zero_points is None) == (other.zero_points is None)
     )
 
@@ -366,6 +368,16 @@ def selected(weight: Weight, axis: int, indices: Array) -> Weight:
 
     picked = _picked(weight.read, indices) if axis == 0 else read
     return Weight(shape, weight.dtype, picked, packed, weight.step, None, importance, weight.rounding)
+
+
+def rows_of(weight: Weight, start: int, stop: int) -> Weight:
+    """Neighbouring rows, with what their roundings cost where that is known of each row."""
+    costs = tuple(
+        Cost(cost.rounding, float(cost.rows[start:stop].sum()), cost.rows[start:stop])
+        for cost in weight.costs
+        if cost.rows is not None
+    )
+    return replace(selected(weight, 0, np.arange(start, stop)), costs=costs)
 
 
 def _picked(read: Read, indices: Array) -> Read:

@@ -15,7 +15,7 @@ EPILOG = """
 
   fmedge export owner/name out/bundle --revision main --context 4096
 
-  fmedge export out/model out/bundle --quantize int4 --bits 4.5
+  fmedge export out/model out/bundle --quantize int4-gptq --bits 4.75
 
   fmedge export out/model out/bundle --quantize int4-gptq --calibrate texts/ --calibrate-tokens 32768
 
@@ -85,20 +85,23 @@ def command(
     asymmetric: Annotated[
         bool,
         typer.Option(
-            "--asymmetric", help="Give each block a zero point of its own, for int4.", rich_help_panel=WEIGHTS
+            "--asymmetric",
+            help="Give each block a zero point of its own, for int4, int4-awq and int4-gptq.",
+            rich_help_panel=WEIGHTS,
         ),
     ] = ExportOptions.asymmetric,
     head_bits: Annotated[
         int | None,
         typer.Option(
-            help="Bits of the head and the token embedding, for int4: 8 unless given, or 4.", rich_help_panel=WEIGHTS
+            help="Bits of the head and the token embedding, for int4, int4-awq and int4-gptq: 8 unless given, or 4.",
+            rich_help_panel=WEIGHTS,
         ),
     ] = ExportOptions.head_bits,
     bits: Annotated[
         float | None,
         typer.Option(
-            help="For int4: a size in bits per weight, scales included; what each matrix gets is chosen by measuring "
-            "what it does to the output.",
+            help="For int4, int4-awq and int4-gptq: a size in bits per weight, scales included; what each matrix gets "
+            "is chosen by measuring what it does to the output.",
             rich_help_panel=WEIGHTS,
         ),
     ] = ExportOptions.bits,

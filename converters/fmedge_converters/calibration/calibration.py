@@ -9,7 +9,7 @@ from pathlib import Path
 from fmedge_runtimes.bundle import Evidence
 from fmedge_runtimes.errors import ExportError
 
-from fmedge_converters.calibration.linear_inputs import Place
+from fmedge_converters.calibration.linear_inputs import Inputs, Place
 from fmedge_converters.calibration.model import CalibrationModel, Fit
 from fmedge_converters.calibration.statistics import (
     Statistics,
@@ -20,6 +20,7 @@ from fmedge_converters.calibration.statistics import (
     write_statistics,
 )
 from fmedge_converters.calibration.text import CalibrationText
+from fmedge_converters.weight import Array
 
 Report = Callable[[str, int, int], None]
 
@@ -34,6 +35,8 @@ class Calibration:
     scratch: Path
     parameters: Mapping[str, str] = field(default_factory=dict)
     """The parameter of each initializer of the graph that is one."""
+    lookups: Array | None = None
+    """Of Sensitivities, where the head is to be fitted, too; None leaves it to the scheme."""
 
     def statistics(self, progress: Report) -> dict[Place, Statistics]:
         """Of all matrices in the layers: those of the file, if there is one, which is written otherwise.
@@ -50,14 +53,14 @@ class Calibration:
             write_statistics(path, key, found)
         return found
 
-    def fit(self, fit: Fit, progress: Report) -> None:
-        """Fit each layer's matrices to their inputs. Raises SourceError."""
+    def fit(self, fit: Fit, progress: Report, head: Inputs | None = None) -> None:
+        """Fit each layer's matrices to their inputs; `head` gets those of the head. Raises SourceError."""
         if self.statistics_file is not None:
             raise ExportError(
                 "--statistics keeps what int4, int4-awq, w8a8 and fp8 need; int4-gptq needs products of all pairs of "
                 "features, which would take more room than the model: leave it out."
             )
-        self.model.fit(fit, lambda done, whole: progress("fitting weights", done, whole))
+        self.model.fit(fit, lambda done, whole: progress("fitting weights", done, whole), head)
 
     def _key(self) -> StatisticsKey:
         return statistics_key(self.model.config, self.model.files, self.text.sha256, self.text.tokens)

@@ -16,16 +16,26 @@ from fmedge_converters.calibration.calibration import Calibration, Report
 from fmedge_converters.calibration.fitted import FittedMatrices
 from fmedge_converters.calibration.gptq import compensated_blocks, output_error
 from fmedge_converters.calibration.linear_inputs import Inputs, Place
-from fmedge_converters.calibration.places import PlacedLinear, PlacedStack, placed_linears, placed_stacks
+from fmedge_converters.calibration.places import (
+    PlacedLinear,
+    PlacedStack,
+    placed_heads,
+    placed_linears,
+    placed_stacks,
+)
 from fmedge_converters.calibration.scale_sites import ScaleSite, scale_sites
 from fmedge_converters.graph import DecoderGraph
+from fmedge_converters.passes.linear import Linear
 from fmedge_converters.passes.mixture import expert_linears
-from fmedge_converters.rounding import RoundedBlocks, Rounding, round_blocks
+from fmedge_converters.rounding import RoundedBlocks, Rounding, joined, round_blocks
+from fmedge_converters.scales import torch_scale_dtype
 from fmedge_converters.weight import Weight, concatenated
 
 EXPERT_TOKENS = 64
 """An expert that fewer tokens reach is fitted to those of all experts of its layer."""
 SMALLEST_BLOCK = 16
+HEAD_BYTES = 64 << 20
+"""Of the rows of a head in fp32 that are rounded at once."""
 
 RoundMatrix = Callable[[torch.Tensor, torch.Tensor, Rounding, torch.dtype], RoundedBlocks]
 """Rounds a matrix [N, K] whose inputs have a Gram matrix [K, K]."""
@@ -34,7 +44,7 @@ RoundMatrix = Callable[[torch.Tensor, torch.Tensor, Rounding, torch.dtype], Roun
 def fit_gptq(
     graph: DecoderGraph, calibration: Calibration, rounding: Callable[[Weight], Rounding] | None, report: Report
 ) -> Evidence:
-    """GPTQ for all matrices in the layers (gptq.py)."""
+    """GPTQ for all matrices in the layers, and for the head where its lookups are known (gptq.py)."""
     return _fit(graph, calibration, rounding, report, "GPTQ", compensated_blocks, scaled=False)
 
 
@@ -73,16 +83,20 @@ def _fit(
         )
     sites = _sites(graph, linears) if scaled else {}
     dtype = next((graph.weights[one.linear.name].dtype for one in linears), np.dtype(np.float32))
-    layers = _Layers(
-        wanted, sites, round_matrix, FittedMatrices(calibration.scratch), torch.from_numpy(np.empty(0, dtype)).dtype
-    )
-    calibration.fit(layers.fit, report)
+    layers = _Layers(wanted, sites, round_matrix, FittedMatrices(calibration.scratch), torch_scale_dtype(dtype))
+    heads = [] if scaled or calibration.lookups is None else placed_heads(graph)
+    reaching = Inputs(graph.weights[heads[0].name].shape[1]) if heads else None
+    calibration.fit(layers.fit, report, reaching)
     if not len(layers.fitted):
         raise SourceError(
             f"PyTorch runs none of this model's matrices in its layers, so {method} has nothing to look at."
         )
-    _apply(graph, linears, stacks, layers)
     figures: dict[str, float | int | str | bool] = {"matrices": len(layers.fitted), "of": len(wanted)}
+    _apply(graph, linears, stacks, layers)
+    if reaching is not None and reaching.gram is not None:
+        for head in heads:
+            _fit_head(graph, head, rounding(graph.weights[head.name]), reaching, calibration, layers)
+        figures["head"] = "fitted, too"
     if stacks:
         figures["experts_fitted_together"] = layers.pooled
     if scaled:
@@ -91,6 +105,27 @@ def _fit(
         {"plain_error": layers.plain / layers.total, "error": layers.error / layers.total} if layers.total else {}
     )
     return calibration.evidence(f"weights fitted by {method}", figures)
+
+
+def _fit_head(
+    graph: DecoderGraph, head: Linear, rounding: Rounding, inputs: Inputs, calibration: Calibration, layers: _Layers
+) -> None:
+    """Round a head, or a part of it, to what reaches it, and a tied one to the lookups of tokens, too."""
+    weight = graph.weights[head.name]
+    rows, size = weight.shape
+    gram = torch.zeros(size, size) if inputs.gram is None else inputs.gram / max(1, inputs.tokens)
+    if calibration.lookups is not None and any(use.node.op_type == "Gather" for use in head.weight.uses()):
+        gram += torch.from_numpy(calibration.lookups)
+    step = max(1, HEAD_BYTES // (4 * size))
+    parts = [
+        layers.round_matrix(
+            torch.from_numpy(weight.read(start, min(start + step, rows))).float(), gram, rounding, layers.scale_dtype
+        )
+        for start in range(0, rows, step)
+    ]
+    place = Place(head.name)
+    layers.fitted.add(place, joined(parts), (rows, size))
+    graph.weights[head.name] = layers.fitted.weight(place, weight.dtype)
 
 
 def _of_experts(

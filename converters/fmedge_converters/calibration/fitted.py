@@ -10,6 +10,7 @@ import numpy as np
 
 from fmedge_converters.calibration.linear_inputs import Place
 from fmedge_converters.rounding import RoundedBlocks
+from fmedge_converters.scales import scale_dtype
 from fmedge_converters.weight import Array, PackedMatrix, Read, Weight, concatenated, reshaped
 
 
@@ -57,13 +58,15 @@ class FittedMatrices:
     def weight(self, place: Place, dtype: np.dtype[np.generic]) -> Weight:
         """A matrix [N, K] with its codes; what it reads as is what they stand for."""
         files = self._files[place]
+        scales = scale_dtype(dtype)
         packed = PackedMatrix(
             files.bits,
             files.block_size,
             _rows(files.codes),
-            _rows(files.scales, dtype),
+            _rows(files.scales, scales),
             None if files.zero_points is None else _rows(files.zero_points),
             of_source=False,
+            scale_dtype=scales,
         )
         return Weight(files.shape, dtype, _dequantized(packed, files.shape[1], dtype), packed)
 

@@ -32,7 +32,7 @@ def compensated_blocks(
 
     Raises SourceError when the Gram matrix holds numbers that are not finite.
     """
-    start = round_blocks(matrix, rounding, gram.diagonal())
+    start = round_blocks(matrix, rounding, gram.diagonal(), scale_dtype)
     found = replace(start, codes=_compensated_codes(matrix, gram, start, rounding))
     scales = fitted_scales(matrix, gram, found)
     return replace(found, scales=scales.to(scale_dtype).float())

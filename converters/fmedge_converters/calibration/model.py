@@ -62,9 +62,10 @@ class CalibrationModel:
             opened.visit(self.rows, inputs, look)
         return found + inputs.taken()
 
-    def fit(self, fit: Fit, progress: Callable[[int, int], None]) -> None:
+    def fit(self, fit: Fit, progress: Callable[[int, int], None], head: Inputs | None = None) -> None:
         """Hand the inputs of each layer's matrices, with their Gram matrices, to `fit`, layer after layer; what it
-        writes to the matrices is what the text goes through to reach the next layer.
+        writes to the matrices is what the text goes through to reach the next layer. `head` gets what reaches the head
+        behind all of them.
 
         Raises SourceError when the model cannot run layer by layer, and what `fit` raises.
         """
@@ -79,7 +80,7 @@ class CalibrationModel:
                 fit(inputs.taken(), own)
                 opened.keep_shared(parameters)
 
-            opened.visit(self.rows, inputs, visit)
+            opened.visit(self.rows, inputs, visit, head)
 
     @contextmanager
     def _opened(self, *, with_gram: bool) -> Iterator[_Opened]:
@@ -122,10 +123,12 @@ class _Opened:
         rows: Sequence[Sequence[int]],
         inputs: LinearInputs,
         visitor: Visitor,
+        head: Inputs | None = None,
     ) -> None:
+        take = None if head is None else lambda x: head.add(x.detach().flatten(0, -2), with_gram=True)
         try:
             with quiet_libraries():
-                self._streamed.visit(rows, inputs.mode, visitor)
+                self._streamed.visit(rows, inputs.mode, visitor, take)
         except NotLoadedError as error:
             raise SourceError(
                 f"PyTorch cannot compute this model layer by layer: a layer uses the weights of another ({error}); its "

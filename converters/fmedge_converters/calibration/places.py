@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fmedge_converters.calibration.linear_inputs import Place
 from fmedge_converters.graph import DecoderGraph
-from fmedge_converters.passes.linear import Linear, linears
+from fmedge_converters.passes.linear import Linear, heads, linears
 from fmedge_converters.passes.mixture import expert_linears
 
 
@@ -30,15 +30,23 @@ class PlacedStack:
 def placed_linears(graph: DecoderGraph, parameters: Mapping[str, str]) -> list[PlacedLinear]:
     """The Linear nodes of layers whose weights are parameters, not those that are exact or have codes of a source.
 
-    `parameters`: the parameter of each initializer that is one. The last Linear is the head, which is not in a layer.
+    `parameters`: the parameter of each initializer that is one. The head is in no layer.
     """
     found = []
-    for linear in linears(graph)[:-1]:
+    of_head = {head.node for head in heads(graph)}
+    for linear in linears(graph):
+        if linear.node in of_head:
+            continue
         names = [parameters.get(name.removesuffix(".T")) for name in linear.name.split("+")]
         known = [name for name in names if name is not None]
         if not linear.exact and graph.weights[linear.name].packed is None and len(known) == len(names):
             found.append(PlacedLinear(linear, tuple(map(Place, known))))
     return found
+
+
+def placed_heads(graph: DecoderGraph) -> list[Linear]:
+    """The head, or the parts of one that is divided, where they are rounded and have no codes of a source."""
+    return [one for one in heads(graph) if not one.exact and graph.weights[one.name].packed is None]
 
 
 def placed_stacks(graph: DecoderGraph, parameters: Mapping[str, str]) -> list[PlacedStack]:

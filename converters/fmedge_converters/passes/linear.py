@@ -19,6 +19,8 @@ from fmedge_converters.weight import Weight, transposed
 DOMAIN = "fmedge"
 LINEAR = "Linear"
 EXACT = "exact"
+HEAD = "head"
+"""Marks a part of a head that is divided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class Linear:
     bias: ir.Value | None  # [N]
     output: ir.Value  # [..., N]
     exact: bool
+    of_head: bool
+    """A part of a head that is divided."""
 
     @property
     def name(self) -> str:
@@ -46,8 +50,15 @@ def linears(graph: DecoderGraph) -> list[Linear]:
             x, weight, *bias = node.inputs
             if x is not None and weight is not None:
                 exact = bool(node.attributes.get_int(EXACT, 0))
-                found.append(Linear(node, x, weight, bias[0] if bias else None, node.outputs[0], exact))
+                of_head = bool(node.attributes.get_int(HEAD, 0))
+                found.append(Linear(node, x, weight, bias[0] if bias else None, node.outputs[0], exact, of_head))
     return found
+
+
+def heads(graph: DecoderGraph) -> list[Linear]:
+    """The head of a decoder, which is its last Linear, or all parts of a head that is divided."""
+    found = linears(graph)
+    return [linear for linear in found if linear.of_head] or found[-1:]
 
 
 def insert_linear(
@@ -59,12 +70,15 @@ def insert_linear(
     like: ir.Value,
     *,
     exact: bool = False,
+    head: bool = False,
 ) -> ir.Value:
     """Insert a Linear whose output is like another value, but for its last dimension."""
     size = graph.weights[str(weight.name)].shape[0]
     shape = None if like.shape is None else [*list(like.shape)[:-1], size]
     inputs = (x, weight) if bias is None else (x, weight, bias)
-    (output,) = graph.insert(before, LINEAR, inputs, [(like.dtype, shape)], {EXACT: int(exact)}, DOMAIN)
+    (output,) = graph.insert(
+        before, LINEAR, inputs, [(like.dtype, shape)], {EXACT: int(exact), HEAD: int(head)}, DOMAIN
+    )
     return output
 
 

@@ -9,7 +9,7 @@ from fmedge_converters.calibration.smooth_quant import smooth
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.passes.linear import Linear
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
-from fmedge_converters.schemes.scheme import Scheme
+from fmedge_converters.schemes.scheme import Calibrate, Scheme
 
 
 def smoothed_int8(blocks: Scheme) -> Scheme:
@@ -35,20 +35,24 @@ def smoothed_int8(blocks: Scheme) -> Scheme:
 def calibrated_int4(scheme: Scheme) -> tuple[Scheme, ...]:
     """The rows for AWQ and GPTQ, which a target has beside its int4: the same operators, so the same speed."""
     return (
-        replace(
+        _fitted(
             scheme,
-            name="int4-awq",
-            summary="4-bit weights, scaled by what their input features matter on calibration text (AWQ), 8-bit head",
-            calibrate=fit_awq,
-            needs_calibration=True,
-            vary=None,
+            "int4-awq",
+            "4-bit weights, scaled by what their input features matter on calibration text (AWQ), 8-bit head",
+            fit_awq,
         ),
-        replace(
+        _fitted(
             scheme,
-            name="int4-gptq",
-            summary="4-bit weights, rounded so that the errors on calibration text cancel (GPTQ), 8-bit head",
-            calibrate=fit_gptq,
-            needs_calibration=True,
-            vary=None,
+            "int4-gptq",
+            "4-bit weights, rounded so that the errors on calibration text cancel (GPTQ), 8-bit head",
+            fit_gptq,
         ),
     )
+
+
+def _fitted(scheme: Scheme, name: str, summary: str, calibrate: Calibrate) -> Scheme:
+    made = replace(scheme, name=name, summary=summary, calibrate=calibrate, needs_calibration=True)
+    if scheme.vary is None:
+        return made
+    vary = scheme.vary
+    return replace(made, vary=lambda options: _fitted(vary(options), name, summary, calibrate))

@@ -14,8 +14,9 @@ import torch
 
 from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
+from fmedge_converters.passes.lookup import Lookup
 from fmedge_converters.schemes.qmoe import qmoe
-from fmedge_converters.schemes.scheme import Embedding, Scheme
+from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.weight import Array, Weight, transposed
 
 
@@ -83,7 +84,7 @@ def spell_linear(graph: DecoderGraph, linear: Linear, *, is_head: bool, block_si
     replace(linear.output, product)
 
 
-def spell_embedding(graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int) -> None:
+def spell_embedding(graph: DecoderGraph, embedding: Lookup, *, tied: bool, block_size: int) -> None:
     """Columns of the head's codes times their scales when tied, so that the matrix is stored once."""
     del block_size
     weight = graph.weights[str(embedding.weight.name)]
@@ -99,7 +100,7 @@ def spell_embedding(graph: DecoderGraph, embedding: Embedding, *, tied: bool, bl
     _scale(graph, embedding, rows, scales)
 
 
-def _gather_rows(graph: DecoderGraph, embedding: Embedding, weight: Weight) -> None:
+def _gather_rows(graph: DecoderGraph, embedding: Lookup, weight: Weight) -> None:
     """Rows of int8 codes [V, E] times their scales."""
     name = f"{embedding.weight.name}.rows.int8"
     quantized = QuantizedRows(weight)
@@ -110,7 +111,7 @@ def _gather_rows(graph: DecoderGraph, embedding: Embedding, weight: Weight) -> N
     _scale(graph, embedding, rows, scales)
 
 
-def _scale(graph: DecoderGraph, embedding: Embedding, rows: ir.Value, scales: ir.Value) -> None:
+def _scale(graph: DecoderGraph, embedding: Lookup, rows: ir.Value, scales: ir.Value) -> None:
     """Rows [B, S, E] in int8 times scales [V] at the token ids."""
     before = embedding.node
     batch, length, _ = list(embedding.output.shape or ())

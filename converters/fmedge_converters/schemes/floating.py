@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
-from fmedge_converters.schemes.scheme import Embedding, Scheme
+from fmedge_converters.passes.lookup import Lookup
+from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.weight import transposed
 
 
@@ -31,7 +32,7 @@ def spell_linear(graph: DecoderGraph, linear: Linear, *, is_head: bool, block_si
     replace(linear.output, product)
 
 
-def spell_embedding(graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int) -> None:
+def spell_embedding(graph: DecoderGraph, embedding: Lookup, *, tied: bool, block_size: int) -> None:
     """Gather as it was traced."""
     del graph, embedding, tied, block_size
 

@@ -1,4 +1,4 @@
-"""Matrices whose source is quantized already, with its codes, scales and zero points untouched.
+"""Matrices that have codes already, of their source or fitted to text, with scales and zero points untouched.
 
 MatMulNBits and GatherBlockQuantized compute (code - zero) * scale, which is what the source's own format says. Columns
 that the source sorted (act-order) are sorted in the activations too: by a Gather in front of the product, one for all
@@ -14,8 +14,9 @@ import onnx_ir as ir
 
 from fmedge_converters.graph import MICROSOFT, DecoderGraph
 from fmedge_converters.passes.linear import Linear
+from fmedge_converters.passes.lookup import Lookup
+from fmedge_converters.scales import add_scales
 from fmedge_converters.schemes.matmul_nbits import Blocks, insert_matmul_nbits
-from fmedge_converters.schemes.scheme import Embedding
 from fmedge_converters.weight import Array, PackedMatrix, Weight, reshaped
 
 
@@ -33,7 +34,7 @@ def spell_kept_linear(graph: DecoderGraph, linear: Linear, packed: PackedMatrix,
     )
 
 
-def kept_embedding_rows(graph: DecoderGraph, embedding: Embedding, packed: PackedMatrix) -> ir.Value:
+def kept_embedding_rows(graph: DecoderGraph, embedding: Lookup, packed: PackedMatrix) -> ir.Value:
     """GatherBlockQuantized with the codes of the source: rows [B, S, E], E padded to whole blocks."""
     name = str(embedding.weight.name)
     weight = graph.weights[name]
@@ -61,10 +62,11 @@ def _add_packed(
     codes = Weight((rows, blocks, row_bytes), np.dtype(np.uint8), packed.codes)
     if flat:
         codes = reshaped(codes, (rows, blocks * row_bytes))
+    scales = Weight((rows, blocks), packed.scale_dtype or weight.dtype, packed.scales)
     stem = f"{name}.int{packed.bits}"
     values = [
         graph.add_weight(f"{stem}.codes", codes),
-        graph.add_weight(f"{stem}.scales", Weight((rows, blocks), weight.dtype, packed.scales)),
+        add_scales(graph, f"{stem}.scales", scales, weight.dtype),
     ]
     if packed.zero_points is None:
         return values[0], values[1], None

@@ -21,8 +21,9 @@ from fmedge_converters.passes.expert_activation import Activation, activation_be
 from fmedge_converters.passes.mixture import ExpertLinear, Mixture, expert_linear
 from fmedge_converters.passes.sign import never_negative
 from fmedge_converters.rounding import Rounding
+from fmedge_converters.scales import add_scales
 from fmedge_converters.schemes.scheme import SpellMixture
-from fmedge_converters.schemes.weight_only import BLOCK_SIZE, QuantizedMatrix, add_scales, joined_blocks
+from fmedge_converters.schemes.weight_only import BLOCK_SIZE, QuantizedMatrix, joined_blocks
 from fmedge_converters.weight import Array, PackedMatrix, Read, Weight, selected
 
 SMALLEST_BLOCK = 16
@@ -149,7 +150,7 @@ def _weights(
     else:
         packed, byte = weight.packed, np.dtype(np.uint8)
         codes = _by_expert(packed.codes, byte, (experts, rows, size * bits // 8))
-        scales = _by_expert(packed.scales, weight.dtype, (experts, rows, blocks))
+        scales = _by_expert(packed.scales, packed.scale_dtype or weight.dtype, (experts, rows, blocks))
         if packed.zero_points is not None:
             zeros = _by_expert(packed.zero_points, byte, (experts, rows, -(-blocks * bits // 8)))
     return [

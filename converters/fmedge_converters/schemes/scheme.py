@@ -7,26 +7,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import onnx_ir as ir
 from fmedge_runtimes.bundle import Evidence
 
 from fmedge_converters.calibration.calibration import Calibration, Report
 from fmedge_converters.graph import DecoderGraph
 from fmedge_converters.passes.convolution import Convolution
 from fmedge_converters.passes.linear import Linear
+from fmedge_converters.passes.lookup import Lookup
 from fmedge_converters.passes.mixture import Mixture
 from fmedge_converters.rounding import Rounding
 from fmedge_converters.weight import Weight
-
-
-@dataclass(frozen=True, slots=True)
-class Embedding:
-    """The lookup of the token embedding: Gather(weight [V, E], input_ids)."""
-
-    node: ir.Node
-    weight: ir.Value  # [V, E]
-    ids: ir.Value  # [B, S]
-    output: ir.Value  # [B, S, E]
 
 
 class SpellLinear(Protocol):
@@ -38,7 +28,7 @@ class SpellLinear(Protocol):
 class SpellEmbedding(Protocol):
     """Replaces the lookup of the embedding; `tied` if the head has the same weight."""
 
-    def __call__(self, graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int) -> None: ...
+    def __call__(self, graph: DecoderGraph, embedding: Lookup, *, tied: bool, block_size: int) -> None: ...
 
 
 class SpellMixture(Protocol):

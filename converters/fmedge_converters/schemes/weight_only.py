@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -19,10 +18,12 @@ import torch
 from fmedge_converters.calibration.weighted import weigh_errors
 from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
+from fmedge_converters.passes.lookup import Lookup
 from fmedge_converters.rounding import RoundedBlocks, Rounding, joined, round_blocks
+from fmedge_converters.scales import add_scales, scale_dtype, torch_scale_dtype
 from fmedge_converters.schemes.kept_codes import kept_embedding_rows, spell_kept_linear
 from fmedge_converters.schemes.matmul_nbits import Blocks, insert_matmul_nbits
-from fmedge_converters.schemes.scheme import Embedding, Scheme, SpellMixture
+from fmedge_converters.schemes.scheme import Scheme, SpellMixture
 from fmedge_converters.weight import Array, Read, Weight, reshaped
 
 BLOCK_SIZE = 128
@@ -38,7 +39,7 @@ class QuantizedMatrix:
 
     def __init__(self, weight: Weight, rounding: Rounding) -> None:
         self._weight = weight
-        self._scale_dtype = scale_dtype(weight)
+        self._scale_dtype = scale_dtype(weight.dtype)
         self._rounding = rounding
         self._scales_kept: dict[tuple[int, int], Array] = {}
         self._zeros_kept: dict[tuple[int, int], Array] = {}
@@ -80,7 +81,7 @@ class QuantizedMatrix:
         """Rows [n, K], or matrices [n, N, K], of which each may have its own importance."""
         importance = self._weight.importance
         size = rows.shape[-1]
-        dtype = torch.float16 if self._scale_dtype == np.float16 else torch.bfloat16
+        dtype = torch_scale_dtype(self._weight.dtype)
         if importance is None or importance.shape[-1] != size:
             return round_blocks(torch.from_numpy(rows.reshape(-1, size)), self._rounding, None, dtype)
         if importance.ndim == 1:
@@ -104,24 +105,6 @@ class QuantizedMatrix:
         if (start, stop) not in self._zeros_kept:
             self._codes(start, stop)
         return self._zeros_kept.pop((start, stop))
-
-
-def scale_dtype(weight: Weight) -> np.dtype[np.generic]:
-    """In which the scales of a matrix are stored: 16 bits."""
-    return np.dtype(np.float16) if weight.dtype == np.float16 else np.dtype(ml_dtypes.bfloat16)
-
-
-def add_scales(graph: DecoderGraph, name: str, scales: Weight, dtype: np.dtype[np.generic]) -> ir.Value:
-    """An initializer for scales, and what casts it, once, to the type of the activations."""
-    stored = graph.add_weight(name, scales)
-    if scales.dtype == dtype:
-        return stored
-    for user, _ in stored.uses():
-        if user.op_type == "Cast":
-            return user.outputs[0]
-    wide = ir.DataType.from_numpy(dtype)
-    (cast,) = graph.insert(graph.graph[0], "Cast", (stored,), [(wide, stored.shape)], {"to": int(wide)})
-    return cast
 
 
 def joined_blocks(codes: Weight) -> Weight:
@@ -180,7 +163,7 @@ class _WeightOnly:
             self.accuracy_level,
         )
 
-    def embedding(self, graph: DecoderGraph, embedding: Embedding, *, tied: bool, block_size: int) -> None:
+    def embedding(self, graph: DecoderGraph, embedding: Lookup, *, tied: bool, block_size: int) -> None:
         """The head's codes when both are tied, without their axis of blocks: the writer stores equal bytes once."""
         del tied  # codes have names: those that the head has made are found
         weight = graph.weights[str(embedding.weight.name)]
@@ -202,7 +185,7 @@ class _WeightOnly:
         replace(embedding.output, rows)
 
 
-def _embedding_rows(graph: DecoderGraph, embedding: Embedding, weight: Weight, rounding: Rounding) -> ir.Value:
+def _embedding_rows(graph: DecoderGraph, embedding: Lookup, weight: Weight, rounding: Rounding) -> ir.Value:
     """Rows [B, S, E], E padded to whole blocks."""
     name = str(embedding.weight.name)
     made = _add_quantized(graph, name, weight, rounding)
