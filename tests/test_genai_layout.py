@@ -27,6 +27,7 @@ from fmedge_runtimes.verify import verify
 from models import SIZES, greedy, make_model
 from transformers import AutoConfig, GenerationConfig
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 STEPS = 16
 RAGGED, EVEN = (3, 40, 7, 23), (9, 9, 9)
 """Lengths of prompts."""

@@ -22,6 +22,7 @@ from fmedge_runtimes.sampling import Sampling
 from models import make_model
 from tiny import tiny_config
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 HEADS, KV_HEADS, SIZE, CAPACITY = 4, 2, 16, 64
 WIDTHS = (HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE)
 ANGLES = np.arange(512)[:, None] / 10000.0 ** (np.arange(SIZE // 2) / (SIZE // 2))

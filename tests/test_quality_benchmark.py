@@ -11,6 +11,7 @@ from fmedge_converters.export import export
 from fmedge_converters.export_options import ExportOptions
 from models import make_model
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
