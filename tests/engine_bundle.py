@@ -29,6 +29,7 @@ from fmedge_runtimes.bundle import (
     sha256_of,
     write_manifest,
 )
+from fmedge_runtimes.cuda import open_cuda
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.golden import continue_greedily
 from onnx import TensorProto, helper, numpy_helper
@@ -176,5 +177,7 @@ def doubles(
     else:
         modules["tensorrt"] = trt
     library.calls = trt._calls
+    open_cuda.cache_clear()
     with mock.patch.dict(sys.modules, modules):
         yield library
+    open_cuda.cache_clear()
