@@ -85,7 +85,7 @@ def evaluate(model_type: str, folder: Path, **changes: object) -> Outcome:
 
 def _kept(facts: object) -> str:
     """What the layers of an exported model keep."""
-    from fmedge_runtimes.bundle import TextFacts
+    from fmedge_runtimes.manifest import TextFacts
 
     assert isinstance(facts, TextFacts)
     words = []

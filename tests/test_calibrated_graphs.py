@@ -28,7 +28,7 @@ from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.schemes.static_int8 import static_int8
 from fmedge_converters.targets import TARGETS
 from fmedge_converters.weight import Weight
-from fmedge_runtimes.bundle import Evidence
+from fmedge_runtimes.manifest import Evidence
 from models import make_model
 
 SCHEMES = TARGETS["cpu"].schemes

@@ -18,9 +18,10 @@ import torch
 from fmedge_converters import export as export_module
 from fmedge_converters.export import export
 from fmedge_converters.export_options import ExportOptions
-from fmedge_runtimes.bundle import Evidence, open_bundle, read_manifest
+from fmedge_runtimes.bundle import open_bundle
 from fmedge_runtimes.errors import BundleError, ExportError, ParityError, SourceError
 from fmedge_runtimes.load import load
+from fmedge_runtimes.manifest import Evidence, read_manifest
 from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.verify import verify
 from models import add_tokenizer, greedy, make_model

@@ -19,9 +19,10 @@ from fmedge_converters.layouts import genai
 from fmedge_converters.layouts.layout import Finished
 from fmedge_converters.recording import LayerCache, LayerState
 from fmedge_converters.targets import TARGETS
-from fmedge_runtimes.bundle import Bundle, SamplingFacts, open_bundle
+from fmedge_runtimes.bundle import Bundle, open_bundle
 from fmedge_runtimes.errors import ExportError
 from fmedge_runtimes.load import load
+from fmedge_runtimes.manifest import SamplingFacts
 from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.verify import verify
 from models import SIZES, greedy, make_model

@@ -66,7 +66,8 @@ def test_the_golden_image_is_made_again(bundle: ImageBundle) -> None:
 
 
 def _facts(path: Path) -> Any:
-    from fmedge_runtimes.bundle import FileFacts, sha256_of
+    from fmedge_runtimes.bundle import sha256_of
+    from fmedge_runtimes.manifest import FileFacts
 
     return FileFacts(bytes=path.stat().st_size, sha256=sha256_of(path))
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from fmedge_converters.decoder import quiet_libraries
-from fmedge_runtimes.bundle import read_manifest
 from fmedge_runtimes.errors import BackendError, DataError, ParityError, RequestError, SourceError
 from fmedge_runtimes.likelihood import Sums
+from fmedge_runtimes.manifest import read_manifest
 from fmedge_runtimes.tokenizer import Tokenizer
 from fmedge_runtimes.verify import verify
 from hypothesis import given, settings

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from fmedge_runtimes.bundle import Evidence
+from fmedge_runtimes.manifest import Evidence
 
 from fmedge_converters.calibration.calibration import Calibration, Report
 from fmedge_converters.calibration.linear_inputs import Place

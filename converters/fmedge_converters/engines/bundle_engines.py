@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fmedge_runtimes.bundle import Bundle, ImageBundle, ProfileFacts, open_any_bundle
+from fmedge_runtimes.bundle import Bundle, ImageBundle, open_any_bundle
 from fmedge_runtimes.cuda import open_cuda
 from fmedge_runtimes.device import Device
 from fmedge_runtimes.engine_file import BuilderFacts, EngineFacts, Hardware, differences, engine_path, read_engine
 from fmedge_runtimes.errors import BackendError, RequestError
+from fmedge_runtimes.manifest import ProfileFacts
 from fmedge_runtimes.tensorrt_library import LIBRARIES, import_bindings
 from fmedge_runtimes.tensorrt_session import machine_of
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import onnx_ir as ir
-from fmedge_runtimes.bundle import GraphFacts, ProfileFacts, open_any_bundle
+from fmedge_runtimes.bundle import open_any_bundle
 from fmedge_runtimes.cuda import open_cuda
 from fmedge_runtimes.device import Device
 from fmedge_runtimes.engine_file import Engine, Machine, differences, read_engine
 from fmedge_runtimes.errors import BackendError, BundleError, RequestError
+from fmedge_runtimes.manifest import GraphFacts, ProfileFacts
 from fmedge_runtimes.tensorrt_library import LIBRARIES, import_bindings
 from fmedge_runtimes.tensorrt_session import machine_of
 

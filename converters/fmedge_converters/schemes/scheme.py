@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
-from fmedge_runtimes.bundle import Evidence
+from fmedge_runtimes.manifest import Evidence
 
 from fmedge_converters.calibration.calibration import Calibration, Report
 from fmedge_converters.graph import DecoderGraph
