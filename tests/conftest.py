@@ -84,6 +84,19 @@ def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
 
 
 @pytest.fixture(scope="session")
+def pixel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny pipeline in pixels, as training writes one, and its bundle, fully verified."""
+    from fmedge_converters.export import export
+    from fmedge_converters.export_options import ExportOptions
+    from tiny_diffusers import PIXEL, save_pipeline
+
+    source = made_once(tmp_path_factory, "tiny-pixel", lambda folder: save_pipeline(PIXEL, folder))
+    return source, made_once(
+        tmp_path_factory, "pixel-bundle", lambda folder: export(ExportOptions(str(source), folder))
+    )
+
+
+@pytest.fixture(scope="session")
 def traces() -> dict[Any, Any]:
     return {}
 

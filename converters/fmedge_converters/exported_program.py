@@ -7,7 +7,7 @@ other spellings that it has are rewritten here, and the second trace is only mad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,17 +87,23 @@ def _translate(
 
 def traced_once(program: ExportedProgram) -> ExportedProgram:
     """The program, which returns itself when it is asked to decompose what it does not have."""
+    if any(_changes_in_place(node) for node in program.graph.nodes):
+        return program  # where a tensor is changed, it matters which others are the same one
     _simplify(program)
     decompose = program.run_decompositions
 
     def run_decompositions(table: dict[Any, Any] | None = None, *others: Any) -> ExportedProgram:  # noqa: ANN401 - torch's own
-        if table is None or others or any(_is_left(node, table) for node in program.graph.nodes):
+        if table is None or others or any(node.target in table or node.target in CASTS for node in program.graph.nodes):
             decomposed: ExportedProgram = decompose(table, *others)
             return decomposed
         return program
 
     vars(program)["run_decompositions"] = run_decompositions
     return program
+
+
+def _changes_in_place(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _simplify(program: ExportedProgram) -> None:
@@ -126,11 +132,3 @@ def _simplify(program: ExportedProgram) -> None:
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
     program.graph_module.recompile()
-
-
-def _is_left(node: Node, table: Mapping[Any, Any]) -> bool:
-    """Whether the exporter must see to an operator."""
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return False
-    return target in table or target in CASTS or target._schema.is_mutable
