@@ -27,8 +27,6 @@ from fmedge_runtimes.verify import verify
 from models import add_tokenizer, greedy, make_model
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.usefixtures("traced_once")
-
 
 def options(source: Path | str, tmp_path: Path, **changes: object) -> ExportOptions:
     return ExportOptions(str(source), tmp_path / "bundle", **{"verify": "none", **changes})
@@ -78,6 +76,7 @@ def test_text_prompts_and_chat(bundle: Path, llama: Path) -> None:
         assert model.chat_prompt(messages) == list(reference["input_ids"])
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_the_end_of_sequence_token_ends_a_row_and_not_its_neighbours(llama: Path, tmp_path: Path) -> None:
     folder = copied(llama, tmp_path)
     prompts = [list(range(5, 5 + length)) for length in (3, 9, 20)]
@@ -96,6 +95,7 @@ def test_the_end_of_sequence_token_ends_a_row_and_not_its_neighbours(llama: Path
     assert found[0].finish_reason == "eos"
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.medium
 @pytest.mark.parametrize(
     ("target", "scheme"),
@@ -118,6 +118,7 @@ def test_quantized_bundles_pass_their_verification(target: str, scheme: str, lla
     assert result.tokens == 64
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.medium
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     sizes = {}
@@ -131,6 +132,7 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert sizes[False, "int4"] - sizes[True, "int4"] >= 4096 * 64
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.medium
 def test_an_existing_output_is_refused_unless_forced(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
@@ -149,6 +151,7 @@ def test_an_existing_output_is_refused_unless_forced(llama: Path, tmp_path: Path
     assert leftovers(tmp_path) == ["bundle"]
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_failed_verification_writes_nothing_unless_forced(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +165,7 @@ def test_a_failed_verification_writes_nothing_unless_forced(
     assert not made.manifest.evidence[0].passed
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.medium
 def test_the_comparison_notices_a_wrong_weight(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fmedge_converters import build
@@ -248,6 +252,7 @@ def test_damaged_configurations(
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -335,6 +340,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.medium
 def test_values_beyond_fp16_are_refused_for_cuda(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
@@ -353,6 +359,7 @@ def test_no_space_left(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         export(options(llama, tmp_path))
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_full_disk_while_writing_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
