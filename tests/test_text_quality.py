@@ -410,13 +410,13 @@ def test_another_vocabulary_of_the_source_is_refused(bundle: Path, text: Path, t
 def test_logits_that_are_not_finite_are_an_error(bundle: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fmedge_runtimes.decoder import Decoder
 
-    score = Decoder.score
+    predict = Decoder.predict
 
-    def broken(*arguments: Any) -> Any:
-        logits = score(*arguments)
-        logits[0] = np.nan
-        return logits
+    def broken(*arguments: Any) -> Iterator[Any]:
+        for logits in predict(*arguments):
+            logits[0] = np.nan
+            yield logits
 
-    monkeypatch.setattr(Decoder, "score", broken)
+    monkeypatch.setattr(Decoder, "predict", broken)
     with pytest.raises(ParityError, match="1 of 19 positions have logits that are not finite"):
         raise run(bundle, "--data", text, "--tokens", 20).exception
