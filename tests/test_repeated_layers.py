@@ -26,11 +26,11 @@ FAST: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 6},
     # A full layer after every two with a window, a whole cache among those with windows, two rotary embeddings.
     "gemma3_text": {
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 8,
         "sliding_window": 16,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["sliding_attention"] * 2,
     },
-    "lfm2": {"num_hidden_layers": 6, "layer_types": (["conv"] * 2 + ["full_attention"]) * 2},
+    "lfm2": {"num_hidden_layers": 8, "layer_types": (["conv"] * 2 + ["full_attention"]) * 2 + ["conv"] * 2},
 }
 MORE: dict[str, dict[str, Any]] = {
     # Told apart by the number of the layer: the first two are dense, the others mixtures.
