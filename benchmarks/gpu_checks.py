@@ -103,12 +103,12 @@ def device() -> str:
     """
     script = (
         "import onnxruntime\n"
-        "from fmedge_runtimes.cuda_driver import open_driver\n"
+        "from fmedge_runtimes.cuda import open_cuda\n"
         "from fmedge_runtimes.device import Device\n"
-        "driver = open_driver(Device('cuda'))\n"
+        "gpu = open_cuda(Device('cuda')).device\n"
         "if 'CUDAExecutionProvider' not in onnxruntime.get_available_providers():\n"
         "    raise SystemExit('the installed onnxruntime has no CUDAExecutionProvider; give --wheels')\n"
-        "print(f'{driver.name}, {driver.total_bytes / 2**30:.0f} GiB, onnxruntime {onnxruntime.__version__}')\n"
+        "print(f'{gpu.name}, {gpu.total / 2**30:.0f} GiB, onnxruntime {onnxruntime.__version__}')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LIMIT_S, check=False)
     if done.returncode:

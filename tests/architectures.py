@@ -99,7 +99,7 @@ def differing(
 
 def _kept(facts: object) -> str:
     """What the layers of an exported model keep."""
-    from fmedge_runtimes.bundle import TextFacts
+    from fmedge_runtimes.manifest import TextFacts
 
     assert isinstance(facts, TextFacts)
     words = []

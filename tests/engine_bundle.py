@@ -18,19 +18,19 @@ from fake_cuda import FakeCuda
 from fake_session import make_bundle
 from fake_tensorrt import FakeTensorRT
 from fmedge_runtimes.backends import open_session
-from fmedge_runtimes.bundle import (
-    Bundle,
+from fmedge_runtimes.bundle import Bundle, sha256_of
+from fmedge_runtimes.cuda import open_cuda
+from fmedge_runtimes.decoder import Decoder
+from fmedge_runtimes.golden import continue_greedily
+from fmedge_runtimes.manifest import (
     CacheFacts,
     FileFacts,
     Golden,
     GraphFacts,
     ProfileFacts,
     TensorFacts,
-    sha256_of,
     write_manifest,
 )
-from fmedge_runtimes.decoder import Decoder
-from fmedge_runtimes.golden import continue_greedily
 from onnx import TensorProto, helper, numpy_helper
 
 VOCABULARY, HEADS, SIZE, CAPACITY, ROWS = 24, 2, 16, 64, 4
@@ -176,5 +176,7 @@ def doubles(
     else:
         modules["tensorrt"] = trt
     library.calls = trt._calls
+    open_cuda.cache_clear()
     with mock.patch.dict(sys.modules, modules):
         yield library
+    open_cuda.cache_clear()

@@ -17,6 +17,8 @@ from strict_double import StrictModule, read_inventory
 GARBAGE = 0xA5
 """What fresh memory holds."""
 ALIGNMENT = 256
+CONTEXT = 7
+"""That of the first device."""
 
 
 class Handle:
@@ -44,6 +46,7 @@ class FakeCuda:
 
     devices: int = 1
     name: str = "Orin"
+    """Of the first device; another has its number behind it."""
     capability: tuple[int, int] = (8, 7)
     integrated: bool = False
     total: int = 1 << 30
@@ -74,12 +77,19 @@ class FakeCuda:
         """Bytes of device memory that somebody holds."""
         return sum(size for size, _ in self.memory.values())
 
+    @property
+    def moved(self) -> int:
+        """Bytes that went between the host and the device."""
+        return sum(nbytes for kind, nbytes in self.copies if kind.startswith(("up", "down")))
+
+    def holds(self, address: int, nbytes: int) -> bool:
+        """Whether all of it lies in one allocation."""
+        spaces = (*self.memory.items(), *self.hosts.items())
+        return any(start <= address and address + nbytes <= start + size for start, (size, _) in spaces)
+
     def check(self, address: int, nbytes: int) -> None:
         """Assert that all of it lies in one allocation."""
-        spaces = (*self.memory.items(), *self.hosts.items())
-        assert any(start <= address and address + nbytes <= start + size for start, (size, _) in spaces), (
-            f"{nbytes} bytes at {address:#x} are nobody's"
-        )
+        assert self.holds(address, nbytes), f"{nbytes} bytes at {address:#x} are nobody's"
 
     def do(self, work: Any) -> None:
         """Run what is put on the stream, or keep it for the graph that is being captured."""
@@ -114,7 +124,8 @@ class FakeCuda:
         return self._code(), Handle(ordinal)
 
     def cuDeviceGetName(self, length, dev):
-        return self._code(), self.name.encode().ljust(length, b"\0")
+        name = f"{self.name} {int(dev)}" if int(dev) else self.name
+        return self._code(), name.encode().ljust(length, b"\0")
 
     def cuDeviceGetAttribute(self, attrib, dev):
         names = self._module.CUdevice_attribute
@@ -129,10 +140,10 @@ class FakeCuda:
         return self._code(), self.total
 
     def cuDevicePrimaryCtxRetain(self, dev):
-        return self._code(), Handle(7)
+        return self._code(), Handle(CONTEXT + int(dev))
 
     def cuCtxSetCurrent(self, ctx):
-        assert int(ctx) == 7
+        assert int(ctx) in range(CONTEXT, CONTEXT + self.devices)
         self._threads.context = ctx
         return (self._code(),)
 
@@ -181,20 +192,24 @@ class FakeCuda:
         del self.hosts[p]
         return (self._code(),)
 
-    def _copy(self, kind, target, source, nbytes):
-        self.check(target, nbytes)
-        self.check(source, nbytes)
+    def _copy(self, kind, target, source, nbytes, host=None):
+        """Of the host's memory, what is not pinned is copied only when the stream does nothing else."""
+        if host is not None and not self.holds(host, nbytes):
+            assert self.capturing is None, "a capture keeps the address of memory that is not pinned"
+            kind = f"{kind} from pages"
+        for address in {target, source} - {host}:
+            self.check(address, nbytes)
         self.copies.append((kind, nbytes))
         self.do(lambda: ctypes.memmove(target, source, nbytes))
         return (self._code(),)
 
     def cuMemcpyHtoDAsync(self, dstDevice, srcHost, ByteCount, hStream):
-        assert srcHost in self.hosts and dstDevice not in self.hosts
-        return self._copy("up", dstDevice, srcHost, ByteCount)
+        assert dstDevice not in self.hosts
+        return self._copy("up", dstDevice, srcHost, ByteCount, srcHost)
 
     def cuMemcpyDtoHAsync(self, dstHost, srcDevice, ByteCount, hStream):
-        assert dstHost in self.hosts and srcDevice not in self.hosts
-        return self._copy("down", dstHost, srcDevice, ByteCount)
+        assert srcDevice not in self.hosts
+        return self._copy("down", dstHost, srcDevice, ByteCount, dstHost)
 
     def cuMemcpyDtoDAsync(self, dstDevice, srcDevice, ByteCount, hStream):
         return self._copy("inside", dstDevice, srcDevice, ByteCount)

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
-from fmedge_runtimes.bundle import (
+from fmedge_runtimes.bundle import Bundle, sha256_of
+from fmedge_runtimes.errors import BackendError
+from fmedge_runtimes.manifest import (
     FORMAT,
-    Bundle,
     CacheFacts,
     FileFacts,
     GraphFacts,
@@ -30,9 +31,7 @@ from fmedge_runtimes.bundle import (
     StateFacts,
     TextFacts,
     TextManifest,
-    sha256_of,
 )
-from fmedge_runtimes.errors import BackendError
 from fmedge_runtimes.row_cache import RESERVE
 from fmedge_runtimes.session import TensorSpec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

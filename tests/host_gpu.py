@@ -1,6 +1,6 @@
-"""Host memory that plays a GPU: the driver's library and ONNX Runtime, as far as fmedge uses them for one.
+"""ONNX Runtime on a GPU that host memory plays (fake_cuda.py), as far as fmedge uses it.
 
-Everything that is computed is computed by the real ONNX Runtime on the CPU, over memory that the driver's stand-in
+Everything that is computed is computed by the real ONNX Runtime on the CPU, over memory that the driver's double
 allocated. Both are stricter than the real ones: addresses must lie in memory that is allocated, names of options must
 be known, and a recorded step must be replayed with exactly what it was recorded with. What ONNX Runtime's module lacks,
 this one lacks, too. It proves nothing of kernels, streams or speed.
@@ -8,13 +8,13 @@ this one lacks, too. It proves nothing of kernels, streams or speed.
 
 from __future__ import annotations
 
-import ctypes
 import sys
+import types
 
 import numpy as np
 import onnxruntime
-from fmedge_runtimes import cuda_driver
-from fmedge_runtimes.cuda_driver import SIGNATURES, Copy2D
+from fake_cuda import FakeCuda
+from fmedge_runtimes.cuda import open_cuda
 
 PROVIDER_OPTIONS = {
     "device_id": {"0", "1"},
@@ -22,115 +22,6 @@ PROVIDER_OPTIONS = {
     "enable_cuda_graph": {"1"},
 }
 """Of CUDAExecutionProvider: those that are used, and the values that they take."""
-OUT_OF_MEMORY, INVALID = 2, 1
-DEVICES = ("Host GPU 0", "Host GPU 1")
-
-
-class HostDriver:
-    """`libcuda` over host memory, called through C. `total` bytes can be allocated."""
-
-    def __init__(self, total=1 << 30):
-        self.total = total
-        self.blocks: dict[int, np.ndarray] = {}
-        self.moved = 0
-        self.current = None
-        for name, arguments in SIGNATURES.items():
-            # A real C function, so that ctypes converts every argument.
-            setattr(self, name, ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(getattr(self, f"_{name}")))
-
-    @property
-    def used(self):
-        return sum(block.nbytes for block in self.blocks.values())
-
-    def _holds(self, address, nbytes):
-        assert self.current is not None, "no context is current"
-        return any(base <= address and address + nbytes <= base + len(block) for base, block in self.blocks.items())
-
-    def _cuInit(self, flags):
-        return flags
-
-    def _cuGetErrorName(self, code, name):
-        name[0] = b"CUDA_ERROR_INVALID_VALUE"
-        return 0
-
-    def _cuDeviceGetCount(self, count):
-        count[0] = len(DEVICES)
-        return 0
-
-    def _cuDeviceGet(self, device, ordinal):
-        device[0] = ordinal
-        return 0
-
-    def _cuDeviceGetName(self, name, length, device):
-        ctypes.memmove(name, DEVICES[device].encode() + b"\0", len(DEVICES[device]) + 1)
-        return 0
-
-    def _cuDevicePrimaryCtxRetain(self, context, device):
-        context[0] = 0xC0 + device
-        return 0
-
-    def _cuCtxSetCurrent(self, context):
-        self.current = context
-        return 0
-
-    def _cuMemGetInfo_v2(self, free, total):
-        free[0], total[0] = self.total - self.used, self.total
-        return 0
-
-    def _cuMemAlloc_v2(self, address, nbytes):
-        if nbytes < 1:
-            return INVALID
-        if self.used + nbytes > self.total:
-            return OUT_OF_MEMORY
-        memory = np.full(nbytes + 256, 0xA5, np.uint8)
-        start = -memory.ctypes.data % 256
-        block = memory[start : start + nbytes]
-        self.blocks[block.ctypes.data] = block
-        address[0] = block.ctypes.data
-        return 0
-
-    def _cuMemFree_v2(self, address):
-        return INVALID if self.blocks.pop(address, None) is None else 0
-
-    def _cuMemsetD8_v2(self, address, value, nbytes):
-        if not self._holds(address, nbytes):
-            return INVALID
-        ctypes.memset(address, value, nbytes)
-        return 0
-
-    def _cuMemcpyHtoD_v2(self, address, host, nbytes):
-        if not self._holds(address, nbytes):
-            return INVALID
-        ctypes.memmove(address, host, nbytes)
-        self.moved += nbytes
-        return 0
-
-    def _cuMemcpyDtoH_v2(self, host, address, nbytes):
-        if not self._holds(address, nbytes):
-            return INVALID
-        ctypes.memmove(host, address, nbytes)
-        self.moved += nbytes
-        return 0
-
-    def _cuMemcpy2DUnaligned_v2(self, copy):
-        asked: Copy2D = copy[0]
-        source, target = asked.source_device, asked.target_device
-        ends = [
-            (asked.height - 1) * pitch + asked.width if asked.height else 0
-            for pitch in (asked.source_pitch, asked.target_pitch)
-        ]
-        if (asked.source_type, asked.target_type) != (2, 2):
-            return INVALID
-        if asked.width > min(asked.source_pitch, asked.target_pitch):
-            return INVALID
-        if not self._holds(source, ends[0]) or not self._holds(target, ends[1]):
-            return INVALID
-        for line in range(asked.height):
-            ctypes.memmove(target + line * asked.target_pitch, source + line * asked.source_pitch, asked.width)
-        return 0
-
-    def _cuStreamSynchronize(self, stream):
-        return 0
 
 
 class HostBinding:
@@ -163,7 +54,7 @@ class HostBinding:
         if kind == "cuda":
             assert index == self.index, "memory of another GPU"
             nbytes = int(np.prod(shape)) * np.dtype(element_type).itemsize
-            assert self.driver._holds(address, nbytes), "memory that is not the GPU's"
+            assert self.driver.holds(address, nbytes), "memory that is not the GPU's"
 
 
 class HostSession:
@@ -253,9 +144,11 @@ class HostGpu:
 
 
 def install(monkeypatch, total=1 << 30) -> HostGpu:
-    """Put the stand-ins in the place of the driver and of onnxruntime."""
-    gpu = HostGpu(HostDriver(total))
-    monkeypatch.setattr(cuda_driver, "load_library", lambda: gpu.driver)
-    cuda_driver.open_driver.cache_clear()
+    """Put the doubles in the place of CUDA's bindings and of onnxruntime."""
+    gpu = HostGpu(FakeCuda(devices=2, name="Host GPU", total=total))
+    bindings = types.ModuleType("cuda.bindings")
+    bindings.driver = gpu.driver.module()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    open_cuda.cache_clear()
     monkeypatch.setitem(sys.modules, "onnxruntime", gpu)
     return gpu

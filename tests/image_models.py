@@ -12,18 +12,17 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from fmedge_runtimes.bundle import (
+from fmedge_runtimes.bundle import ImageBundle, list_files
+from fmedge_runtimes.image import ImageModel
+from fmedge_runtimes.manifest import (
     FORMAT,
     GraphFacts,
-    ImageBundle,
     ImageFacts,
     ImageGolden,
     ImageManifest,
     SourceFacts,
-    list_files,
     write_manifest,
 )
-from fmedge_runtimes.image import ImageModel
 from fmedge_runtimes.parts import MemoryMode, Parts
 from torch_session import (
     TorchSession,

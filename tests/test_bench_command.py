@@ -10,8 +10,8 @@ import time
 import pytest
 from fake_session import CONTEXT, FakeSession, make_bundle
 from fmedge_runtimes import load
-from fmedge_runtimes.bundle import write_manifest
 from fmedge_runtimes.errors import RequestError
+from fmedge_runtimes.manifest import write_manifest
 
 from fmedge.commands.measurement import Workload, measure, memory_bandwidth
 

@@ -21,10 +21,10 @@ from fmedge_converters.engines.build import LEAST_WORKSPACE, MOST_WORKSPACE, wor
 from fmedge_converters.engines.bundle_engines import EngineBuildOptions, build_engines
 from fmedge_converters.engines.failure import CURES, explain
 from fmedge_converters.engines.served import Served, fit_decoder, fit_part
-from fmedge_runtimes.bundle import GraphFacts, ImageFacts, ProfileFacts, TensorFacts
 from fmedge_runtimes.engine_file import read_engine
 from fmedge_runtimes.errors import BackendError, RequestError
 from fmedge_runtimes.load import load
+from fmedge_runtimes.manifest import GraphFacts, ImageFacts, ProfileFacts, TensorFacts
 from fmedge_runtimes.sampling import Sampling
 from typer.testing import CliRunner
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 from fake_session import make_bundle
-from fmedge_runtimes.bundle import (
+from fmedge_runtimes.bundle import Bundle, check_files, list_files, open_bundle, sha256_of
+from fmedge_runtimes.errors import BundleDamagedError, BundleError, BundleFormatError
+from fmedge_runtimes.manifest import (
     FORMAT,
     MANIFEST,
     MANIFESTS,
-    Bundle,
     CacheFacts,
     Evidence,
     FileFacts,
@@ -23,14 +24,9 @@ from fmedge_runtimes.bundle import (
     TensorFacts,
     TextFacts,
     TextManifest,
-    check_files,
-    list_files,
-    open_bundle,
     read_manifest,
-    sha256_of,
     write_manifest,
 )
-from fmedge_runtimes.errors import BundleDamagedError, BundleError, BundleFormatError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -39,7 +39,7 @@ from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.schemes.static_codes import FLOAT8, FLOAT8_BY_TENSOR, Codes, static_float8, static_int8
 from fmedge_converters.targets import TARGETS
 from fmedge_converters.weight import Weight
-from fmedge_runtimes.bundle import Evidence
+from fmedge_runtimes.manifest import Evidence
 from models import make_model
 
 SCHEMES = TARGETS["cpu"].schemes

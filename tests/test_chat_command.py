@@ -8,8 +8,8 @@ import fmedge_runtimes.load
 import pytest
 from conftest import CHAT_TEMPLATE
 from fake_session import FakeSession, make_bundle
-from fmedge_runtimes.bundle import write_manifest
 from fmedge_runtimes.chat import ChatTemplate
+from fmedge_runtimes.manifest import write_manifest
 from fmedge_runtimes.text import TextModel
 from typer.testing import CliRunner
 

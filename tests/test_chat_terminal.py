@@ -11,7 +11,7 @@ import time
 
 import pytest
 from fake_session import make_bundle
-from fmedge_runtimes.bundle import write_manifest
+from fmedge_runtimes.manifest import write_manifest
 
 pytestmark = [pytest.mark.medium, pytest.mark.skipif(sys.platform == "win32", reason="there are no such terminals")]
 

@@ -6,15 +6,40 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jsonschema
 import pytest
+
+from fmedge import cli
+
+
+class Called(NamedTuple):
+    """What a command left."""
+
+    returncode: object
+    stdout: str
+    stderr: str
 
 
 def fmedge(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fmedge", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, input=stdin)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Called]:
+    """`fmedge` in this process, which has imported what a process of its own would have to."""
+
+    def call(*arguments: object) -> Called:
+        monkeypatch.setattr(sys, "argv", ["fmedge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Called(ended.value.code, *capfd.readouterr())
+
+    return call
 
 
 def test_one_prompt_prints_its_text(bundle: Path) -> None:
@@ -151,8 +176,10 @@ def test_the_best_of_several(bundle: Path) -> None:
         (["export", "nowhere", "out", "--block-size", "33"], "--block-size is 33"),
     ],
 )
-def test_errors_are_one_line_and_exit_with_1(arguments: list[str], words: str, bundle: Path) -> None:
-    done = fmedge(*(str(bundle) if item == "BUNDLE" else item for item in arguments))
+def test_errors_are_one_line_and_exit_with_1(
+    arguments: list[str], words: str, bundle: Path, called: Callable[..., Called]
+) -> None:
+    done = called(*(str(bundle) if item == "BUNDLE" else item for item in arguments))
     assert done.returncode == 1
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -160,18 +187,18 @@ def test_errors_are_one_line_and_exit_with_1(arguments: list[str], words: str, b
     assert done.stdout == ""
 
 
-def test_usage_errors_exit_with_2_and_debug_shows_the_traceback(bundle: Path) -> None:
-    assert fmedge("generate").returncode == 2
-    assert fmedge("export", "a", "b", "--verify", "sometimes").returncode == 2
+def test_usage_errors_exit_with_2_and_debug_shows_the_traceback(bundle: Path, called: Callable[..., Called]) -> None:
+    assert called("generate").returncode == 2
+    assert called("export", "a", "b", "--verify", "sometimes").returncode == 2
     assert fmedge("nonsense").returncode == 2
-    assert fmedge("generate", bundle, "Hi", "--logprobs", 2).returncode == 2
-    assert fmedge("generate", bundle, "Hi", "--logit-bias", "5").returncode == 2
+    assert called("generate", bundle, "Hi", "--logprobs", 2).returncode == 2
+    assert called("generate", bundle, "Hi", "--logit-bias", "5").returncode == 2
     done = fmedge("--debug", "inspect", "nowhere")
     assert "Traceback" in done.stderr
     assert done.returncode == 1
 
 
-def test_malformed_json_lines_name_file_and_line(bundle: Path, tmp_path: Path) -> None:
+def test_malformed_json_lines_name_file_and_line(bundle: Path, tmp_path: Path, called: Callable[..., Called]) -> None:
     path = tmp_path / "prompts.jsonl"
     for line, words in (
         ("{", "is not JSON"),
@@ -184,7 +211,7 @@ def test_malformed_json_lines_name_file_and_line(bundle: Path, tmp_path: Path) -
         ('{"prompt": "x", "json": true, "stop": ["a"]}', "json and stop"),
     ):
         path.write_text('{"prompt": "fine"}\n' + line + "\n")
-        done = fmedge("generate", bundle, "-i", path)
+        done = called("generate", bundle, "-i", path)
         assert done.returncode == 1
         assert f"{path}:2" in done.stderr
         assert words in done.stderr

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
+import sys
 
 import numpy as np
 import pytest
-from fmedge_runtimes import cuda_driver
+from fake_cuda import FakeCuda
 from fmedge_runtimes.backends import open_session
-from fmedge_runtimes.cuda_driver import CudaDriver
+from fmedge_runtimes.cuda import Cuda, open_cuda
 from fmedge_runtimes.cuda_memory import CudaMemory, block_copies
 from fmedge_runtimes.device import Device, parse_device
 from fmedge_runtimes.device_memory import means_no_memory, out_of_memory
 from fmedge_runtimes.errors import BackendError, DeviceMemoryError
-from host_gpu import HostDriver
 from hypothesis import given
 from hypothesis import strategies as st
 
 FLOAT = np.dtype(np.float32)
 
 
+def gpus(total=1 << 20):
+    return FakeCuda(devices=2, name="Host GPU", total=total)
+
+
 @pytest.fixture
 def library():
-    return HostDriver(total=1 << 20)
+    return gpus()
 
 
 @pytest.fixture
 def memory(library):
-    return CudaMemory(CudaDriver(library, Device("cuda", 1)))
+    return CudaMemory(Cuda(library.module(), Device("cuda", 1)))
 
 
 def written(memory, array):
@@ -43,17 +46,17 @@ def read(memory, buffer):
 
 def test_a_buffer_is_zero_and_takes_its_size_until_nobody_holds_it(memory, library):
     buffer = memory.allocate((3, 100), FLOAT)
-    assert library.used == 1200
+    assert library.allocated == 1200
     assert not read(memory, buffer).any()
     row = buffer.rows(1, 2)
     del buffer
     gc.collect()
-    assert library.used == 1200
+    assert library.allocated == 1200
     memory.write(np.ones((1, 100), np.float32), row)
     assert memory.read(row, 99, 100).tolist() == [1]
     del row
     gc.collect()
-    assert library.used == 0
+    assert library.allocated == 0
     assert memory.free() == 1 << 20
 
 
@@ -67,7 +70,7 @@ def test_too_much_is_refused_and_nothing_is_kept(memory, library):
     kept = memory.allocate((1 << 18,), np.dtype(np.uint8))
     with pytest.raises(MemoryError):
         memory.allocate((1 << 20,), np.dtype(np.uint8))
-    assert library.used == kept.shape[0]
+    assert library.allocated == kept.shape[0]
 
 
 @st.composite
@@ -80,7 +83,7 @@ def layouts(draw):
 @given(layouts())
 def test_blocks_are_copied_as_numpy_copies_them(layout):
     pairs, block = layout
-    memory = CudaMemory(CudaDriver(HostDriver(), Device("cuda")))
+    memory = CudaMemory(Cuda(gpus(1 << 30).module(), Device("cuda")))
     random = np.random.default_rng(0)
     # A row on each side: what is copied lies inside larger buffers.
     source = random.random((3, *(pair[0] for pair in pairs)), np.float32)
@@ -101,22 +104,25 @@ def test_a_cache_grows_by_one_copy_and_a_row_moves_by_one(memory):
 
 def test_a_gpu_that_is_not_there_is_named(library):
     with pytest.raises(BackendError, match=r"there is no device cuda:2: the driver sees 2 GPUs, cuda to cuda:1\."):
-        CudaDriver(library, Device("cuda", 2))
-    assert CudaDriver(library, Device("cuda", 1)).name == "Host GPU 1"
+        Cuda(library.module(), Device("cuda", 2))
+    assert Cuda(library.module(), Device("cuda", 1)).device.name == "Host GPU 1"
 
 
-def test_a_machine_without_a_driver_says_so(monkeypatch):
-    def missing(name):
-        raise OSError(name)
+def test_what_is_missing_is_named(monkeypatch, library):
+    library.library = False
+    with pytest.raises(BackendError, match=r"no CUDA device that can be used: .*driver library.*; use --device cpu"):
+        Cuda(library.module(), Device("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    open_cuda.cache_clear()
+    for kind, extra in (("cuda", "gpu"), ("tensorrt", "tensorrt"), ("rtx", "rtx")):
+        with pytest.raises(BackendError, match=rf"cuda-bindings is not installed, .* {kind} .*fmedge\[{extra}\]"):
+            open_cuda(Device(kind))
 
-    monkeypatch.setattr(ctypes, "CDLL", missing)
-    with pytest.raises(BackendError, match=r"no NVIDIA driver on this machine .*; use --device cpu"):
-        cuda_driver.load_library()
 
-
-def test_an_error_of_the_driver_is_named(memory):
-    with pytest.raises(BackendError, match="cuMemFree_v2 gave CUDA_ERROR_INVALID_VALUE"):
-        memory.driver.release(12345)
+def test_an_error_of_the_driver_is_named(memory, library):
+    library.no_capture = True
+    with memory.cuda.turn(), pytest.raises(BackendError, match="cuStreamEndCapture failed: CUDA_ERROR_STREAM_CAPTURE"):
+        memory.cuda.capture(lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +151,6 @@ def test_no_memory_is_told_from_other_failures(memory, words, asked):
     error = RuntimeError(words)
     assert means_no_memory(error)
     assert not means_no_memory(RuntimeError("Non-zero status code returned while running Add node"))
-    found = out_of_memory("a step", Device("cuda", 1), memory.driver, error)
+    found = out_of_memory("a step", Device("cuda", 1), memory.cuda, error)
     assert isinstance(found, DeviceMemoryError)
     assert str(found) == f"a step: cuda:1 (Host GPU 1) is out of memory: {asked}1 MiB of 1 MiB are free."

@@ -9,7 +9,8 @@ import onnxruntime
 import pytest
 from fmedge_converters.export import export
 from fmedge_converters.export_options import ExportOptions
-from fmedge_runtimes import cuda_driver, cuda_graphs
+from fmedge_runtimes import cuda_graphs
+from fmedge_runtimes.cuda import open_cuda
 from fmedge_runtimes.cuda_graphs import WARM_UP
 from fmedge_runtimes.errors import BackendError, CacheMemoryError, DeviceMemoryError
 from fmedge_runtimes.load import load
@@ -36,7 +37,7 @@ def bundle(llama, tmp_path_factory):
 @pytest.fixture
 def gpu(monkeypatch):
     yield install(monkeypatch)
-    cuda_driver.open_driver.cache_clear()
+    open_cuda.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_the_tokens_are_those_of_the_cpu(cuda_graphs, device, bundle, expected, 
         assert decoder.settings["device_id"] == device.partition(":")[2] or "0"
         assert (decoder.replays > 100) == (candidates.replays > 100) == cuda_graphs
     model = None
-    assert gpu.driver.used == 0
+    assert gpu.driver.allocated == 0
 
 
 def test_a_step_is_recorded_when_it_has_come_often(bundle, gpu):
@@ -152,8 +153,8 @@ def test_a_cache_that_does_not_fit_on_the_gpu_is_refused(bundle, monkeypatch):
         (done,) = model.generate([list(range(5, 200))], Sampling(max_new_tokens=2))
         assert isinstance(done.error, CacheMemoryError)
         assert "MiB more and 64 MiB are free" in str(done.error)
-    cuda_driver.open_driver.cache_clear()
-    assert gpu.driver.used == 0
+    open_cuda.cache_clear()
+    assert gpu.driver.allocated == 0
 
 
 def test_a_device_that_is_not_there_is_refused(bundle, gpu):

@@ -15,9 +15,9 @@ from fmedge_converters.degenerate import CYCLES, LARGEST_LEAD, SHORTEST, Loop, d
 from fmedge_converters.export import export
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.schemes import weight_only
-from fmedge_runtimes.bundle import Evidence
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import ParityError
+from fmedge_runtimes.manifest import Evidence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import add_tokenizer, make_model

@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fmedge_converters.export import export
-from fmedge_converters.export_options import ExportOptions
 from PIL import Image
-from tiny_diffusers import save_pipeline
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -50,9 +47,8 @@ def test_chat_turn_replies(bundle: Path) -> None:
 
 
 @pytest.mark.medium
-def test_images_writes_one_for_each_prompt_and_a_grid(tmp_path: Path) -> None:
-    source = save_pipeline("sd", tmp_path / "source")
-    bundle = export(ExportOptions(str(source), tmp_path / "bundle", verify="none")).folder
+def test_images_writes_one_for_each_prompt_and_a_grid(stable_diffusion: tuple[Path, Path], tmp_path: Path) -> None:
+    _, bundle = stable_diffusion
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a small red circle\n\na cat in the rain\n")
     start = tmp_path / "start.png"

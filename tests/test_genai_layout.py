@@ -19,14 +19,16 @@ from fmedge_converters.layouts import genai
 from fmedge_converters.layouts.layout import Finished
 from fmedge_converters.recording import LayerCache, LayerState
 from fmedge_converters.targets import TARGETS
-from fmedge_runtimes.bundle import Bundle, SamplingFacts, open_bundle
+from fmedge_runtimes.bundle import Bundle, open_bundle
 from fmedge_runtimes.errors import ExportError
 from fmedge_runtimes.load import load
+from fmedge_runtimes.manifest import SamplingFacts
 from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.verify import verify
 from models import SIZES, greedy, make_model
 from transformers import AutoConfig, GenerationConfig
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 STEPS = 16
 RAGGED, EVEN = (3, 40, 7, 23), (9, 9, 9)
 """Lengths of prompts."""

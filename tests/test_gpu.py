@@ -13,7 +13,7 @@ import pytest
 from fmedge_converters.candidates_graph import write_candidates
 from fmedge_converters.export import export
 from fmedge_converters.export_options import ExportOptions
-from fmedge_runtimes.cuda_driver import open_driver
+from fmedge_runtimes.cuda import open_cuda
 from fmedge_runtimes.cuda_memory import CudaMemory
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.device import Device
@@ -98,7 +98,7 @@ def test_choices_from_summaries_are_those_from_logits(vocabulary: int, tmp_path:
     session = OnnxRuntimeSession(path, "cuda", None, True)
     logits = (np.random.default_rng(0).standard_normal((6, vocabulary)) * 3).astype(np.float16)  # [R, V]
     buffer = session.allocate(logits.shape, logits.dtype)
-    CudaMemory(open_driver(CUDA)).write(logits, buffer)
+    CudaMemory(open_cuda(CUDA)).write(logits, buffer)
     options = [
         Sampling(),
         Sampling(temperature=0.7),
@@ -118,10 +118,10 @@ def test_choices_from_summaries_are_those_from_logits(vocabulary: int, tmp_path:
 
 
 def test_buffers_are_copied_and_given_back() -> None:
-    memory = CudaMemory(open_driver(CUDA))
+    memory = CudaMemory(open_cuda(CUDA))
     source = np.random.default_rng(0).random((3, 2, 64, 16)).astype(np.float16)
     gc.collect()
-    free = memory.driver.free_bytes
+    free = memory.free()
     old, new = memory.allocate(source.shape, source.dtype), memory.allocate((4, 2, 96, 16), source.dtype)
     memory.write(source, old)
     memory.copy(old, new, source.shape)
@@ -131,18 +131,18 @@ def test_buffers_are_copied_and_given_back() -> None:
     expected[:3, :, :64], expected[3, :, :10] = source, source[1, :, :10]
     assert (found == expected).all()
     large = memory.allocate((256 << 20,), np.dtype(np.uint8))
-    assert free - memory.driver.free_bytes >= 256 << 20
+    assert free - memory.free() >= 256 << 20
     del large
     gc.collect()
-    assert free - memory.driver.free_bytes < 16 << 20
+    assert free - memory.free() < 16 << 20
 
 
 def test_what_does_not_fit_is_refused_and_the_model_goes_on(cuda_bundle: Path) -> None:
-    memory = CudaMemory(open_driver(CUDA))
+    memory = CudaMemory(open_cuda(CUDA))
     with load(cuda_bundle, device="cuda") as model:
         (first,) = model.generate(PROMPTS[0], Sampling(max_new_tokens=4, ignore_eos=True))
         # All but what the cache's reserve asks for.
-        hoard = memory.allocate((memory.driver.free_bytes - (48 << 20),), np.dtype(np.uint8))
+        hoard = memory.allocate((memory.free() - (48 << 20),), np.dtype(np.uint8))
         (refused,) = model.generate([7] * 200, Sampling(max_new_tokens=40, ignore_eos=True))
         assert isinstance(refused.error, CacheMemoryError)
         assert "are free" in str(refused.error)

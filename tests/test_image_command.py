@@ -11,9 +11,9 @@ import fmedge_runtimes.load
 import numpy as np
 import pytest
 from fake_session import FakeSession, make_bundle
-from fmedge_runtimes.bundle import ImageGolden, write_manifest
 from fmedge_runtimes.errors import FmedgeError, RequestError
 from fmedge_runtimes.generated_image import ImageUpdate
+from fmedge_runtimes.manifest import ImageGolden, write_manifest
 from fmedge_runtimes.pipelines.latent_unet import LatentUnet
 from image_models import SIDE, Opened, complete, stable_diffusion, write_folder
 from PIL import Image

@@ -10,9 +10,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from fmedge_runtimes.bundle import FileFacts, ImageBundle
+from fmedge_runtimes.bundle import ImageBundle
 from fmedge_runtimes.errors import RequestError
 from fmedge_runtimes.image_plan import MOST_BATCH, ImagePlan, plan_image
+from fmedge_runtimes.manifest import FileFacts
 from hypothesis import given
 from hypothesis import strategies as st
 from image_models import (

@@ -22,6 +22,7 @@ from fmedge_runtimes.sampling import Sampling
 from models import make_model
 from tiny import tiny_config
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 HEADS, KV_HEADS, SIZE, CAPACITY = 4, 2, 16, 64
 WIDTHS = (HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE)
 ANGLES = np.arange(512)[:, None] / 10000.0 ** (np.arange(SIZE // 2) / (SIZE // 2))
@@ -200,7 +201,7 @@ def test_keys_are_not_cut_off_wherever_they_stand(
     assert 0.6 * reach < np.abs(keys.astype(int)).max() <= np.ceil(reach)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3n_text", "deepseek_v3", "qwen3_next"])
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "deepseek_v3", "lfm2"])
 @pytest.mark.medium
 def test_layers_that_share_a_cache_fill_up_heads_or_keep_a_state(model_type: str, tmp_path: Path) -> None:
     write_random_model(tiny_config(model_type), tmp_path / "model", seed=0)

@@ -12,9 +12,9 @@ import tracemalloc
 import fmedge_runtimes.load
 import pytest
 from fake_session import FakeSession, make_bundle
-from fmedge_runtimes.bundle import write_manifest
 from fmedge_runtimes.errors import BackendError, FmedgeError
 from fmedge_runtimes.load import load
+from fmedge_runtimes.manifest import write_manifest
 from fmedge_runtimes.sampling import Sampling
 from typer.testing import CliRunner
 

@@ -34,8 +34,8 @@ from fmedge_converters.sensitivity import Sensitivities, measure_sensitivities
 from fmedge_converters.source import open_source
 from fmedge_converters.streamed_model import StreamedModel
 from fmedge_converters.targets import TARGETS
-from fmedge_runtimes.bundle import Evidence
 from fmedge_runtimes.errors import ExportError
+from fmedge_runtimes.manifest import Evidence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_model

@@ -16,8 +16,9 @@ from fmedge_converters.module_trace import TracedModule, trace_module
 from fmedge_converters.part_evidence import DIFFERENCES, Compared
 from fmedge_converters.part_forms import Form, choose, ranked
 from fmedge_converters.parts.part import Call
-from fmedge_runtimes.bundle import ImageBundle, ImageManifest
+from fmedge_runtimes.bundle import ImageBundle
 from fmedge_runtimes.errors import ExportError, ParityError
+from fmedge_runtimes.manifest import ImageManifest
 from tiny_diffusers import PIXEL, save_pipeline
 
 

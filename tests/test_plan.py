@@ -3,8 +3,8 @@
 import fmedge_runtimes.load
 import pytest
 from fake_session import CONTEXT, HYBRID, PLAIN, WINDOWED, FakeSession, make_bundle, row_bytes, text_facts
-from fmedge_runtimes.bundle import write_manifest
 from fmedge_runtimes.errors import RequestError
+from fmedge_runtimes.manifest import write_manifest
 from fmedge_runtimes.plan import MOST_SLOTS, plan
 from fmedge_runtimes.row_cache import RowCache
 from fmedge_runtimes.sampling import Sampling

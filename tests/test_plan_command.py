@@ -7,7 +7,7 @@ import json
 import pytest
 import typer
 from fake_session import CONTEXT, HYBRID, make_bundle
-from fmedge_runtimes.bundle import write_manifest
+from fmedge_runtimes.manifest import write_manifest
 from fmedge_runtimes.plan import plan
 from typer.testing import CliRunner
 

@@ -16,8 +16,8 @@ from fmedge_converters.preflight.check import CheckOptions, check
 from fmedge_converters.preflight.graph import read_graph
 from fmedge_converters.preflight.rules import RULES, apply_rules
 from fmedge_converters.preflight.versions import find_version
-from fmedge_runtimes.bundle import ProfileFacts
 from fmedge_runtimes.errors import BundleError, RequestError
+from fmedge_runtimes.manifest import ProfileFacts
 from onnx import TensorProto, helper
 from preflight_graphs import BOOL, CASES, F32, Case, model, tensor, weights
 from typer.testing import CliRunner

@@ -16,6 +16,7 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 HEADS, KV_HEADS, HEAD, HIDDEN, WIDE, VOCABULARY = 2, 1, 32, 64, 96, 40
 

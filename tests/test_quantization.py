@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_model
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 def test_zeros_stay_zeros() -> None:
     codes, scales = quantize_rows(np.zeros((2, 32), np.float32))

@@ -23,7 +23,7 @@ CONTEXT = 64
 TARGET = TARGETS["cpu"]
 
 FAST: dict[str, dict[str, Any]] = {
-    "llama": {"num_hidden_layers": 7},
+    "llama": {"num_hidden_layers": 6},
     # A full layer after every two with a window, a whole cache among those with windows, two rotary embeddings.
     "gemma3_text": {
         "num_hidden_layers": 8,

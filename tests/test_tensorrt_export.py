@@ -29,11 +29,12 @@ from fmedge_converters.rounding import Rounding
 from fmedge_converters.schemes.dequantize_linear import quantize_symmetric, spell_linear
 from fmedge_converters.targets import TARGETS, find_scheme, find_target
 from fmedge_converters.weight import weight_from_array
-from fmedge_runtimes.bundle import Bundle, ImageFacts, open_bundle
+from fmedge_runtimes.bundle import Bundle, open_bundle
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.devices import DEVICES
 from fmedge_runtimes.errors import ExportError
 from fmedge_runtimes.golden import continue_greedily
+from fmedge_runtimes.manifest import ImageFacts
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -18,7 +18,7 @@ from fmedge_converters.pipeline_source import empty_part, loaded_part, open_pipe
 from fmedge_converters.plain_operators import attention_node, attention_products
 from fmedge_converters.profiles import part_profiles
 from fmedge_converters.targets import TARGETS
-from fmedge_runtimes.bundle import ImageFacts
+from fmedge_runtimes.manifest import ImageFacts
 from tiny_diffusers import save_pipeline
 
 IMAGE = ImageFacts(pipeline="FluxPipeline", height=32, width=32, steps=1, guidance=1.0)

@@ -15,11 +15,12 @@ from fake_cuda import FakeCuda
 from fmedge_converters.engines.bundle_engines import EngineBuildOptions, build_engines
 from fmedge_converters.engines.served import Served
 from fmedge_converters.preflight.check import CheckOptions, check
-from fmedge_runtimes.bundle import open_bundle, write_manifest
+from fmedge_runtimes.bundle import open_bundle
 from fmedge_runtimes.diffusion import Diffusion
 from fmedge_runtimes.engine_file import read_engine
 from fmedge_runtimes.errors import ParityError
 from fmedge_runtimes.load import load
+from fmedge_runtimes.manifest import write_manifest
 from fmedge_runtimes.plan import plan
 from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.verify import verify

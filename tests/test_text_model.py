@@ -21,11 +21,11 @@ from fake_session import (
     row_bytes,
 )
 from fmedge_runtimes import generation as generation_module
-from fmedge_runtimes.bundle import Golden, GoldenStep, SamplingFacts
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.engine import EngineOptions
 from fmedge_runtimes.errors import BackendError, BundleError, BundleFormatError, CacheMemoryError, RequestError
 from fmedge_runtimes.golden import Replay, continue_greedily, replay
+from fmedge_runtimes.manifest import Golden, GoldenStep, SamplingFacts
 from fmedge_runtimes.sampler import logprob_of
 from fmedge_runtimes.sampling import Sampling, checked
 from fmedge_runtimes.text import TextModel

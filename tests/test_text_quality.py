@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from fmedge_converters.decoder import quiet_libraries
-from fmedge_runtimes.bundle import read_manifest
 from fmedge_runtimes.errors import BackendError, DataError, ParityError, RequestError, SourceError
 from fmedge_runtimes.likelihood import Sums
+from fmedge_runtimes.manifest import read_manifest
 from fmedge_runtimes.tokenizer import Tokenizer
 from fmedge_runtimes.verify import verify
 from hypothesis import given, settings
@@ -432,13 +432,13 @@ def test_another_vocabulary_of_the_source_is_refused(bundle: Path, text: Path, t
 def test_logits_that_are_not_finite_are_an_error(bundle: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fmedge_runtimes.decoder import Decoder
 
-    read = Decoder._read
+    predict = Decoder.predict
 
-    def broken(*arguments: Any) -> Any:
-        logits = read(*arguments)
-        logits[0] = np.nan
-        return logits
+    def broken(*arguments: Any) -> Iterator[Any]:
+        for logits in predict(*arguments):
+            logits[0] = np.nan
+            yield logits
 
-    monkeypatch.setattr(Decoder, "_read", broken)
+    monkeypatch.setattr(Decoder, "predict", broken)
     with pytest.raises(ParityError, match="1 of 19 positions have logits that are not finite"):
         raise run(bundle, "--data", text, "--tokens", 20).exception

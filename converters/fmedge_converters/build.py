@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
-from fmedge_runtimes.bundle import Evidence
+from fmedge_runtimes.manifest import Evidence
 from transformers import PretrainedConfig
 
 from fmedge_converters.budget import spend_bits

@@ -36,6 +36,7 @@ from fmedge_converters.complex_numbers import ComplexAsPairs
 from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.example_step import SIZES, example_step
 from fmedge_converters.experts import IMPLEMENTATION as EXPERTS
+from fmedge_converters.exported_program import Names, to_onnx
 from fmedge_converters.fakes import fake_parameters, is_fake, name_axes, reason
 from fmedge_converters.first_line import first_line
 from fmedge_converters.kernels import recurrent_kernels
@@ -46,7 +47,6 @@ from fmedge_converters.recording import LayerCache, LayerState, Recording, recor
 from fmedge_converters.rope import freeze_rope
 from fmedge_converters.step_layout import Layout
 from fmedge_converters.traced_cache import TracedCache
-from fmedge_converters.translations import TRANSLATIONS
 
 CAPACITY_MULTIPLE = 64
 """Of static caches, so that each row begins at an address that TensorRT can bind."""
@@ -364,21 +364,11 @@ def _require_dynamic(model: ir.Model, axes: Sequence[str]) -> None:
 
 def _export(model: PreTrainedModel, dialect: Dialect, layout: Layout, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
     example = example_step(dialect, layout, dtype)
+    names = Names(example.input_names, example.output_names)
     with torch.no_grad():
-        program = torch.onnx.export(
-            _Step(model, dialect, layout),
-            example.arguments,
-            dynamo=True,
-            dynamic_shapes=example.dynamic_shapes,
-            opset_version=dialect.opset,
-            input_names=example.input_names,
-            output_names=example.output_names,
-            custom_translation_table=dict(TRANSLATIONS),
-            optimize=False,
-            verbose=False,
+        program = to_onnx(
+            _Step(model, dialect, layout), example.arguments, example.dynamic_shapes, dialect.opset, names
         )
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned nothing")
     # torch names no axis at all once a list of inputs is empty.
     name_axes(program, example.axes)
     return program

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from fmedge_runtimes.bundle import SamplingFacts, TextFacts
 from fmedge_runtimes.errors import RequestError, SourceError
+from fmedge_runtimes.manifest import SamplingFacts, TextFacts
 from fmedge_runtimes.sampling import Sampling
 from transformers import GenerationConfig
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fmedge_runtimes.bundle import Evidence, Golden, GraphFacts, TextFacts
 from fmedge_runtimes.decoder import Decoder
+from fmedge_runtimes.manifest import Evidence, Golden, GraphFacts, TextFacts
 from fmedge_runtimes.memory import available_bytes
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from fmedge_runtimes.bundle import CacheFacts, Evidence, Golden, SamplingFacts, StateFacts, TextFacts
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.golden import continue_greedily, replay
+from fmedge_runtimes.manifest import CacheFacts, Evidence, Golden, SamplingFacts, StateFacts, TextFacts
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from fmedge_runtimes.session import Session
 from transformers import PretrainedConfig

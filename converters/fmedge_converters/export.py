@@ -10,22 +10,19 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from fmedge_runtimes.bundle import (
+from fmedge_runtimes.bundle import Bundle, ImageBundle, list_files, open_bundle
+from fmedge_runtimes.errors import ExportError
+from fmedge_runtimes.manifest import (
     FORMAT,
-    Bundle,
     Evidence,
     GraphFacts,
-    ImageBundle,
     MatrixFacts,
     ProfileFacts,
     SourceFacts,
     TextFacts,
     TextManifest,
-    list_files,
-    open_bundle,
     write_manifest,
 )
-from fmedge_runtimes.errors import ExportError
 
 from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, as_they_are, build_decoder
 from fmedge_converters.candidates_graph import write_candidates

@@ -9,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import onnx_ir as ir
-from fmedge_runtimes.bundle import MANIFEST, Evidence, GraphFacts, ProfileFacts, TensorFacts
 from fmedge_runtimes.devices import DEVICES
 from fmedge_runtimes.errors import ExportError, ParityError
+from fmedge_runtimes.manifest import MANIFEST, Evidence, GraphFacts, ProfileFacts, TensorFacts
 from fmedge_runtimes.version import __version__
 
 from fmedge_converters.export_options import ExportOptions

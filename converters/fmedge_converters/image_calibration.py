@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fmedge_runtimes.bundle import FORMAT, Evidence, ImageBundle, ImageFacts, ImageManifest, SourceFacts
+from fmedge_runtimes.bundle import ImageBundle
 from fmedge_runtimes.errors import ExportError
 from fmedge_runtimes.image import ImageModel
+from fmedge_runtimes.manifest import FORMAT, Evidence, ImageFacts, ImageManifest, SourceFacts
 from fmedge_runtimes.parts import Parts
 from fmedge_runtimes.session import Session
 

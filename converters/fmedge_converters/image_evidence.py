@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from fmedge_runtimes.bundle import Evidence, ImageBundle, ImageFacts, ImageGolden
+from fmedge_runtimes.bundle import ImageBundle
 from fmedge_runtimes.diffusion import Diffusion
 from fmedge_runtimes.errors import SourceError
 from fmedge_runtimes.generated_image import GeneratedImage
 from fmedge_runtimes.image import ImageModel
+from fmedge_runtimes.manifest import Evidence, ImageFacts, ImageGolden
 from fmedge_runtimes.memory import available_bytes
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from fmedge_runtimes.parts import Parts

@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fmedge_runtimes.bundle import (
+from fmedge_runtimes.bundle import ImageBundle, list_files, open_image_bundle
+from fmedge_runtimes.errors import ExportError, SourceError
+from fmedge_runtimes.manifest import (
     FORMAT,
     MODEL_INDEX,
     Evidence,
     GraphFacts,
-    ImageBundle,
     ImageFacts,
     ImageManifest,
     ProfileFacts,
     SourceFacts,
-    list_files,
-    open_image_bundle,
     write_manifest,
 )
-from fmedge_runtimes.errors import ExportError, SourceError
 
 from fmedge_converters.controlnet_source import check_controlnets, is_controlnet, with_controlnets
 from fmedge_converters.export_checks import check_block_size, check_disk, device_name, graph_facts, judge, made_by

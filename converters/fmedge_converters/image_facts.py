@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
-from fmedge_runtimes.bundle import ImageFacts
+from fmedge_runtimes.manifest import ImageFacts
 
 from fmedge_converters.decoder import quiet_libraries
 from fmedge_converters.parts.autoencoders import scale_factor

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from fmedge_runtimes.bundle import CacheFacts, Evidence, TextFacts
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import ExportError
 from fmedge_runtimes.host_memory import HostBuffer
+from fmedge_runtimes.manifest import CacheFacts, Evidence, TextFacts
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from fmedge_runtimes.row_cache import RowCache
 

@@ -22,11 +22,10 @@ from torch.export import Dim
 
 from fmedge_converters.complex_numbers import ComplexAsPairs
 from fmedge_converters.decoder import quiet_libraries
-from fmedge_converters.exported_program import traced_once
+from fmedge_converters.exported_program import Names, to_onnx
 from fmedge_converters.fakes import fake_parameters, is_fake, name_axes, reason
 from fmedge_converters.fused_operators import FusedOperators, PartOperators
 from fmedge_converters.parts.part import Call, Input
-from fmedge_converters.translations import TRANSLATIONS
 
 SIZES = {"batch": 3, "sequence": 5, "height": 23, "width": 19, "image_sequence": 14}
 """Of dynamic axes. Not 0 or 1, not equal, odd, and large enough for five levels of a UNet: sizes that are special, or
@@ -136,29 +135,8 @@ def _export(called: _Called, call: Call) -> torch.onnx.ONNXProgram:
         for item in call.inputs
     }
     with torch.no_grad():
-        exported = torch.export.export(called, (example,), dynamic_shapes=(dynamic,), strict=False)
-        try:
-            program = _to_onnx(traced_once(exported), call, called.operators.opset)
-        except torch.onnx.errors.OnnxExporterError:  # an operator that ONNX lacks, and that had to be decomposed
-            exported = torch.export.export(called, (example,), dynamic_shapes=(dynamic,), strict=False)
-            program = _to_onnx(exported, call, called.operators.opset)
+        program = to_onnx(called, (example,), (dynamic,), called.operators.opset, Names([*example]))
     name_axes(program, [item.dims for item in call.inputs])
-    return program
-
-
-def _to_onnx(exported: torch.export.ExportedProgram, call: Call, opset: int) -> torch.onnx.ONNXProgram:
-    program = torch.onnx.export(
-        exported,
-        (),
-        dynamo=True,
-        opset_version=opset,
-        input_names=[item.name for item in call.inputs],
-        custom_translation_table=dict(TRANSLATIONS),
-        optimize=False,
-        verbose=False,
-    )
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned nothing")
     return program
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fmedge_runtimes.bundle import Evidence
+from fmedge_runtimes.manifest import Evidence
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 
 from fmedge_converters.decoder import quiet_libraries

@@ -20,8 +20,8 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
-from fmedge_runtimes.bundle import MODEL_INDEX
 from fmedge_runtimes.errors import SourceError
+from fmedge_runtimes.manifest import MODEL_INDEX
 
 from fmedge_converters.containers.safetensors import STEMS, VARIANTS
 from fmedge_converters.decoder import quiet_libraries

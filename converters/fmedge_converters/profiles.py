@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fmedge_runtimes.bundle import ImageFacts, ProfileFacts
 from fmedge_runtimes.decoder import PREFILL_CHUNK
+from fmedge_runtimes.manifest import ImageFacts, ProfileFacts
 
 from fmedge_converters.parts.part import Call
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fmedge_runtimes.bundle import MODEL_INDEX
 from fmedge_runtimes.errors import SourceError
+from fmedge_runtimes.manifest import MODEL_INDEX
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

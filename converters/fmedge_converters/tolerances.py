@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fmedge_runtimes.bundle import TextFacts
+from fmedge_runtimes.manifest import TextFacts
 
 
 @dataclass(frozen=True, slots=True)

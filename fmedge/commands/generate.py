@@ -12,7 +12,64 @@ from fmedge_runtimes.sampling import checked
 
 from fmedge.commands.byte_size import parse_bytes
 from fmedge.commands.device_options import DEVICE_HELP, GRAPHS_HELP, PrefillOption
+from fmedge.commands.image_options import (
+    IMAGE_OPTIONS,
+    AdapterScale,
+    ClipSkip,
+    Control,
+    ControlEnd,
+    ControlScale,
+    ControlStart,
+    Grid,
+    GuessMode,
+    Guidance,
+    GuidanceRescale,
+    IpAdapterImage,
+    IpAdapterScale,
+    LiteralPrompts,
+    Mask,
+    MaxSequenceLength,
+    MemoryMode,
+    Negative,
+    NoiseLevel,
+    Preview,
+    PreviewEvery,
+    Scheduler,
+    Size,
+    StartImage,
+    Steps,
+    Strength,
+    Tiling,
+    TinyVae,
+)
 from fmedge.commands.kinds import parse_size, refuse_others
+from fmedge.commands.sampling_options import (
+    Ban,
+    BestOf,
+    ForceToken,
+    FrequencyPenalty,
+    Grammar,
+    HowMany,
+    IgnoreEos,
+    JsonObject,
+    JsonSchema,
+    LengthPenalty,
+    LogitBias,
+    Logprobs,
+    MaxNewTokens,
+    MinNewTokens,
+    MinP,
+    PresencePenalty,
+    Regex,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    StopToken,
+    Temperature,
+    TopK,
+    TopP,
+    TypicalP,
+)
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -47,43 +104,6 @@ EPILOG = """
 """
 
 T = TypeVar("T")
-SHAPES = "How draws are shaped"
-TOKENS = "Which tokens"
-ENDS = "Where completions end"
-FORMS = "What the text must follow: one of these (needs pip install 'fmedge\\[constraints]')"
-IMAGES = "For bundles that make images"
-IMAGE_OPTIONS = frozenset(
-    {
-        "steps",
-        "guidance",
-        "negative",
-        "size",
-        "scheduler",
-        "image",
-        "strength",
-        "mask",
-        "control",
-        "control_scale",
-        "control_start",
-        "control_end",
-        "guess_mode",
-        "adapter_scale",
-        "ip_adapter_image",
-        "ip_adapter_scale",
-        "guidance_rescale",
-        "clip_skip",
-        "literal",
-        "max_sequence_length",
-        "tiling",
-        "tiny_vae",
-        "noise_level",
-        "memory_mode",
-        "grid",
-        "preview_every",
-        "preview",
-    }
-)
-"""Parameters of the command that only such bundles take."""
 BOTH_OPTIONS = frozenset(
     {
         "bundle",
@@ -123,216 +143,60 @@ def command(
         bool, typer.Option("--resume", help="Continue a job from --input to --output where it was interrupted.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output of an earlier job, or images.")] = False,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy; above 0 draws.", rich_help_panel=SHAPES)
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw from the k likeliest tokens; 0 is off.", rich_help_panel=SHAPES)
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Draw from the likeliest tokens that sum to p; 1 is off.", rich_help_panel=SHAPES),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Draw from tokens at least this times as likely as the likeliest; 0 is off.", rich_help_panel=SHAPES
-        ),
-    ] = None,
-    typical_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Draw from tokens as surprising as expected, that sum to p; 1 is off.", rich_help_panel=SHAPES
-        ),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1 discourages repetition.", rich_help_panel=SHAPES)
-    ] = None,
-    presence_penalty: Annotated[
-        float | None, typer.Option(help="Subtracted from logits of tokens seen.", rich_help_panel=SHAPES)
-    ] = None,
-    frequency_penalty: Annotated[
-        float | None, typer.Option(help="The same, for each time seen.", rich_help_panel=SHAPES)
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes draws reproducible.", rich_help_panel=SHAPES)] = None,
-    n: Annotated[
-        int | None, typer.Option("--n", "-n", help="Completions, or images, for each prompt.", rich_help_panel=SHAPES)
-    ] = None,
-    best_of: Annotated[
-        int | None,
-        typer.Option(help="Generate so many, give the --n of highest log-probability.", rich_help_panel=SHAPES),
-    ] = None,
-    length_penalty: Annotated[
-        float | None,
-        typer.Option(
-            help="With --best-of: 1 compares the mean of the tokens' log-probabilities, 0 their sum.",
-            rich_help_panel=SHAPES,
-        ),
-    ] = None,
-    logit_bias: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ID=BIAS", help="Add to the logit of a token; may be repeated.", rich_help_panel=TOKENS),
-    ] = None,
-    ban: Annotated[
-        list[int] | None,
-        typer.Option(metavar="ID", help="Token that never comes; may be repeated.", rich_help_panel=TOKENS),
-    ] = None,
-    force_token: Annotated[
-        list[int] | None,
-        typer.Option(metavar="ID", help="Token that completions begin with; may be repeated.", rich_help_panel=TOKENS),
-    ] = None,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(
-            help="With JSON output: log-probabilities of each token and of so many likeliest ones.",
-            rich_help_panel=TOKENS,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to generate at most.", rich_help_panel=ENDS)
-    ] = None,
-    min_new_tokens: Annotated[
-        int | None, typer.Option(help="No end-of-sequence or stop token before so many.", rich_help_panel=ENDS)
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="String that ends a completion; may be repeated.", rich_help_panel=ENDS),
-    ] = None,
-    stop_token: Annotated[
-        list[int] | None,
-        typer.Option(metavar="ID", help="Token that ends a completion; may be repeated.", rich_help_panel=ENDS),
-    ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on past end-of-sequence tokens.", rich_help_panel=ENDS)
-    ] = False,
-    json_object: Annotated[
-        bool, typer.Option("--json-object", help="The text is a JSON object.", rich_help_panel=FORMS)
-    ] = False,
-    json_schema: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="The text is JSON of this JSON Schema: a file, or {...} itself.", rich_help_panel=FORMS
-        ),
-    ] = None,
-    regex: Annotated[
-        str | None, typer.Option(help="The text matches this regular expression as a whole.", rich_help_panel=FORMS)
-    ] = None,
-    grammar: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The text follows this grammar, Lark or GBNF.", rich_help_panel=FORMS),
-    ] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    typical_p: TypicalP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    seed: Seed = None,
+    n: HowMany = None,
+    best_of: BestOf = None,
+    length_penalty: LengthPenalty = None,
+    logit_bias: LogitBias = None,
+    ban: Ban = None,
+    force_token: ForceToken = None,
+    logprobs: Logprobs = None,
+    max_new_tokens: MaxNewTokens = None,
+    min_new_tokens: MinNewTokens = None,
+    stop: Stop = None,
+    stop_token: StopToken = None,
+    ignore_eos: IgnoreEos = False,
+    json_object: JsonObject = False,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    grammar: Grammar = None,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are a user's messages in a chat.")] = False,
     system: Annotated[str | None, typer.Option(help="System message for --chat.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps from noise to image.", rich_help_panel=IMAGES)] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="How strongly the prompt pulls; up to 1 is off, and faster.", rich_help_panel=IMAGES),
-    ] = None,
-    negative: Annotated[
-        str | None, typer.Option(help="What the images should not show.", rich_help_panel=IMAGES)
-    ] = None,
-    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="In pixels.", rich_help_panel=IMAGES)] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(help="How noise is taken away: euler, dpm++2m-karras, ...", rich_help_panel=IMAGES),
-    ] = None,
-    image: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Start from this image.", rich_help_panel=IMAGES)
-    ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(help="With --image: near 0 it stays, at 1 nothing is left of it.", rich_help_panel=IMAGES),
-    ] = None,
-    mask: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="With --image: repaint only where this is white.", rich_help_panel=IMAGES),
-    ] = None,
-    control: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Image for the ControlNet: one for all prompts, or repeated for each; of a bundle with several "
-            "ControlNets one for each of them.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None,
-    control_scale: Annotated[
-        list[float] | None,
-        typer.Option(help="How strongly ControlNets pull; may be repeated for each.", rich_help_panel=IMAGES),
-    ] = None,
-    control_start: Annotated[
-        list[float] | None,
-        typer.Option(help="Share of the steps behind which a ControlNet begins.", rich_help_panel=IMAGES),
-    ] = None,
-    control_end: Annotated[
-        list[float] | None,
-        typer.Option(help="Share of the steps behind which a ControlNet rests.", rich_help_panel=IMAGES),
-    ] = None,
-    guess_mode: Annotated[
-        bool,
-        typer.Option(
-            "--guess-mode", help="The ControlNet's image speaks even without a prompt.", rich_help_panel=IMAGES
-        ),
-    ] = False,
-    adapter_scale: Annotated[
-        float | None,
-        typer.Option(help="How much of a LoRA is added, of a bundle that keeps one apart.", rich_help_panel=IMAGES),
-    ] = None,
-    ip_adapter_image: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Image for the IP-Adapter: one for all prompts, or repeated for each.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None,
-    ip_adapter_scale: Annotated[
-        float | None, typer.Option(help="How strongly that image pulls.", rich_help_panel=IMAGES)
-    ] = None,
-    guidance_rescale: Annotated[
-        float | None, typer.Option(help="Contrast brought back, from 0 (off) to 1.", rich_help_panel=IMAGES)
-    ] = None,
-    clip_skip: Annotated[
-        int | None, typer.Option(help="Last layers of the text encoder to leave out.", rich_help_panel=IMAGES)
-    ] = None,
-    literal: Annotated[
-        bool, typer.Option("--literal", help="Brackets in prompts are no weights.", rich_help_panel=IMAGES)
-    ] = False,
-    max_sequence_length: Annotated[
-        int | None,
-        typer.Option(help="Tokens that a T5 or Gemma text encoder's prompt may have.", rich_help_panel=IMAGES),
-    ] = None,
-    tiling: Annotated[
-        bool | None,
-        typer.Option("--tiling/--no-tiling", help="Decode in tiles; large images only.", rich_help_panel=IMAGES),
-    ] = None,
-    tiny_vae: Annotated[
-        bool, typer.Option("--tiny-vae", help="Decode with the bundle's small autoencoder.", rich_help_panel=IMAGES)
-    ] = False,
-    noise_level: Annotated[
-        int | None,
-        typer.Option(help="Of upscalers: noise on the small image; more invents more.", rich_help_panel=IMAGES),
-    ] = None,
-    memory_mode: Annotated[
-        str | None,
-        typer.Option(help="keep: all parts stay loaded; sequential: one at a time.", rich_help_panel=IMAGES),
-    ] = None,
-    grid: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write all images side by side to a .png, too.", rich_help_panel=IMAGES),
-    ] = None,
-    preview_every: Annotated[
-        int | None,
-        typer.Option(metavar="STEPS", help="Write a small preview every so many steps.", rich_help_panel=IMAGES),
-    ] = None,
-    preview: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PLACE",
-            help="Folder for previews, or a .png file that shows the newest; unless given, beside --output.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    negative: Negative = None,
+    size: Size = None,
+    scheduler: Scheduler = None,
+    image: StartImage = None,
+    strength: Strength = None,
+    mask: Mask = None,
+    control: Control = None,
+    control_scale: ControlScale = None,
+    control_start: ControlStart = None,
+    control_end: ControlEnd = None,
+    guess_mode: GuessMode = False,
+    adapter_scale: AdapterScale = None,
+    ip_adapter_image: IpAdapterImage = None,
+    ip_adapter_scale: IpAdapterScale = None,
+    guidance_rescale: GuidanceRescale = None,
+    clip_skip: ClipSkip = None,
+    literal: LiteralPrompts = False,
+    max_sequence_length: MaxSequenceLength = None,
+    tiling: Tiling = None,
+    tiny_vae: TinyVae = False,
+    noise_level: NoiseLevel = None,
+    memory_mode: MemoryMode = None,
+    grid: Grid = None,
+    preview_every: PreviewEvery = None,
+    preview: Preview = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="Rows that are decoded, or images that are denoised, together at most.")

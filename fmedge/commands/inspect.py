@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fmedge_runtimes.bundle import Bundle, Evidence, ImageBundle, MatrixFacts
+    from fmedge_runtimes.bundle import Bundle, ImageBundle
+    from fmedge_runtimes.manifest import Evidence, MatrixFacts
 
 
 def command(

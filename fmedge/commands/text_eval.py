@@ -10,12 +10,13 @@ from pathlib import Path
 
 import typer
 from fmedge_converters.builtin_text import builtin_text
-from fmedge_runtimes.bundle import Bundle, Evidence, open_bundle, write_manifest
+from fmedge_runtimes.bundle import Bundle, open_bundle
 from fmedge_runtimes.chat import ChatTemplate
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import BundleError, DataError, RequestError
 from fmedge_runtimes.foreign import find_foreign
 from fmedge_runtimes.load import open_decoder
+from fmedge_runtimes.manifest import Evidence, write_manifest
 from fmedge_runtimes.prefill_graph import PrefillGraph
 from fmedge_runtimes.tokenizer import Tokenizer
 

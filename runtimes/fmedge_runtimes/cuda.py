@@ -1,35 +1,46 @@
-"""CUDA through its driver API, as far as engines need it: one device, one stream, memory, copies, captured graphs.
+"""CUDA through its driver API, as far as sessions need it: one device, one stream, memory, copies, captured graphs.
 
-    cuda = open_cuda()
+    cuda = open_cuda(Device("cuda", 1))
     cuda.device.name, cuda.device.capability
-    memory = cuda.allocate(1 << 20)
-    cuda.upload(memory.address, array.ctypes.data, array.nbytes)
-    cuda.synchronize()
+    with cuda.turn():
+        memory = cuda.allocate(1 << 20)
+        cuda.upload(memory.address, array.ctypes.data, array.nbytes)
+        cuda.synchronize()
 
 CUDA's Python bindings (cuda-bindings, a part of cuda-python) are imported here and nowhere else. Only libcuda is
-needed, which comes with the driver. What is queued on the stream happens in order; nothing else is promised before
-`synchronize`. Evidence: the calls are checked against the names and arguments of the real module; none has run on a
-GPU (docs/evidence.md).
+needed, which comes with the driver and is the same whatever the version of CUDA. ONNX Runtime and TensorRT work in the
+context that is used here, the device's primary one. What is queued on the stream happens in order; nothing else is
+promised before `synchronize`, neither to other streams. Evidence: the calls are checked against the names and arguments
+of the real module; none has run on a GPU (docs/evidence.md).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fmedge_runtimes.device import Device
 from fmedge_runtimes.errors import BackendError
 from fmedge_runtimes.memory import available_bytes
 
-INSTALL = "pip install 'fmedge[tensorrt]' (on JetPack 6 with 'cuda-bindings<13')"
 OUT_OF_MEMORY = 2
 """CUDA_ERROR_OUT_OF_MEMORY."""
+EXTRAS: Mapping[str, str] = MappingProxyType({"cuda": "gpu", "tensorrt": "tensorrt", "rtx": "rtx"})
+"""By kind of device: the extra of fmedge that holds the bindings."""
+
+GPU_LOCK = threading.RLock()
+"""Held by whoever uses a GPU of this process. While ONNX Runtime captures a graph, an allocation or a copy by any other
+thread would fail, and spoil the capture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +55,37 @@ class CudaDevice:
     """Bytes of its memory."""
 
 
-class Cuda:
-    """A GPU, with its primary context (which TensorRT uses, too) and one stream; `open_cuda` makes it."""
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A copy inside the device: lines of the same length, at equal distances."""
 
-    def __init__(self, driver: Any) -> None:  # noqa: ANN401 - cuda-python is imported only where it is used
+    target: int
+    """The address of the first."""
+    target_pitch: int
+    """Bytes from line to line."""
+    source: int
+    source_pitch: int
+    width: int
+    """Bytes of a line."""
+    count: int
+
+
+class Cuda:
+    """A GPU, with its primary context and one stream; `open_cuda` makes it. Use it in `turn` only."""
+
+    def __init__(self, driver: Any, device: Device) -> None:  # noqa: ANN401 - cuda-python is imported only where it is used
         self._driver = driver
         try:
             self._call("cuInit", 0)
             count = int(self._call("cuDeviceGetCount"))
         except (BackendError, RuntimeError) as error:  # the module raises when there is no libcuda
-            raise BackendError(f"there is no CUDA device that can be used: {error}") from error
+            raise BackendError(f"there is no CUDA device that can be used: {error}; use --device cpu.") from error
         if count == 0:
-            raise BackendError("there is no CUDA device: the driver works, but sees no GPU.")
-        self._handle = self._call("cuDeviceGet", 0)
+            raise BackendError("there is no CUDA device: the driver works, but sees no GPU; use --device cpu.")
+        if device.index >= count:
+            there = "1 GPU, cuda" if count == 1 else f"{count} GPUs, cuda to cuda:{count - 1}"
+            raise BackendError(f"there is no device {device}: the driver sees {there}.")
+        self._handle = self._call("cuDeviceGet", device.index)
         self.device = self._describe()
         self._context = self._call("cuDevicePrimaryCtxRetain", self._handle)
         self.activate()
@@ -89,8 +118,15 @@ class Cuda:
         )
 
     def activate(self) -> None:
-        """Make this the GPU of the calling thread: engines run in threads of their own."""
+        """Make this the GPU of the calling thread: sessions run in threads of their own."""
         self._call("cuCtxSetCurrent", self._context)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """The GPU for the calling thread alone, until the end of the block."""
+        with GPU_LOCK:
+            self.activate()
+            yield
 
     @property
     def stream(self) -> int:
@@ -116,8 +152,7 @@ class Cuda:
 
     def release(self, function: str, address: int) -> None:
         """Give memory back; when the program ends, the driver may be gone already."""
-        with contextlib.suppress(BackendError):
-            self.activate()
+        with contextlib.suppress(BackendError), self.turn():
             self._call(function, address)
 
     def clear(self, address: int, nbytes: int) -> None:
@@ -125,25 +160,25 @@ class Cuda:
         self._call("cuMemsetD8Async", address, 0, nbytes, self._stream)
 
     def upload(self, device: int, host: int, nbytes: int) -> None:
-        """Queue a copy from pinned memory to the device."""
+        """Queue a copy from the host to the device; from memory that is not pinned only together with a
+        `synchronize`."""
         self._call("cuMemcpyHtoDAsync", device, host, nbytes, self._stream)
 
     def download(self, host: int, device: int, nbytes: int) -> None:
-        """Queue a copy from the device to pinned memory."""
+        """Queue a copy from the device to the host; the same holds."""
         self._call("cuMemcpyDtoHAsync", host, device, nbytes, self._stream)
 
-    def copy(self, target: int, source: int, nbytes: int) -> None:
+    def copy(self, lines: Lines) -> None:
         """Queue a copy inside the device."""
-        self._call("cuMemcpyDtoDAsync", target, source, nbytes, self._stream)
-
-    def copy_lines(self, target: tuple[int, int], source: tuple[int, int], width: int, lines: int) -> None:
-        """Queue a copy of so many lines of `width` bytes; target and source are (address, bytes from line to line)."""
+        if lines.count == 1:
+            self._call("cuMemcpyDtoDAsync", lines.target, lines.source, lines.width, self._stream)
+            return
         kind = self._driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
         block = self._driver.CUDA_MEMCPY2D()
         block.dstMemoryType, block.srcMemoryType = kind, kind
-        block.dstDevice, block.dstPitch = target
-        block.srcDevice, block.srcPitch = source
-        block.WidthInBytes, block.Height = width, lines
+        block.dstDevice, block.dstPitch = lines.target, lines.target_pitch
+        block.srcDevice, block.srcPitch = lines.source, lines.source_pitch
+        block.WidthInBytes, block.Height = lines.width, lines.count
         self._call("cuMemcpy2DAsync", block, self._stream)
 
     def synchronize(self) -> None:
@@ -210,10 +245,14 @@ class CapturedGraph:
         self._cuda.launch(self._handle)
 
 
-def open_cuda() -> Cuda:
-    """The first GPU. Raises BackendError when cuda-python, the driver or the GPU is missing."""
+@cache
+def open_cuda(device: Device) -> Cuda:
+    """A GPU, the same for all sessions. Raises BackendError when cuda-bindings, the driver or the GPU is missing."""
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise BackendError(f"cuda-bindings is not installed, which engines need: {INSTALL}.") from error
-    return Cuda(driver)
+        raise BackendError(
+            f"cuda-bindings is not installed, which the device {device} needs: "
+            f"pip install 'fmedge[{EXTRAS[device.kind]}]' (on JetPack 6 with 'cuda-bindings<13')."
+        ) from error
+    return Cuda(driver, device)

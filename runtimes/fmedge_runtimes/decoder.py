@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fmedge_runtimes.bundle import TextFacts
 from fmedge_runtimes.device_logits import DeviceLogits, Summariser
 from fmedge_runtimes.errors import BackendError, CacheMemoryError
+from fmedge_runtimes.manifest import TextFacts
 from fmedge_runtimes.row_cache import RowCache
 from fmedge_runtimes.session import Array, Buffer, Session
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fmedge_runtimes.cuda_driver import CudaDriver
+from fmedge_runtimes.cuda import Cuda
 from fmedge_runtimes.device import Device
 from fmedge_runtimes.errors import BackendError, DeviceMemoryError
 
@@ -18,11 +18,12 @@ def means_no_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(mark in str(error) for mark in _MARKS)
 
 
-def out_of_memory(what: str, device: Device, driver: CudaDriver, error: Exception) -> BackendError:
+def out_of_memory(what: str, device: Device, cuda: Cuda, error: Exception) -> BackendError:
     """The error to raise when a GPU has no memory for something."""
     asked = _REQUESTED.search(str(error))
     needed = f"{int(asked[1]) / 2**20:.0f} MiB were asked for and " if asked else ""
-    free, total = driver.free_bytes / 2**20, driver.total_bytes / 2**20
+    with cuda.turn():
+        free, total = cuda.free_bytes() / 2**20, cuda.device.total / 2**20
     return DeviceMemoryError(
-        f"{what}: {device} ({driver.name}) is out of memory: {needed}{free:.0f} MiB of {total:.0f} MiB are free."
+        f"{what}: {device} ({cuda.device.name}) is out of memory: {needed}{free:.0f} MiB of {total:.0f} MiB are free."
     )

@@ -21,8 +21,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fmedge_runtimes.bundle import MANIFEST, ProfileFacts, read_manifest, sha256_of
+from fmedge_runtimes.bundle import sha256_of
 from fmedge_runtimes.errors import BackendError
+from fmedge_runtimes.manifest import MANIFEST, ProfileFacts, read_manifest
 
 FOLDER = "engines"
 FORMAT: Literal[1] = 1

@@ -11,22 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fmedge_runtimes.backends import open_session
-from fmedge_runtimes.bundle import (
-    FORMAT,
-    MANIFEST,
-    Bundle,
-    GraphFacts,
-    SourceFacts,
-    TensorFacts,
-    TextFacts,
-    TextManifest,
-)
+from fmedge_runtimes.bundle import Bundle
 from fmedge_runtimes.errors import BackendError, BundleDamagedError
 from fmedge_runtimes.foreign_check import adapt
 from fmedge_runtimes.foreign_folder import ForeignFolder, chat_template_file, special_tokens
 from fmedge_runtimes.foreign_graph import read_graph
 from fmedge_runtimes.foreign_session import ForeignGraph
 from fmedge_runtimes.genai_folder import read_genai_folder
+from fmedge_runtimes.manifest import (
+    FORMAT,
+    MANIFEST,
+    GraphFacts,
+    SourceFacts,
+    TensorFacts,
+    TextFacts,
+    TextManifest,
+)
 from fmedge_runtimes.optimum_folder import read_optimum_folder
 from fmedge_runtimes.session import Session
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fmedge_runtimes.bundle import TextFacts
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import BackendError, BundleError
 from fmedge_runtimes.foreign_session import ForeignGraph, ForeignSession
+from fmedge_runtimes.manifest import TextFacts
 from fmedge_runtimes.row_cache import RowCache
 from fmedge_runtimes.session import Session
 

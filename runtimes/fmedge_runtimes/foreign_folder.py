@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fmedge_runtimes.bundle import SamplingFacts
 from fmedge_runtimes.errors import BundleError, BundleFormatError
 from fmedge_runtimes.foreign_session import GraphNames
+from fmedge_runtimes.manifest import SamplingFacts
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

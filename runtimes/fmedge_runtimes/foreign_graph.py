@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from fmedge_runtimes.bundle import CacheFacts
 from fmedge_runtimes.errors import BundleError
 from fmedge_runtimes.foreign_folder import ForeignFolder
 from fmedge_runtimes.foreign_session import ForeignGraph
+from fmedge_runtimes.manifest import CacheFacts
 from fmedge_runtimes.session import Session, TensorSpec
 
 FLOATS: tuple[Literal["float32", "float16"], ...] = ("float32", "float16")

@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from fmedge_runtimes.bundle import CacheFacts
 from fmedge_runtimes.host_memory import HostBuffer
+from fmedge_runtimes.manifest import CacheFacts
 from fmedge_runtimes.session import Array, Binding, Buffer, Session, TensorSpec
 
 Ids = npt.NDArray[np.int64]

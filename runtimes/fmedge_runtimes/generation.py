@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from fmedge_runtimes import sampler
 from fmedge_runtimes.best_of import BestOf
-from fmedge_runtimes.bundle import TextFacts
 from fmedge_runtimes.completion import Completion, Delta, FinishReason, Stats, TokenLogprob
 from fmedge_runtimes.constraint import Constraint
 from fmedge_runtimes.errors import FmedgeError
+from fmedge_runtimes.manifest import TextFacts
 from fmedge_runtimes.prompt_lookup import PromptLookup
 from fmedge_runtimes.request import Request
 from fmedge_runtimes.sampler import NO_TOKEN

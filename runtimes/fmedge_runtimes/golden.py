@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fmedge_runtimes.bundle import Golden, GoldenStep
 from fmedge_runtimes.decoder import Decoder
+from fmedge_runtimes.manifest import Golden, GoldenStep
 from fmedge_runtimes.row_cache import RowCache
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fmedge_runtimes.backends import open_session
-from fmedge_runtimes.bundle import Bundle, TextManifest, open_bundle, open_image_bundle, read_manifest
+from fmedge_runtimes.bundle import Bundle, open_bundle, open_image_bundle
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.device import parse_device
 from fmedge_runtimes.engine import DEFAULTS, EngineOptions
 from fmedge_runtimes.errors import DeviceMemoryError, RequestError
 from fmedge_runtimes.foreign import find_foreign, open_foreign
 from fmedge_runtimes.image import ImageModel
+from fmedge_runtimes.manifest import TextManifest, read_manifest
 from fmedge_runtimes.parts import MODES, MemoryMode, Parts
 from fmedge_runtimes.plan import plan, what_fits
 from fmedge_runtimes.prefill_graph import PrefillGraph, check_prefill_graph

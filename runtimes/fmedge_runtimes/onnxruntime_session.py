@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fmedge_runtimes.cuda_driver import GPU_LOCK, open_driver
+from fmedge_runtimes.cuda import GPU_LOCK, open_cuda
 from fmedge_runtimes.cuda_graphs import CudaGraphs, RecordedSteps
 from fmedge_runtimes.cuda_memory import CudaBuffer, CudaMemory
 from fmedge_runtimes.device import Device, parse_device
@@ -67,7 +67,7 @@ class OnnxRuntimeSession:
         self.device = parse_device(device)
         self._ort = ort = _import_onnxruntime(self.device)
         # Before the provider, whose message would say less of a GPU that is not there.
-        on_gpu = CudaMemory(open_driver(self.device)) if self.device.kind == "cuda" else None
+        on_gpu = CudaMemory(open_cuda(self.device)) if self.device.kind == "cuda" else None
         self._memory: Memory = HostMemory() if on_gpu is None else on_gpu
         options = ort.SessionOptions()
         # What ONNX Runtime would log of an error, its exception says.
@@ -130,7 +130,7 @@ class OnnxRuntimeSession:
     def failure(self, what: str, error: Exception) -> BackendError:
         """The error to raise for one of ONNX Runtime's."""
         if isinstance(self._memory, CudaMemory) and means_no_memory(error):
-            return out_of_memory(what, self.device, self._memory.driver, error)
+            return out_of_memory(what, self.device, self._memory.cuda, error)
         return BackendError(f"{what}: {error}")
 
     def recorded(self, bound: tuple[Mapping[str, Buffer], Mapping[str, Buffer]]) -> RecordedSteps | None:

@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from fmedge_runtimes.bundle import MODEL_INDEX
 from fmedge_runtimes.errors import BackendError, BundleDamagedError, BundleError, RequestError
+from fmedge_runtimes.manifest import MODEL_INDEX
 from fmedge_runtimes.session import Array, Buffer, Session, TensorSpec
 
 MemoryMode = Literal["keep", "sequential"]

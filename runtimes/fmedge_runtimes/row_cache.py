@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fmedge_runtimes.bundle import TextFacts
 from fmedge_runtimes.errors import CacheMemoryError
+from fmedge_runtimes.manifest import TextFacts
 from fmedge_runtimes.session import Array, Binding, Buffer, Session
 
 STEP = 64

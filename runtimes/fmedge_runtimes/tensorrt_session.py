@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import math
 import mmap
-import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fmedge_runtimes.cuda import Cuda, DeviceMemory, open_cuda
+from fmedge_runtimes.cuda_memory import CudaBuffer, CudaMemory, own
 from fmedge_runtimes.device import parse_device
 from fmedge_runtimes.engine_file import Engine, Machine, check_engine, read_engine
 from fmedge_runtimes.errors import BackendError, RequestError
@@ -47,27 +47,6 @@ STEPS = 32
 StepKey = tuple[tuple[str, tuple[int, ...]], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceBuffer:
-    """A buffer in device memory; `owner` keeps it alive."""
-
-    owner: DeviceMemory
-    address: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[np.generic]
-
-    @property
-    def nbytes(self) -> int:
-        """The size."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def rows(self, start: int, stop: int) -> DeviceBuffer:
-        """The rows start:stop, sharing memory."""
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        shape = (stop - start, *self.shape[1:])
-        return DeviceBuffer(self.owner, self.address + start * row_bytes, shape, self.dtype)
-
-
 class TensorRTSession:
     """An engine; see `session.Session` for the contract.
 
@@ -86,19 +65,20 @@ class TensorRTSession:
         library = LIBRARIES[device]
         engine = read_engine(graph, library.name)
         # Before TensorRT is touched: without a GPU a Runtime ends the process.
-        self._cuda = open_cuda()
+        self._cuda = open_cuda(parse_device(device))
+        self._cuda.activate()
+        self._memory = CudaMemory(self._cuda)
         self._trt = import_bindings(library)
         check_engine(engine, graph, machine_of(self._cuda, self._trt, library.name))
         self._rebuild = engine.rebuild
         self._logger = collecting_logger(self._trt)
         register_plugins(self._trt, self._logger)
         self._engine: Any = self._deserialize(engine)
-        self._lock = threading.RLock()
         self._closed = False
         inputs, self.outputs = self._specs()
         self._profiles = read_profiles(self._engine, inputs)
         self.inputs = tuple(replace(spec, largest=largest_of(self._profiles, spec.name)) for spec in inputs)
-        self._memory: DeviceMemory | None = self._cuda.allocate(working_memory(self._engine))
+        self._working: DeviceMemory | None = self._cuda.allocate(working_memory(self._engine))
         self._context: Any = self._new_context()
         self._staging = Staging(self._cuda)
         self._graphs = Graphs(self._cuda, self._new_context, self._queue)
@@ -127,8 +107,8 @@ class TensorRTSession:
         context = self._engine.create_execution_context(strategy)
         if context is None:
             raise BackendError(f"TensorRT made no execution context: {self._said()}; free memory on the device.")
-        if self._memory is not None:
-            context.set_device_memory(self._memory.address, self._memory.nbytes)
+        if self._working is not None:
+            context.set_device_memory(self._working.address, self._working.nbytes)
         return context
 
     def _said(self) -> str:
@@ -151,44 +131,21 @@ class TensorRTSession:
             (inputs if self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT else outputs).append(spec)
         return tuple(inputs), tuple(outputs)
 
-    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> DeviceBuffer:
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> CudaBuffer:
         """A zeroed buffer. Raises MemoryError."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        with self._lock:
-            self._cuda.activate()
-            memory = self._cuda.allocate(nbytes)
-            if nbytes:
-                self._cuda.clear(memory.address, nbytes)
-        return DeviceBuffer(memory, memory.address, shape, dtype)
+        return self._memory.allocate(shape, dtype)
 
     def free_memory(self) -> int | None:
         """What is free on the device."""
-        with self._lock:
-            self._cuda.activate()
-            return self._cuda.free_bytes()
+        return self._memory.free()
 
     def copy(self, source: Buffer, target: Buffer, shape: tuple[int, ...] | None = None) -> None:
         """Copy the leading block of that shape, or the one that both buffers have in common."""
-        if not isinstance(source, DeviceBuffer) or not isinstance(target, DeviceBuffer):
-            raise TypeError("both buffers must be this session's")
-        block = tuple(map(min, source.shape, target.shape)) if shape is None else shape
-        with self._lock:
-            self._cuda.activate()
-            copy_block(self._cuda, source, target, block)
+        self._memory.copy(source, target, shape or tuple(map(min, source.shape, target.shape)))
 
     def read(self, buffer: Buffer, start: int = 0, stop: int | None = None) -> Array:
         """The elements start:stop of a flattened buffer, on the host."""
-        if not isinstance(buffer, DeviceBuffer):
-            raise TypeError("the buffer must be this session's")
-        count = (math.prod(buffer.shape) if stop is None else stop) - start
-        nbytes = count * buffer.dtype.itemsize
-        with self._lock:
-            self._cuda.activate()
-            pinned = self._cuda.allocate_pinned(nbytes)
-            self._cuda.download(pinned.address, buffer.address + start * buffer.dtype.itemsize, nbytes)
-            self._cuda.synchronize()
-            found: Array = pinned.bytes[:nbytes].view(buffer.dtype).copy()  # [count]
-        return found
+        return self._memory.read(buffer, start, math.prod(buffer.shape) if stop is None else stop)
 
     def bind(self, feeds: Mapping[str, Buffer], results: Mapping[str, Buffer]) -> TensorRTBinding:
         """Bind inputs and outputs to buffers that stay where they are."""
@@ -214,10 +171,9 @@ class TensorRTSession:
         returned: Sequence[str],
     ) -> dict[str, Array]:
         """Run the engine once, with buffers that are bound and arrays that are copied."""
-        with self._lock:
+        with self._cuda.turn():
             if self._closed:
                 raise BackendError("the session is closed; load the model again.")
-            self._cuda.activate()
             self._logger.errors.clear()
             key = tuple((name, array.shape) for name, array in feeds.items())
             step = binding.steps.get(key)
@@ -287,11 +243,11 @@ class TensorRTSession:
 
     def close(self) -> None:
         """Give the memory back."""
-        with self._lock:
+        with self._cuda.turn():
             self._closed = True
             self._graphs.clear()
             self._staging.clear()
-            self._prepared = self._context = self._engine = self._runtime = self._memory = None
+            self._prepared = self._context = self._engine = self._runtime = self._working = None
             self._unbound.steps.clear()
 
 
@@ -299,7 +255,7 @@ class TensorRTBinding:
     """A session with its buffers bound; see `session.Binding`. It keeps the buffers alive."""
 
     def __init__(
-        self, session: TensorRTSession, feeds: Mapping[str, DeviceBuffer], results: Mapping[str, DeviceBuffer]
+        self, session: TensorRTSession, feeds: Mapping[str, CudaBuffer], results: Mapping[str, CudaBuffer]
     ) -> None:
         self._session = session
         self.feeds = feeds
@@ -333,11 +289,8 @@ class TensorRTBinding:
         return self._session.step(self, feeds, arrays, returned)
 
 
-def _device_buffers(named: Mapping[str, Buffer]) -> dict[str, DeviceBuffer]:
-    for name, buffer in named.items():
-        if not isinstance(buffer, DeviceBuffer):
-            raise TypeError(f"{name} is bound to a buffer of another backend")
-    return dict(named)  # type: ignore[arg-type]  # by the check
+def _device_buffers(named: Mapping[str, Buffer]) -> dict[str, CudaBuffer]:
+    return {name: own(buffer) for name, buffer in named.items()}
 
 
 def working_memory(engine: Any) -> int:  # noqa: ANN401 - an ICudaEngine
@@ -349,32 +302,3 @@ def working_memory(engine: Any) -> int:  # noqa: ANN401 - an ICudaEngine
 def machine_of(cuda: Cuda, trt: Any, library: str) -> Machine:  # noqa: ANN401 - the bindings have no types
     """What engines are compared with."""
     return Machine(library, str(trt.__version__), ".".join(map(str, cuda.device.capability)), cuda.device.name)
-
-
-def copy_block(cuda: Cuda, source: DeviceBuffer, target: DeviceBuffer, shape: tuple[int, ...]) -> None:
-    """Queue the copy of the leading block of that shape, in as few pieces as there are."""
-    if not math.prod(shape):
-        return
-
-    def whole(axis: int) -> bool:
-        return source.shape[axis] == target.shape[axis] == shape[axis]
-
-    # The axes from `run` on lie in one piece; those from `line` on to it are pieces at equal distances.
-    run = len(shape) - 1
-    while run > 0 and whole(run):
-        run -= 1
-    line = max(run - 1, 0)
-    while line > 0 and whole(line):
-        line -= 1
-    size = source.dtype.itemsize
-    width, lines = math.prod(shape[run:]) * size, math.prod(shape[line:run])
-    pitches = [math.prod(buffer.shape[run:]) * size for buffer in (target, source)]
-    for place in np.ndindex(*shape[:line]):
-        begin, end = (
-            buffer.address + size * sum(i * math.prod(buffer.shape[axis + 1 :]) for axis, i in enumerate(place))
-            for buffer in (target, source)
-        )
-        if lines == 1:
-            cuda.copy(begin, end, width)
-        else:
-            cuda.copy_lines((begin, pitches[0]), (end, pitches[1]), width, lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fmedge_runtimes.backends import open_session
-from fmedge_runtimes.bundle import Bundle, ImageBundle, ImageGolden, check_files, open_any_bundle
+from fmedge_runtimes.bundle import Bundle, ImageBundle, check_files, open_any_bundle
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.diffusion import Diffusion
 from fmedge_runtimes.engine_file import note_ran
@@ -19,6 +19,7 @@ from fmedge_runtimes.foreign import find_foreign
 from fmedge_runtimes.golden import replay
 from fmedge_runtimes.image import ImageModel
 from fmedge_runtimes.load import load_image, open_prefill
+from fmedge_runtimes.manifest import ImageGolden
 from fmedge_runtimes.picture import open_picture
 from fmedge_runtimes.tensorrt_library import LIBRARIES
 

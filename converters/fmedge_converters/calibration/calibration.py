@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fmedge_runtimes.bundle import Evidence
 from fmedge_runtimes.errors import ExportError
+from fmedge_runtimes.manifest import Evidence
 
 from fmedge_converters.calibration.linear_inputs import Inputs, Place
 from fmedge_converters.calibration.model import CalibrationModel, Fit

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from fmedge_runtimes.bundle import Evidence
 from fmedge_runtimes.errors import ExportError, SourceError
+from fmedge_runtimes.manifest import Evidence
 
 from fmedge_converters.calibration.awq import searched_scales
 from fmedge_converters.calibration.calibration import Calibration, Report

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from fmedge_runtimes.bundle import Evidence
+from fmedge_runtimes.manifest import Evidence
 
 from fmedge_converters.calibration.calibration import Calibration, Report
 from fmedge_converters.calibration.input_ranges import largest_inputs, note_experts

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from fmedge_runtimes.bundle import Evidence
+from fmedge_runtimes.manifest import Evidence
 
 from fmedge_converters.calibration.calibration import Calibration, Report
 from fmedge_converters.calibration.places import placed_linears, placed_stacks

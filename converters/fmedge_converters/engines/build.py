@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmedge_runtimes.bundle import ProfileFacts, sha256_of
+from fmedge_runtimes.bundle import sha256_of
 from fmedge_runtimes.cuda import Cuda
 from fmedge_runtimes.engine_file import (
     FOLDER,
@@ -30,6 +30,7 @@ from fmedge_runtimes.engine_file import (
     write_record,
 )
 from fmedge_runtimes.errors import BackendError
+from fmedge_runtimes.manifest import ProfileFacts
 from fmedge_runtimes.tensorrt_library import collecting_logger, register_plugins
 from fmedge_runtimes.tensorrt_session import working_memory
 

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fmedge_runtimes.bundle import Bundle, ImageBundle, ProfileFacts, open_any_bundle
+from fmedge_runtimes.bundle import Bundle, ImageBundle, open_any_bundle
 from fmedge_runtimes.cuda import open_cuda
+from fmedge_runtimes.device import Device
 from fmedge_runtimes.engine_file import BuilderFacts, EngineFacts, Hardware, differences, engine_path, read_engine
 from fmedge_runtimes.errors import BackendError, RequestError
+from fmedge_runtimes.manifest import ProfileFacts
 from fmedge_runtimes.tensorrt_library import LIBRARIES, import_bindings
 from fmedge_runtimes.tensorrt_session import machine_of
 
@@ -76,7 +78,7 @@ def build_engines(
     library = LIBRARIES[device]
     # Before TensorRT: without a GPU its builder cannot work, and its runtime would end the process.
     try:
-        cuda = open_cuda()
+        cuda = open_cuda(Device(device))
     except BackendError as error:
         raise BackendError(
             f"{error} Engines are built on the device that runs them; `fmedge check` needs none."
@@ -85,7 +87,8 @@ def build_engines(
     builder = Builder(trt, cuda, machine_of(cuda, trt, library.name))
     for name, profiles in wanted.items():
         graph = bundle.file(bundle.manifest.graphs[name].file)
-        spare = workspace_of(cuda.free_bytes(), weights_of(graph))
+        with cuda.turn():
+            spare = workspace_of(cuda.free_bytes(), weights_of(graph))
         facts = BuilderFacts(
             optimization_level=options.optimization_level,
             version_compatible=options.version_compatible,

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from fmedge_runtimes.bundle import GraphFacts, ImageFacts, ProfileFacts
 from fmedge_runtimes.decoder import PREFILL_CHUNK
 from fmedge_runtimes.engine import LEAST_CHUNK
 from fmedge_runtimes.errors import RequestError
+from fmedge_runtimes.manifest import GraphFacts, ImageFacts, ProfileFacts
 
 Range = tuple[int, int, int]
 Size = tuple[int, int]

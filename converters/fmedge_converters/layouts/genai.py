@@ -13,9 +13,9 @@ from typing import Any
 
 import onnx_ir as ir
 import tokenizers
-from fmedge_runtimes.bundle import SamplingFacts, TextFacts
 from fmedge_runtimes.errors import ExportError
 from fmedge_runtimes.foreign_session import ForeignGraph, ForeignSession, GraphNames
+from fmedge_runtimes.manifest import SamplingFacts, TextFacts
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from fmedge_runtimes.session import Session
 

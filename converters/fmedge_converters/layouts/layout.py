@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-from fmedge_runtimes.bundle import TextFacts
+from fmedge_runtimes.manifest import TextFacts
 from fmedge_runtimes.session import Session
 from transformers import GenerationConfig, PretrainedConfig
 

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import onnx_ir as ir
-from fmedge_runtimes.bundle import GraphFacts, ProfileFacts, open_any_bundle
+from fmedge_runtimes.bundle import open_any_bundle
 from fmedge_runtimes.cuda import open_cuda
+from fmedge_runtimes.device import Device
 from fmedge_runtimes.engine_file import Engine, Machine, differences, read_engine
 from fmedge_runtimes.errors import BackendError, BundleError, RequestError
+from fmedge_runtimes.manifest import GraphFacts, ProfileFacts
 from fmedge_runtimes.tensorrt_library import LIBRARIES, import_bindings
 from fmedge_runtimes.tensorrt_session import machine_of
 
@@ -133,9 +135,10 @@ def _graphs(path: Path, options: CheckOptions) -> tuple[list[tuple[str, Path, tu
 
 def _machine(asked: Asked) -> Machine | None:
     """This machine, if it has a GPU and the library that was asked for."""
-    library = LIBRARIES["rtx" if asked.version.rtx else "tensorrt"]
+    device = Device("rtx" if asked.version.rtx else "tensorrt")
+    library = LIBRARIES[device.kind]
     try:
-        cuda = open_cuda()
+        cuda = open_cuda(device)
         return machine_of(cuda, import_bindings(library), library.name)
     except BackendError:
         return None

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fmedge_runtimes.bundle import ProfileFacts
 from fmedge_runtimes.errors import BackendError, FmedgeError
+from fmedge_runtimes.manifest import ProfileFacts
 
 from fmedge_converters import rtx
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from fmedge_runtimes.bundle import Evidence
+from fmedge_runtimes.manifest import Evidence
 
 from fmedge_converters.calibration.calibration import Calibration, Report
 from fmedge_converters.graph import DecoderGraph
