@@ -76,7 +76,11 @@ def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None, bits: 
         matrices = [
             *_kernels(graph, list(experts.values())),
             *_matrices(graph, scheme.rounding, [linear for linear in projections if not linear.exact], head, size),
-            *_lookups(graph, scheme.rounding, embeddings, head, size),
+            *(
+                _lookups(graph, scheme.rounding, embeddings, head, size)
+                if scheme.lookup_bits is None
+                else _floating_lookups(graph, scheme.lookup_bits, embeddings, head)
+            ),
         ]
         if bits is not None:
             allocation = allocate(matrices, bits)
@@ -120,7 +124,18 @@ def _matrices(
         seen.add(linear.name)
         weight = graph.weights[linear.name]
         usual = rounds(weight, is_head=linear is head, block_size=block_size)
-        yield Matrix(linear.name, math.prod(weight.shape), _options(weight, usual))
+        options = _options(weight, usual)
+        # A scheme rounds otherwise what it cannot express.
+        expressible = [
+            option
+            for option in options
+            if option.rounding is None
+            or option.rounding
+            == rounds(
+                dataclasses.replace(weight, rounding=option.rounding), is_head=linear is head, block_size=block_size
+            )
+        ]
+        yield Matrix(linear.name, math.prod(weight.shape), tuple(expressible))
 
 
 def _lookups(
@@ -136,6 +151,16 @@ def _lookups(
             weight = graph.weights[name]
             usual = rounds(weight, is_head=True, block_size=block_size)
             yield Matrix(name, math.prod(weight.shape), _options(dataclasses.replace(weight, costs=()), usual))
+
+
+def _floating_lookups(
+    graph: DecoderGraph, bits: int, embeddings: Sequence[Embedding], head: Linear | None
+) -> Iterator[Matrix]:
+    """Embeddings, which are not rounded. The numbers of one that the head has, too, are counted there."""
+    for name in dict.fromkeys(str(embedding.weight.name) for embedding in embeddings):
+        numbers = math.prod(graph.weights[name].shape)
+        tied = head is not None and head.name == name
+        yield Matrix(name, 0 if tied else numbers, (Option(None, numbers * bits, 0.0),))
 
 
 def _options(weight: Weight, usual: Rounding) -> tuple[Option, ...]:
