@@ -60,6 +60,7 @@ def opened_calibration(
 
 def find_sensitivities(
     source: Source,
+    scheme: Scheme,
     folder: Path,
     tokenizer: TokenizerFacts | None,
     text: str,
@@ -73,7 +74,7 @@ def find_sensitivities(
         return None
     stage = "measuring what each matrix's rounding costs"
     progress(stage, 0, 0)
-    roundings = candidates(symmetric=not options.asymmetric)
+    roundings = scheme.choices or candidates(symmetric=not options.asymmetric)
     name = tokenizer.tokenizer if tokenizer else None
     try:
         with open_streamed(source, context) as streamed, quiet_libraries():

@@ -243,8 +243,8 @@ def _behind_attention(
 def _behind_written_attention(
     graph: DecoderGraph, x: ir.Value, consumers: list[Linear], producers: dict[ir.Value, Linear]
 ) -> ScaleSite | None:
-    """The same where attention is ONNX's operator, or a product with the values, over a cache [B, shared, C, width] that
-    new values are written to."""
+    """The same where attention is ONNX's operator, or a product with the values, over a cache [B, shared, C, width]
+    that new values are written to."""
     together = produced_by(x, "Reshape")  # [B, S, heads * width]
     by_head = _swapped(None if together is None else together.inputs[0])  # [B, heads, S, width]
     if by_head is None:

@@ -34,6 +34,8 @@ BLOCK_SIZE = 128
 BLOCK_SIZES = (256, 128, 64, 32, 16)
 """That TensorRT takes; where K is no multiple of the one asked for, the next smaller one is tried."""
 CODES = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+CHOICES = (*(Rounding(4, block, positive=True) for block in BLOCK_SIZES), Rounding(8, 0, positive=True))
+"""What a matrix may become with a budget of bits."""
 CHECKED_ROWS = 1024
 """Whose scales are looked at together."""
 
@@ -128,13 +130,16 @@ def _rounded(weight: Weight, rounding: Rounding) -> _Matrix:
 
 
 def _as_it_is(weight: Weight, packed: PackedMatrix) -> _Matrix:
+    def scales(start: int, stop: int) -> Array:
+        return packed.scales(start, stop).astype(weight.dtype)
+
     rows, size = weight.shape
     blocks, row_bytes = size // packed.block_size, packed.block_size * packed.bits // 8
     return _Matrix(
         packed.bits,
         packed.block_size,
         Weight((rows, blocks, row_bytes), np.dtype(np.uint8), packed.codes),
-        Weight((rows, blocks), weight.dtype, packed.scales),
+        Weight((rows, blocks), weight.dtype, scales),
     )
 
 
@@ -199,5 +204,6 @@ def dequantize_linear(name: str, summary: str, bits: int, head_bits: int = 8) ->
         keeps=shared.keeps,
         rounding=shared.rounding,
         lookup_bits=16,
+        choices=CHOICES if bits == 4 else (),
         calibrate=weigh_errors,
     )

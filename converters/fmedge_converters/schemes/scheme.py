@@ -114,6 +114,8 @@ class Scheme:
     """None for a scheme without blocks."""
     lookup_bits: int | None = None
     """Of a number of the token embedding, where that stays floating beside the head; None: it is rounded like that."""
+    choices: tuple[Rounding, ...] = ()
+    """What a matrix may become with a budget of bits; none: what mixed_precision.py has."""
     vary: Callable[[WeightOptions], Scheme] | None = None
     """The same scheme with other options; None if it has none."""
     calibrate: Calibrate | None = None
