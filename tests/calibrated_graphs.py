@@ -18,7 +18,7 @@ from fmedge_converters.evidence import text_facts
 from fmedge_converters.schemes.qmoe import qmoe
 from fmedge_converters.schemes.scheme import Calibrate, Scheme
 from fmedge_converters.schemes.weight_only import weight_only
-from fmedge_converters.targets import TARGETS
+from fmedge_converters.targets import TARGETS, Target
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from models import make_model
@@ -38,12 +38,14 @@ def calibration(folder: Path, scratch: Path, statistics: Path | None = None) -> 
     return Calibration(model, text, statistics, scratch)
 
 
-def build(folder: Path, output: Path, scheme: Scheme, block_size: int | None = None) -> BuiltDecoder:
-    """A decoder for the CPU; a scheme that fits its weights gets random tokens."""
+def build(
+    folder: Path, output: Path, scheme: Scheme, block_size: int | None = None, target: Target = TARGETS["cpu"]
+) -> BuiltDecoder:
+    """A decoder for a target; a scheme that fits its weights gets random tokens."""
     output.mkdir(parents=True)
     fits = scheme.calibrate is not None and scheme.needs_calibration
     options = BuildOptions(
-        TARGETS["cpu"],
+        target,
         scheme,
         block_size,
         CONTEXT,
