@@ -72,7 +72,9 @@ def test_positive_scales_have_a_code_for_every_weight_and_are_searched(seed, kin
     found, least = (one.dequantized(64).unflatten(1, (-1, block or 64)) for one in (made, plain))
     blocks = rows.unflatten(1, (-1, block or 64))
     step = torch.maximum(blocks.amax(-1) / (half - 1), blocks.amin(-1) / -half).clamp(min=6e-8)  # [3, blocks]
-    assert ((least - blocks).abs().amax(-1) <= 0.5 * step + 2e-3 * step * half).all()
+    # The type of the scales rounds them, too, and has so many steps of that at the far end.
+    off = (step * torch.finfo(dtype).eps).clamp(min=6e-8 if dtype is torch.float16 else 0)
+    assert ((least - blocks).abs().amax(-1) <= 0.51 * step + half * off).all()
     # The search is for the direction; a block gets its length back.
     length = (found * blocks).sum(-1, keepdim=True) / found.square().sum(-1, keepdim=True).clamp(min=1e-30)
     errors = (found * length - blocks).square().sum(-1)
@@ -295,7 +297,9 @@ def test_a_bundle_for_a_device_says_so_and_runs_on_the_cpu(engine_bundle: Bundle
     assert {"TensorScatter", "Attention", "DequantizeLinear"} <= {node.op_type for node in graph.node}
     show(engine_bundle, as_json=False)
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert lines["target"] == "tensorrt for orin-nano-8gb-jp7.2, quantization int4, blocks of 128"
+    # Where 128 does not divide the width, smaller blocks do.
+    facts = "quantization int4, blocks of 64, 7.045 bits per weight with scales"
+    assert lines["target"] == f"tensorrt for orin-nano-8gb-jp7.2, {facts}"
     assert lines["device"].startswith("Jetson Orin Nano 8GB, JetPack 7.2: weights 0.00 GB, cache 0.00 GB for 8 rows")
     with fmedge.load(engine_bundle.folder, device="cpu", max_batch=2) as model:
         made = model.generate([list(golden.prompt) for golden in manifest.golden], fmedge.Sampling(max_new_tokens=8))

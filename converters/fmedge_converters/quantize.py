@@ -89,9 +89,10 @@ def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None, bits: 
                     graph.weights[matrix.name] = dataclasses.replace(
                         graph.weights[matrix.name], rounding=option.rounding
                     )
-                    sizes[option.rounding.block_size] += 1
         as_is = Allocation(tuple(matrices), tuple(matrix.options[0] for matrix in matrices))
         bits_per_weight = (allocation or as_is).bits_per_weight
+        roundings = [option.rounding for option in (allocation or as_is).chosen]
+        sizes += Counter(rounding.block_size for rounding in roundings if rounding is not None)
     sizes[size] += len(weights) - sizes.total()
     # Last first: what a Linear reads may be the output of another, which is replaced in its turn.
     for linear in reversed(projections):
