@@ -184,8 +184,8 @@ def _grid(values: torch.Tensor, rounding: Rounding) -> list[tuple[torch.Tensor, 
     candidates = [_plain(values, rounding)]
     if rounding.symmetric:
         half = 1 << (rounding.bits - 1)
-        inverse, zeros = _symmetric(values, rounding), candidates[0][1]
-        return candidates + [(inverse(level), zeros) for level in LEVELS_SYMMETRIC[rounding.bits] if level != half]
+        inverse_of, zeros = _symmetric(values, rounding), candidates[0][1]
+        return candidates + [(inverse_of(level), zeros) for level in LEVELS_SYMMETRIC[rounding.bits] if level != half]
     top = (1 << rounding.bits) - 1
     lowest, highest = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
     width = _inverse(highest - lowest)

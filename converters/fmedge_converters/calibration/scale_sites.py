@@ -280,9 +280,9 @@ def _behind_written_attention(
 def _swapped(value: ir.Value | None) -> ir.Value | None:
     """What a value [A, B, C, D] was as [A, C, B, D], for nobody else."""
     node = produced_by(value, "Transpose")
-    if node is None or list(node.attributes.get_ints("perm", [])) != [0, 2, 1, 3] or len(list(value.uses())) != 1:
+    if node is None or list(node.attributes.get_ints("perm", [])) != [0, 2, 1, 3]:
         return None
-    return node.inputs[0]
+    return node.inputs[0] if len(list(node.outputs[0].uses())) == 1 else None
 
 
 def _of_values(graph: DecoderGraph, consumers: list[Linear], rows: _Rows, sizes: tuple[int, int, int]) -> ScaleSite:
