@@ -66,7 +66,8 @@ def logits(built: BuiltDecoder) -> np.ndarray:
 
 def error(built: BuiltDecoder, wanted: np.ndarray) -> float:
     """The relative squared error of the logits."""
-    return float(np.square(logits(built) - wanted).sum() / np.square(wanted).sum())
+    exact = wanted.astype(np.float64)
+    return float(np.square(logits(built) - exact).sum() / np.square(exact).sum())
 
 
 def random_model(folder: Path, model_type: str = "llama", **changes: Any) -> Path:
