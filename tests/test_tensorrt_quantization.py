@@ -39,8 +39,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plant_outliers(random_model(folder / "random", attention_bias=True), folder / "model")
 
 
-@pytest.mark.medium
-@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-compat"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("tensorrt", marks=pytest.mark.medium), pytest.param("tensorrt-compat", marks=pytest.mark.slow)],
+)
 def test_scaling_by_powers_of_two_changes_nothing(name: str, model: Path, tmp_path: Path) -> None:
     """Norms that are written out, and values that are written into a cache, are places for scales."""
     target = replace(TARGETS[name], dtype=torch.float32)
@@ -76,6 +78,7 @@ def test_weights_that_were_fitted_lose_less_and_are_built(model: Path, tmp_path:
     assert found["w8a8"] < 0.3 * found["int8"]
 
 
+@pytest.mark.medium
 def test_smoothing_without_the_norms_would_be_no_smoothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
