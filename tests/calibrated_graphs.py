@@ -18,7 +18,7 @@ from fmedge_converters.evidence import text_facts
 from fmedge_converters.schemes.qmoe import qmoe
 from fmedge_converters.schemes.scheme import Calibrate, Scheme
 from fmedge_converters.schemes.weight_only import weight_only
-from fmedge_converters.targets import TARGETS
+from fmedge_converters.targets import TARGETS, Target
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
 from models import make_model
@@ -40,12 +40,14 @@ def calibration(
     return Calibration(model, text, statistics, scratch, lookups=lookups)
 
 
-def build(folder: Path, output: Path, scheme: Scheme, block_size: int | None = None) -> BuiltDecoder:
-    """A decoder for the CPU; a scheme that fits its weights gets random tokens."""
+def build(
+    folder: Path, output: Path, scheme: Scheme, block_size: int | None = None, target: Target = TARGETS["cpu"]
+) -> BuiltDecoder:
+    """A decoder for a target; a scheme that fits its weights gets random tokens."""
     output.mkdir(parents=True)
     fits = scheme.calibrate is not None and scheme.needs_calibration
     options = BuildOptions(
-        TARGETS["cpu"],
+        target,
         scheme,
         block_size,
         CONTEXT,
@@ -66,7 +68,8 @@ def logits(built: BuiltDecoder) -> np.ndarray:
 
 def error(built: BuiltDecoder, wanted: np.ndarray) -> float:
     """The relative squared error of the logits."""
-    return float(np.square(logits(built) - wanted).sum() / np.square(wanted).sum())
+    exact = wanted.astype(np.float64)
+    return float(np.square(logits(built) - exact).sum() / np.square(exact).sum())
 
 
 def random_model(folder: Path, model_type: str = "llama", **changes: Any) -> Path:

@@ -67,6 +67,22 @@ def test_compensation_lowers_the_error_of_the_product(bits: int) -> None:
     assert output_error(matrix, found, gram) < 0.5 * output_error(matrix, plain, gram)
 
 
+def test_fitted_scales_are_positive_where_the_operator_asks_for_it() -> None:
+    matrix, gram = problem(64, 256)
+    matrix[5, 64:128] = 0  # a block that says nothing of its scale
+    matrix[7] *= 1e-9  # too small for a scale in fp16
+    rounding = Rounding(4, 64, positive=True)
+    signed = compensated_blocks(matrix, gram, replace(rounding, positive=False), torch.float16)
+    found = compensated_blocks(matrix, gram, rounding, torch.float16)
+    assert (signed.scales <= 0).any()
+    assert (found.scales > 0).all() and torch.equal(found.scales, found.scales.half().float())
+    plain = round_blocks(matrix, replace(rounding, search=False)).dequantized(256)
+    assert output_error(matrix, found.dequantized(256), gram) < 0.5 * output_error(matrix, plain, gram)
+    whole = compensated_blocks(matrix, gram, Rounding(8, 0, positive=True), torch.float16)
+    assert whole.scales.shape == (64, 1)
+    assert output_error(matrix, whole.dequantized(256), gram) < 0.01 * output_error(matrix, plain, gram)
+
+
 def test_scales_are_best_for_their_codes() -> None:
     """No change of any scale lowers the error, with the damping that the fit has."""
     matrix, gram = problem(8, 96)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -33,14 +34,14 @@ def spend_bits(graph: DecoderGraph, scheme: Scheme, bits: float) -> Allocation:
     if scheme.rounding is None:
         raise RuntimeError(f"a budget of bits for {scheme.name}, which has no blocks")
     rounds, size = scheme.rounding, scheme.block_size
-    matrices = [*_experts(graph, rounds, size), *matrices_of(graph, rounds, size)]
-    head = _divisible_head(graph)
+    matrices = [*_experts(graph, rounds, size), *matrices_of(graph, scheme, size)]
+    head = _divisible_head(graph) if scheme.lookup_bits is None else None
     if head is None:
         allocation = allocate(matrices, bits)
     else:
         weight = graph.weights[head.name]
-        usual = rounds(weight, is_head=True, block_size=size)
-        parts = [(rows, matrix_of(head.name, rows_of(weight, *rows), usual)) for rows in _ranges(weight.rows)]
+        as_head = functools.partial(rounds, is_head=True, block_size=size)
+        parts = [(rows, matrix_of(head.name, rows_of(weight, *rows), as_head)) for rows in _ranges(weight.rows)]
         others = [matrix for matrix in matrices if matrix.name != head.name]
         found = allocate([*others, *(part for _, part in parts)], bits)
         allocation = _give_head(graph, head, found, [rows for rows, _ in parts])

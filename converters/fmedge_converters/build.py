@@ -208,7 +208,9 @@ def _calibrate(
 def _keeping(weights: dict[str, Weight], scheme: Scheme) -> dict[str, Weight]:
     """The weights, without the codes of their source where the scheme makes its own."""
     return {
-        name: weight if weight.packed is None or weight.packed.bits in scheme.keeps else replace(weight, packed=None)
+        name: weight
+        if weight.packed is None
+        else replace(weight, packed=None if scheme.keeps is None else scheme.keeps(weight))
         for name, weight in weights.items()
     }
 

@@ -111,7 +111,7 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
         if layout is not None and tokenizer is not None:
             layout.check_tokenizer(folder / tokenizer.tokenizer)
         generation = write_generation_config(source, folder)
-        found = find_sensitivities(source, folder, tokenizer, text, context, options, scheme, progress)
+        found = find_sensitivities(source, scheme, folder, tokenizer, text, context, options, progress)
         prepare = as_they_are if options.bits is None or found is None else found.attach
         with opened_calibration(options, source, scheme, folder, tokenizer, context, text, found) as calibration:
             build = BuildOptions(
@@ -208,7 +208,9 @@ def _matrices(built: BuiltDecoder) -> dict[str, MatrixFacts] | None:
         return None
     return {
         matrix.name: MatrixFacts(
-            bits=option.rounding.bits, block_size=option.rounding.block_size, symmetric=option.rounding.symmetric
+            bits=option.rounding.bits,
+            block_size=option.rounding.block_size or None,
+            symmetric=option.rounding.symmetric,
         )
         for matrix, option in zip(allocation.matrices, allocation.chosen, strict=True)
         if option.rounding is not None

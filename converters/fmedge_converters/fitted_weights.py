@@ -56,27 +56,28 @@ def opened_calibration(
     model = CalibrationModel(source.config, source.files, context, text.rows)
     # Inside the folder that disappears if the export does.
     with tempfile.TemporaryDirectory(prefix="calibration-", dir=folder) as scratch:
-        lookups = None if found is None else found.lookups
+        lookups = None if found is None or scheme.lookup_bits is not None else found.lookups
         yield Calibration(model, text, options.statistics, Path(scratch), lookups=lookups)
 
 
 def find_sensitivities(
     source: Source,
+    scheme: Scheme,
     folder: Path,
     tokenizer: TokenizerFacts | None,
     text: str,
     context: int,
     options: ExportOptions,
-    scheme: Scheme,
     progress: Progress,
 ) -> Sensitivities | None:
     """What each rounding of each matrix costs on other text than the comparison's, if that is long enough; None where
     nothing is to be chosen, and no head is to be fitted that is the token embedding, too."""
-    if options.bits is None and (options.head_bits is None or not scheme.needs_calibration):
+    fits_head = options.head_bits is not None and scheme.needs_calibration and scheme.lookup_bits is None
+    if options.bits is None and not fits_head:
         return None
     stage = "measuring what each matrix's rounding costs"
     progress(stage, 0, 0)
-    roundings = () if options.bits is None else candidates(symmetric=not options.asymmetric)
+    roundings = () if options.bits is None else scheme.choices or candidates(symmetric=not options.asymmetric)
     name = tokenizer.tokenizer if tokenizer else None
     try:
         with open_streamed(source, context) as streamed, quiet_libraries():

@@ -64,11 +64,12 @@ def quantize(graph: DecoderGraph, scheme: Scheme, block_size: int | None) -> Qua
             f"codes, in blocks of {' and '.join(map(str, sorted(sizes)))}; leave the option out."
         )
     sizes += Counter(one.block_size for one in packed if not one.of_source)
-    sizes += Counter(one.rounding.block_size for one in weights if one.packed is None and one.rounding is not None)
     bits_per_weight: float | None = None
     if scheme.rounding is not None:
-        found = [*_kernels(graph, list(experts.values())), *matrices_of(graph, scheme.rounding, size)]
-        bits_per_weight = Allocation(tuple(found), tuple(one.options[0] for one in found)).bits_per_weight
+        found = [*_kernels(graph, list(experts.values())), *matrices_of(graph, scheme, size)]
+        chosen = tuple(one.options[0] for one in found)
+        bits_per_weight = Allocation(tuple(found), chosen).bits_per_weight
+        sizes += Counter(option.rounding.block_size for option in chosen if option.rounding is not None)
     sizes[size] += len(weights) - sizes.total()
     # Last first: what a Linear reads may be the output of another, which is replaced in its turn.
     for linear in reversed(projections):

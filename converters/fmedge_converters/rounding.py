@@ -9,7 +9,7 @@ the block gets back the length, along its own direction, that least squares take
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,17 +37,21 @@ class Rounding:
 
     bits: int
     block_size: int
-    """Weights along K that share a scale, and a zero point."""
+    """Weights along K that share a scale, and a zero point; 0: a whole row."""
     symmetric: bool = True
     """The zero point is 2 ** (bits - 1) everywhere; else each block has its own."""
     search: bool = True
     """Minimise the error; else take the extremes of each block."""
+    positive: bool = False
+    """Scales are positive; else those of symmetric blocks have the sign that gives the largest weight the code which
+    the other sign lacks."""
 
     def stored_bits(self, rows: int, size: int, scale_bits: int = 16) -> int:
         """Bits of a matrix [rows, size] in a file: codes of whole blocks, scales, zero points in whole bytes."""
-        blocks = -(-size // self.block_size)
+        block = self.block_size or size
+        blocks = -(-size // block)
         zeros = 0 if self.symmetric else -(-blocks * self.bits // 8) * 8
-        return rows * (blocks * (self.block_size * self.bits + scale_bits) + zeros)
+        return rows * (blocks * (block * self.bits + scale_bits) + zeros)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ class RoundedBlocks:
     codes: torch.Tensor
     """uint8 [n, blocks, block_size]."""
     scales: torch.Tensor
-    """float32 [n, blocks]; may be negative."""
+    """float32 [n, blocks]; may be negative unless the rounding says otherwise."""
     zero_points: torch.Tensor | None
     """uint8 [n, blocks]; None: 2 ** (bits - 1) everywhere."""
 
@@ -102,7 +106,7 @@ def round_blocks(
     The scales that result are numbers of `scale_dtype`, to which the codes are fitted.
     """
     count, size = rows.shape
-    block = rounding.block_size
+    block = rounding.block_size or size
     blocks = -(-size // block)
     values = _in_blocks(rows.to(torch.float32), blocks, block)  # [n, blocks, block]
     weights = None
@@ -149,6 +153,18 @@ def _peaks(values: torch.Tensor) -> torch.Tensor:
     return torch.where(-lowest > highest, lowest, highest)
 
 
+def _symmetric(values: torch.Tensor, rounding: Rounding) -> Callable[[float], torch.Tensor]:
+    """One over the scales [n, blocks] with which each block's weight of largest magnitude has the code -level.
+
+    With positive scales the lowest weight has that, or the highest one level - 1, whichever takes the larger scale.
+    """
+    if not rounding.positive:
+        towards = _inverse(-_peaks(values))
+        return lambda level: towards * level
+    lowest, highest = values.amin(-1), values.amax(-1)
+    return lambda level: _inverse(torch.maximum(highest / (level - 1), lowest / -level).clamp_(min=0))
+
+
 def _inverse(steps: torch.Tensor) -> torch.Tensor:
     return torch.where(steps == 0, 0.0, 1.0 / steps)
 
@@ -157,7 +173,7 @@ def _plain(values: torch.Tensor, rounding: Rounding) -> tuple[torch.Tensor, torc
     """One over each block's scale, and its zero point: [n, blocks] both."""
     if rounding.symmetric:
         half = 1 << (rounding.bits - 1)
-        inverse = _inverse(_peaks(values) / -half)
+        inverse = _symmetric(values, rounding)(half)
         return inverse, torch.full_like(inverse, half)
     top = (1 << rounding.bits) - 1
     lowest, highest = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
@@ -170,9 +186,8 @@ def _grid(values: torch.Tensor, rounding: Rounding) -> list[tuple[torch.Tensor, 
     candidates = [_plain(values, rounding)]
     if rounding.symmetric:
         half = 1 << (rounding.bits - 1)
-        towards = _inverse(-_peaks(values))
-        zeros = candidates[0][1]
-        return candidates + [(towards * level, zeros) for level in LEVELS_SYMMETRIC[rounding.bits] if level != half]
+        inverse_of, zeros = _symmetric(values, rounding), candidates[0][1]
+        return candidates + [(inverse_of(level), zeros) for level in LEVELS_SYMMETRIC[rounding.bits] if level != half]
     top = (1 << rounding.bits) - 1
     lowest, highest = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
     width = _inverse(highest - lowest)
@@ -243,6 +258,9 @@ def _rounded(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, ro
     codes = _codes(values, _inverse(scales), zeros, rounding.bits).add_(zeros.unsqueeze(-1))
     # int16 first: torch has no fast kernel from float to uint8.
     unsigned = codes.to(torch.int16).to(torch.uint8)
+    if rounding.positive:
+        # Of zeros any scale is right; that of a block too small for the scale's type is 0, and its codes are zeros.
+        scales = torch.where((codes == zeros.unsqueeze(-1)).all(-1), 1.0, scales)
     return RoundedBlocks(rounding.bits, unsigned, scales, None if rounding.symmetric else zeros.to(torch.uint8))
 
 

@@ -94,7 +94,17 @@ CUDA_INT4 = _int4(0, lambda _: qmoe(4), (4, 8))
 CUDA_INT4_CALIBRATED = calibrated_int4(CUDA_INT4)
 CUDA_INT8 = weight_only("int8", "8-bit weights", 8, head_bits=8, accuracy_level=0, mixture=qmoe(8), keeps=(8,))
 
-TENSORRT_INT4 = dequantize_linear("int4", "4-bit weights in symmetric blocks, 8-bit head", 4)
+
+def _tensorrt_int4(options: WeightOptions = USUAL) -> Scheme:
+    if not options.symmetric:
+        raise ExportError("--asymmetric gives each block a zero point, and TensorRT has none; leave it out.")
+    head_bits = options.head_bits or 8
+    summary = f"4-bit weights in symmetric blocks, {head_bits}-bit head"
+    return replace(dequantize_linear("int4", summary, 4, head_bits), vary=_tensorrt_int4)
+
+
+TENSORRT_INT4 = _tensorrt_int4()
+TENSORRT_INT4_CALIBRATED = calibrated_int4(TENSORRT_INT4)
 TENSORRT_INT8 = dequantize_linear("int8", "8-bit weights per channel", 8)
 TENSORRT_FP8 = static_float8(PLAIN_FLOATING)
 TENSORRT_COMPAT_FP8 = static_float8(PLAIN_FLOATING, FLOAT8_BY_TENSOR)
@@ -119,7 +129,14 @@ TENSORRT_TARGET = Target(
     dialect=TENSORRT,
     passes=TENSORRT_PASSES,
     dtype=torch.float16,
-    schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4, static_int8(PLAIN_FLOATING), TENSORRT_FP8),
+    schemes=_by_name(
+        PLAIN_FLOATING,
+        TENSORRT_INT8,
+        TENSORRT_INT4,
+        *TENSORRT_INT4_CALIBRATED,
+        static_int8(PLAIN_FLOATING),
+        TENSORRT_FP8,
+    ),
     image_schemes=_by_name(PLAIN_FLOATING, TENSORRT_INT8, TENSORRT_INT4, TENSORRT_FP8),
     part_operators=TENSORRT_OPERATORS,
     part_passes=TENSORRT_PART_PASSES,

@@ -117,9 +117,10 @@ def _graphs(bundle: Bundle) -> list[tuple[str, str]]:
 def _roundings(matrices: dict[str, MatrixFacts]) -> list[tuple[str, str]]:
     """A row for each rounding and the matrices that have it."""
     names: dict[str, list[str]] = {}
-    for name, facts in sorted(matrices.items(), key=lambda item: (item[1].bits, -item[1].block_size)):
+    for name, facts in sorted(matrices.items(), key=lambda item: (item[1].bits, -(item[1].block_size or 0))):
         zeros = "" if facts.symmetric else ", zero points"
-        names.setdefault(f"{facts.bits} bits, blocks of {facts.block_size}{zeros}", []).append(name)
+        shared = "a scale for each output channel" if facts.block_size is None else f"blocks of {facts.block_size}"
+        names.setdefault(f"{facts.bits} bits, {shared}{zeros}", []).append(name)
     return [("matrices", f"{rounding}: {', '.join(having)}") for rounding, having in names.items()]
 
 

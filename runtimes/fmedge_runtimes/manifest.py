@@ -180,8 +180,8 @@ class MatrixFacts(_Record):
     """How a matrix was rounded."""
 
     bits: Positive
-    block_size: Positive
-    """Weights that share a scale."""
+    block_size: Positive | None
+    """Weights that share a scale; None: those of an output channel do."""
     symmetric: bool
     """False if each block has a zero point of its own."""
 

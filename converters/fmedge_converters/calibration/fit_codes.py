@@ -138,8 +138,8 @@ def _of_experts(
     found: dict[Place, Rounding] = {}
     for stack in stacks:
         own = rounding(graph.weights[stack.name])
-        block = math.gcd(own.block_size, *sizes)
-        if block >= SMALLEST_BLOCK:
+        block = math.gcd(own.block_size, *sizes) if own.block_size else 0
+        if not block or block >= SMALLEST_BLOCK:
             found |= dict.fromkeys(stack.places, replace(own, block_size=block))
     return found
 

@@ -34,8 +34,10 @@ def compensated_blocks(
     """
     start = round_blocks(matrix, rounding, gram.diagonal(), scale_dtype)
     found = replace(start, codes=_compensated_codes(matrix, gram, start, rounding))
-    scales = fitted_scales(matrix, gram, found)
-    return replace(found, scales=scales.to(scale_dtype).float())
+    scales = fitted_scales(matrix, gram, found, positive=rounding.positive).to(scale_dtype).float()
+    if rounding.positive:  # that of a block too small for the scale's type is 0
+        scales = torch.where(scales > 0, scales, start.scales)
+    return replace(found, scales=scales)
 
 
 def _compensated_codes(
@@ -58,7 +60,7 @@ def _compensated_codes(
         errors = torch.empty_like(part)
         for column in range(stop - start):
             number = int(order[start + column])
-            block = number // rounding.block_size
+            block = number // grid.codes.shape[2]
             scale, zero = grid.scales[:, block], zeros[:, block]
             found = (part[:, column] * inverse[:, block] + zero).round_().clamp_(0, (1 << rounding.bits) - 1)
             flat[:, number] = found.to(torch.uint8)
@@ -92,8 +94,11 @@ def _damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
     return damped
 
 
-def fitted_scales(matrix: torch.Tensor, gram: torch.Tensor, rounded: RoundedBlocks) -> torch.Tensor:
-    """The scales [N, blocks] with which given codes have the least error in the product."""
+def fitted_scales(
+    matrix: torch.Tensor, gram: torch.Tensor, rounded: RoundedBlocks, *, positive: bool = False
+) -> torch.Tensor:
+    """The scales [N, blocks] with which given codes have the least error in the product; rows that would get one that
+    is not `positive` keep theirs."""
     rows, blocks, block = rounded.codes.shape
     pad = blocks * block - matrix.shape[1]
     weight = torch.nn.functional.pad(_damped(gram, DAMPING), (0, pad, 0, pad)).view(blocks, block, blocks, block)
@@ -112,6 +117,10 @@ def fitted_scales(matrix: torch.Tensor, gram: torch.Tensor, rounded: RoundedBloc
         system.diagonal(dim1=1, dim2=2).add_(1e-6 * mean.unsqueeze(-1))
         solved, failed = torch.linalg.solve_ex(system, wanted)
         usable = (failed == 0) & torch.isfinite(solved).all(-1)
+        if positive:
+            nothing = (steps[part] == 0).all(-1)  # [n, blocks], whose scale means nothing
+            solved = torch.where(nothing, scales[part], solved)
+            usable &= (solved > 0).all(-1)
         scales[part] = torch.where(usable.unsqueeze(-1), solved, scales[part])
     return scales
 

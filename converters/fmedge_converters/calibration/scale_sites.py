@@ -57,8 +57,10 @@ def scale_sites(graph: DecoderGraph) -> list[ScaleSite]:
         source = _unshaped(x)
         site = (
             _behind_norm(graph, source, consumers)
+            or _behind_vector(graph, source, consumers)
             or _behind_product(graph, source, consumers, producers)
             or _behind_attention(graph, source, consumers, producers)
+            or _behind_written_attention(graph, source, consumers, producers)
         )
         if site is not None:
             sites.append(site)
@@ -121,6 +123,36 @@ def _behind_norm(graph: DecoderGraph, x: ir.Value, consumers: list[Linear]) -> S
             # The weight may be that of other norms, too.
             name = f"{consumers[0].name}.input.{place}"
             node.replace_input_with(place, graph.add_weight(name, weight_from_array(value)))
+
+    return ScaleSite(tuple(consumers), divide)
+
+
+def _behind_vector(graph: DecoderGraph, x: ir.Value, consumers: list[Linear]) -> ScaleSite | None:
+    """A product with a vector [K], which may be computed: the last step of a norm that is written out."""
+    cast = produced_by(x, "Cast")
+    source = None if cast is None else cast.inputs[0]
+    if source is not None and len(list(source.uses())) == 1 and not source.is_graph_output():
+        x = source
+    product = produced_by(x, "Mul")
+    size = graph.weights[consumers[0].name].shape[1]
+    if product is None or (dims(x) or [""])[-1] != size:
+        return None
+    place = next((place for place, value in enumerate(product.inputs) if value and dims(value) == [size]), None)
+    if place is None:
+        return None
+
+    def divide(factors: Array) -> None:
+        name, vector = f"{consumers[0].name}.input", product.inputs[place]
+        known = _vector(graph, vector)
+        if known is not None:
+            value = weight_from_array((known.astype(np.float64) / factors).astype(known.dtype))
+            product.replace_input_with(place, graph.add_weight(f"{name}.{place}", value))
+            return
+        if vector is None or vector.dtype is None:
+            raise RuntimeError(f"the vector in front of {consumers[0].name} has no type")
+        inverse = graph.add_constant(f"{name}.inverse", (1 / factors.astype(np.float64)).astype(vector.dtype.numpy()))
+        (divided,) = graph.insert(product, "Mul", (vector, inverse), [(vector.dtype, vector.shape)])
+        product.replace_input_with(place, divided)
 
     return ScaleSite(tuple(consumers), divide)
 
@@ -205,6 +237,57 @@ def _behind_attention(
         rows, fed = found, values
     if fed is None or len(list(fed.uses())) != 1 or not _scalable(graph, rows):
         return None
+    return _of_values(graph, consumers, rows, (heads, shared, width))
+
+
+def _behind_written_attention(
+    graph: DecoderGraph, x: ir.Value, consumers: list[Linear], producers: dict[ir.Value, Linear]
+) -> ScaleSite | None:
+    """The same where attention is ONNX's operator, or a product with the values, over a cache [B, shared, C, width]
+    that new values are written to."""
+    together = produced_by(x, "Reshape")  # [B, S, heads * width]
+    by_head = _swapped(None if together is None else together.inputs[0])  # [B, heads, S, width]
+    if by_head is None:
+        return None
+    heads = (dims(by_head) or ["", ""])[1]
+    attention, place = produced_by(by_head, "Attention"), 2
+    if attention is None:
+        grouped = produced_by(by_head, "Reshape")
+        attention, place = produced_by(None if grouped is None else grouped.inputs[0], "MatMul"), 1
+    cache = None if attention is None else attention.inputs[place]
+    if cache is None or len(list(cache.uses())) != 1:
+        return None
+    written, update = produced_by(cache, "TensorScatter"), 1
+    if written is None:
+        written, update = produced_by(cache, "ScatterElements"), 2
+    value = _swapped(None if written is None else written.inputs[update])  # [B, S, shared, width]
+    _, _, shared, width = (None if value is None else dims(value)) or ["", "", "", ""]
+    apart = produced_by(value, "Reshape")
+    fed = None if apart is None else apart.inputs[0]
+    size = graph.weights[consumers[0].name].shape[1]
+    sizes = (heads, shared, width)
+    if fed is None or not all(isinstance(item, int) for item in sizes):
+        return None
+    heads, shared, width = map(int, sizes)
+    rows = _rows_behind(graph, fed, producers)
+    if rows is None or rows.stop - rows.start != shared * width or heads * width != size or heads % shared:
+        return None
+    if len(list(fed.uses())) != 1 or not _scalable(graph, rows):
+        return None
+    return _of_values(graph, consumers, rows, (heads, shared, width))
+
+
+def _swapped(value: ir.Value | None) -> ir.Value | None:
+    """What a value [A, B, C, D] was as [A, C, B, D], for nobody else."""
+    node = produced_by(value, "Transpose")
+    if node is None or list(node.attributes.get_ints("perm", [])) != [0, 2, 1, 3]:
+        return None
+    return node.inputs[0] if len(list(node.outputs[0].uses())) == 1 else None
+
+
+def _of_values(graph: DecoderGraph, consumers: list[Linear], rows: _Rows, sizes: tuple[int, int, int]) -> ScaleSite:
+    """The site of a projection's rows that are values [shared * width], of which each serves several heads."""
+    heads, shared, width = sizes
     kept = np.arange(shared * width).reshape(shared, 1, width)
     groups = np.broadcast_to(kept, (shared, heads // shared, width)).reshape(-1)  # [K]
 

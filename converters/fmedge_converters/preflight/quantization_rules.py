@@ -13,7 +13,7 @@ from fmedge_converters.preflight.versions import Asked
 
 BOTH = ("QuantizeLinear", "DequantizeLinear")
 RAN: Evidence = "ran in TensorRT-RTX 1.7.1"
-BLOCKS = (16, 32, 64, 128)
+BLOCKS = (16, 32, 64, 128, 256)
 """Block sizes that were built; others may be."""
 CODES = frozenset(
     {ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1}

@@ -25,7 +25,7 @@ def smoothed_int8(blocks: Scheme) -> Scheme:
         name="w8a8",
         summary="W8A8: activations smoothed by what calibration text shows (SmoothQuant), and quantized in every call",
         linear=spell,
-        keeps=(),
+        keeps=None,
         rounding=None,
         calibrate=smooth,
         needs_calibration=True,

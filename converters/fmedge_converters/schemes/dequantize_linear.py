@@ -3,91 +3,100 @@
     int4   a block of `block_size` weights along K shares a scale        codes [K, N], scales [K / block, N]
     int8   the weights of an output channel share one                    codes [K, N], scales [N]
 
-There is no zero point, and scales are positive. The plain scale of 4 bits is the smallest with which the largest and
-the smallest weight of a block both have a code: max(w_max / 7, -w_min / 8). Smaller and larger ones are tried, too, and
-the one with the least squared error is taken. All are rounded to the type that they are stored in before codes are
-chosen. The token embedding stays floating: TensorRT dequantizes integers in front of products and convolutions only.
+There is no zero point, and scales are positive (`Rounding.positive`). Codes that a source has in this form, or that
+were fitted to calibration text, are written as they are. The token embedding stays floating: TensorRT dequantizes
+integers in front of products and convolutions only.
 Operator: https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from fmedge_runtimes.errors import ExportError
 
-from fmedge_converters.graph import DecoderGraph, replace
+from fmedge_converters.calibration.weighted import weigh_errors
+from fmedge_converters.formats.grouped import unpacked
+from fmedge_converters.graph import DecoderGraph
+from fmedge_converters.graph import replace as replace_value
 from fmedge_converters.passes.linear import Linear
+from fmedge_converters.rounding import Rounding
 from fmedge_converters.schemes.floating import spell_embedding
+from fmedge_converters.schemes.kept_codes import sorted_columns
 from fmedge_converters.schemes.scheme import Scheme
-from fmedge_converters.weight import Array, Weight, reshaped, transposed
+from fmedge_converters.schemes.weight_only import QuantizedMatrix
+from fmedge_converters.weight import Array, PackedMatrix, Weight, reshaped, transposed
 
 BLOCK_SIZE = 128
 BLOCK_SIZES = (256, 128, 64, 32, 16)
 """That TensorRT takes; where K is no multiple of the one asked for, the next smaller one is tried."""
-LEVELS = {4: (7.0, 5.5, 6.0, 6.5, 7.5, 8.0, 8.5), 8: (127.0,)}
-"""The code that the largest weight of a block is given, before it is cut off; the first is plain rounding."""
 CODES = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+CHOICES = (*(Rounding(4, block, positive=True) for block in BLOCK_SIZES), Rounding(8, 0, positive=True))
+"""What a matrix may become with a budget of bits."""
+CHECKED_ROWS = 1024
+"""Whose scales are looked at together."""
 
 
-def quantize_symmetric(
-    rows: Array, bits: int, block_size: int, dtype: np.dtype[np.generic], importance: Array | None = None
-) -> tuple[Array, Array]:
-    """Quantize rows [n, K] to codes int8 [n, K] and positive scales [n, K / block_size] in a floating type.
+def kept_codes(weight: Weight, bits: tuple[int, ...]) -> PackedMatrix | None:
+    """The codes of a source that can be written as they are; None if there are none of these widths. Reads its scales.
 
-    `importance` [K] weights the squared error of each column; None: all alike.
+    4 bits need blocks that divide K, and an even number of rows; 8 bits need one scale for each row.
     """
-    count, size = rows.shape
-    highest = (1 << (bits - 1)) - 1
-    values = torch.from_numpy(rows).to(torch.float32).view(count, size // block_size, block_size)
-    weights = torch.ones(size) if importance is None else torch.from_numpy(importance).to(torch.float32)
-    weights = weights.view(1, size // block_size, block_size)
-    best = None
-    for level in LEVELS[bits]:
-        peaks = torch.maximum(values.amax(-1) / level, values.amin(-1) / -(level + 1))  # [n, blocks]
-        scales = _stored(torch.where(peaks > 0, peaks, 1.0), dtype)
-        codes = (values / scales.unsqueeze(-1)).round_().clamp_(-highest - 1, highest)
-        error = ((codes * scales.unsqueeze(-1) - values).square_() * weights).sum(-1)  # [n, blocks]
-        if best is None:
-            best = error, scales, codes
-            continue
-        better = error < best[0]
-        best = (
-            torch.where(better, error, best[0]),
-            torch.where(better, scales, best[1]),
-            torch.where(better.unsqueeze(-1), codes, best[2]),
-        )
-    if best is None:
-        raise RuntimeError("no levels")
-    return best[2].to(torch.int8).view(count, size).numpy(), best[1].numpy().astype(dtype)
+    packed = weight.packed
+    if packed is None or packed.bits not in bits or packed.zero_points is not None:
+        return None
+    outputs, size = weight.shape[-2:]
+    whole_rows = packed.bits == 8
+    if not whole_rows and (packed.block_size not in BLOCK_SIZES or size % packed.block_size or outputs % 2):
+        return None
+    rows = math.prod(weight.shape[:-1])
+    for start in range(0, rows, CHECKED_ROWS):
+        scales = packed.scales(start, min(start + CHECKED_ROWS, rows))  # [n, blocks]
+        if not (scales > 0).all() or (whole_rows and (scales != scales[:, :1]).any()):
+            return None
+    return _of_rows(packed, size) if whole_rows else packed
 
 
-def _stored(scales: torch.Tensor, dtype: np.dtype[np.generic]) -> torch.Tensor:
-    """Scales as a type holds them, none of them zero."""
-    smallest = np.float32(np.finfo(dtype.name).smallest_subnormal)
-    rounded = np.maximum(scales.numpy(), smallest).astype(dtype)
-    return torch.from_numpy(rounded.astype(np.float32))
+def _of_rows(packed: PackedMatrix, size: int) -> PackedMatrix:
+    """Bytes in blocks that share the scale of their row, as one block."""
+
+    def codes(start: int, stop: int) -> Array:
+        found = packed.codes(start, stop)  # [n, blocks, block_size]
+        return np.ascontiguousarray(found.reshape(len(found), -1)[:, None, :size])
+
+    def scales(start: int, stop: int) -> Array:
+        return np.ascontiguousarray(packed.scales(start, stop)[:, :1])
+
+    return replace(packed, block_size=size, codes=codes, scales=scales)
 
 
 @dataclass(frozen=True, slots=True)
 class _Matrix:
-    """The codes and scales of a weight [N, K], computed when they are read."""
+    """A matrix [N, K] in whole blocks, as MatMulNBits has it."""
 
-    weight: Weight
     bits: int
     block_size: int
+    codes: Weight
+    """uint8 [N, blocks, block_size * bits / 8]."""
+    scales: Weight
+    """[N, blocks]."""
 
-    def codes(self) -> Weight:
-        """Codes [K, N] in int8, or two 4-bit ones in a byte [K, N / 2]."""
-        rows = Weight(self.weight.shape, np.dtype(np.int8), self._codes, step=self.weight.rows_at_once)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[K, N], as it is written."""
+        rows, blocks = self.scales.shape
+        return blocks * self.block_size, rows
+
+    def written_codes(self) -> Weight:
+        """Signed codes [K, N] in int8, or two 4-bit ones in a byte [K, N / 2]."""
+        size, outputs = self.shape
+        rows = Weight((outputs, size), np.dtype(np.int8), self._signed, step=self.codes.rows_at_once)
         columns = transposed(rows)
         if self.bits == 8:
             return columns
-        size, outputs = columns.shape
         return Weight(
             (size, outputs // 2),
             np.dtype(np.uint8),
@@ -95,26 +104,16 @@ class _Matrix:
             step=columns.step,
         )
 
-    def scales(self) -> Weight:
-        """Scales [K / block, N]."""
-        shape = (self.weight.shape[0], self.weight.shape[1] // self.block_size)
-        return transposed(Weight(shape, self.weight.dtype, self._scales, step=self.weight.rows_at_once))
+    def written_scales(self) -> Weight:
+        """Scales [K / block, N], or [N] of whole channels."""
+        rows, blocks = self.scales.shape
+        return reshaped(self.scales, (rows,)) if blocks == 1 else transposed(self.scales)
 
-    def channel_scales(self) -> Weight:
-        """Scales [N] of whole channels."""
-        return reshaped(self.scales(), (self.weight.shape[0],))
-
-    def _codes(self, start: int, stop: int) -> Array:
-        return self._quantized(start, stop)[0]
-
-    def _scales(self, start: int, stop: int) -> Array:
-        return self._quantized(start, stop)[1]
-
-    def _quantized(self, start: int, stop: int) -> tuple[Array, Array]:
-        rows = self.weight.read(start, stop)
-        importance = self.weight.importance
-        known = importance if importance is not None and importance.shape == rows.shape[1:] else None
-        return quantize_symmetric(rows, self.bits, self.block_size, self.weight.dtype, known)
+    def _signed(self, start: int, stop: int) -> Array:
+        codes = self.codes.read(start, stop)
+        flat = unpacked(codes.reshape(len(codes), -1), self.bits)  # uint8 [n, K]
+        signed: Array = (flat - np.uint8(1 << (self.bits - 1))).view(np.int8)
+        return signed
 
 
 def _packed(codes: Array) -> Array:
@@ -124,45 +123,87 @@ def _packed(codes: Array) -> Array:
     return packed
 
 
-def spell_linear(graph: DecoderGraph, linear: Linear, *, is_head: bool, block_size: int, bits: int) -> None:
-    """The product with dequantized weights; what 4 bits cannot express has 8, as a decoder's head."""
-    weight = graph.weights[linear.name]
-    outputs, size = weight.shape
-    if weight.rounding is not None:
-        if not weight.rounding.symmetric or weight.rounding.bits not in CODES:
-            zeros = "" if weight.rounding.symmetric else " and zero points"
-            raise ExportError(
-                f"{linear.name} is to have {weight.rounding.bits} bits{zeros}; TensorRT takes 4 or 8 without any."
-            )
-        bits, block_size = weight.rounding.bits, weight.rounding.block_size
-    # Bytes of two codes must not run over the end of a row.
-    block = next((item for item in BLOCK_SIZES if item <= block_size and size % item == 0), None)
-    if is_head or bits == 8 or block is None or outputs % 2:
-        bits, block = 8, size
-    matrix, name = _Matrix(weight, bits, block), f"{linear.name}.symmetric{bits}"
-    codes = graph.add_weight(f"{name}.codes", matrix.codes(), stored=(CODES[bits], (size, outputs)))
-    if block == size:
-        scales = graph.add_weight(f"{name}.scales", matrix.channel_scales())
-        attributes = {"axis": 1}
-    else:
-        scales = graph.add_weight(f"{name}.scales", matrix.scales())
-        attributes = {"axis": 0, "block_size": block}
-    matrix_like = [(linear.output.dtype, (size, outputs))]
-    (wide,) = graph.insert(linear.node, "DequantizeLinear", (codes, scales), matrix_like, attributes)
-    like = [(linear.output.dtype, linear.output.shape)]
-    (product,) = graph.insert(linear.node, "MatMul", (linear.x, wide), like)
-    if linear.bias is not None:
-        (product,) = graph.insert(linear.node, "Add", (product, linear.bias), like)
-    replace(linear.output, product)
+def _rounded(weight: Weight, rounding: Rounding) -> _Matrix:
+    whole = replace(rounding, block_size=rounding.block_size or weight.shape[1])
+    made = QuantizedMatrix(weight, whole, weight.dtype)
+    return _Matrix(whole.bits, whole.block_size, made.codes, made.scales)
 
 
-def dequantize_linear(name: str, summary: str, bits: int) -> Scheme:
+def _as_it_is(weight: Weight, packed: PackedMatrix) -> _Matrix:
+    def scales(start: int, stop: int) -> Array:
+        return packed.scales(start, stop).astype(weight.dtype)
+
+    rows, size = weight.shape
+    blocks, row_bytes = size // packed.block_size, packed.block_size * packed.bits // 8
+    return _Matrix(
+        packed.bits,
+        packed.block_size,
+        Weight((rows, blocks, row_bytes), np.dtype(np.uint8), packed.codes),
+        Weight((rows, blocks), weight.dtype, scales),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _DequantizeLinear:
+    """What the functions of a weight-only scheme share."""
+
+    bits: int
+    head_bits: int
+
+    def keeps(self, weight: Weight) -> PackedMatrix | None:
+        """A scheme of 4 bits keeps what a source has in 8, too."""
+        return kept_codes(weight, (4, 8) if self.bits == 4 else (8,))
+
+    def rounding(self, weight: Weight, *, is_head: bool, block_size: int) -> Rounding:
+        """The weight's own, or the scheme's, as far as a graph can have it: what 4 bits cannot express has 8."""
+        asked = weight.rounding or Rounding(self.head_bits if is_head else self.bits, block_size)
+        outputs, size = weight.shape[-2:]
+        block = next((item for item in BLOCK_SIZES if item <= asked.block_size and size % item == 0), None)
+        # Bytes of two codes must not run over the end of a row.
+        if asked.bits == 8 or block is None or outputs % 2:
+            return Rounding(8, 0, search=asked.search, positive=True)
+        return Rounding(4, block, search=asked.search, positive=True)
+
+    def linear(self, graph: DecoderGraph, linear: Linear, *, is_head: bool, block_size: int) -> None:
+        """Spell a Linear as the product with dequantized weights."""
+        weight = graph.weights[linear.name]
+        asked = weight.rounding
+        if asked is not None and (not asked.symmetric or asked.bits not in CODES):
+            zeros = "" if asked.symmetric else " and zero points"
+            raise ExportError(f"{linear.name} is to have {asked.bits} bits{zeros}; TensorRT takes 4 or 8 without any.")
+        packed = weight.packed
+        if packed is not None:
+            matrix = _as_it_is(weight, packed)
+        else:
+            matrix = _rounded(weight, self.rounding(weight, is_head=is_head, block_size=block_size))
+        x = linear.x if packed is None or packed.columns is None else sorted_columns(graph, linear, packed.columns)
+        name = f"{linear.name}.symmetric{matrix.bits}"
+        codes = graph.add_weight(f"{name}.codes", matrix.written_codes(), stored=(CODES[matrix.bits], matrix.shape))
+        scales = graph.add_weight(f"{name}.scales", matrix.written_scales())
+        whole = len(graph.weights[f"{name}.scales"].shape) == 1
+        attributes = {"axis": 1} if whole else {"axis": 0, "block_size": matrix.block_size}
+        matrix_like = [(linear.output.dtype, matrix.shape)]
+        (wide,) = graph.insert(linear.node, "DequantizeLinear", (codes, scales), matrix_like, attributes)
+        like = [(linear.output.dtype, linear.output.shape)]
+        (product,) = graph.insert(linear.node, "MatMul", (x, wide), like)
+        if linear.bias is not None:
+            (product,) = graph.insert(linear.node, "Add", (product, linear.bias), like)
+        replace_value(linear.output, product)
+
+
+def dequantize_linear(name: str, summary: str, bits: int, head_bits: int = 8) -> Scheme:
     """A weight-only scheme for TensorRT."""
+    shared = _DequantizeLinear(bits, head_bits)
     return Scheme(
         name,
         summary,
         bits,
-        functools.partial(spell_linear, bits=bits),
+        shared.linear,
         spell_embedding,
         block_size=BLOCK_SIZE if bits == 4 else 0,
+        keeps=shared.keeps,
+        rounding=shared.rounding,
+        lookup_bits=16,
+        choices=CHOICES if bits == 4 else (),
+        calibrate=weigh_errors,
     )

@@ -24,7 +24,7 @@ def spell_kept_linear(graph: DecoderGraph, linear: Linear, packed: PackedMatrix,
     """MatMulNBits with the codes of the source."""
     weight = graph.weights[linear.name]
     codes, scales, zero_points = _add_packed(graph, linear.name, weight, packed)
-    x = linear.x if packed.columns is None else _sorted_columns(graph, linear, packed.columns)
+    x = linear.x if packed.columns is None else sorted_columns(graph, linear, packed.columns)
     insert_matmul_nbits(
         graph,
         linear,
@@ -74,7 +74,7 @@ def _add_packed(
     return values[0], values[1], graph.add_weight(f"{stem}.zero_points", zero_points)
 
 
-def _sorted_columns(graph: DecoderGraph, linear: Linear, columns: Array) -> ir.Value:
+def sorted_columns(graph: DecoderGraph, linear: Linear, columns: Array) -> ir.Value:
     """The input of a product with its features in the order of the weight's columns."""
     digest = hashlib.sha256(columns.tobytes()).hexdigest()[:12]
     indices = graph.add_constant(f"columns.{digest}", columns.astype(np.int64))

@@ -16,7 +16,7 @@ from fmedge_converters.passes.linear import Linear
 from fmedge_converters.passes.lookup import Lookup
 from fmedge_converters.passes.mixture import Mixture
 from fmedge_converters.rounding import Rounding
-from fmedge_converters.weight import Weight
+from fmedge_converters.weight import PackedMatrix, Weight
 
 
 class SpellLinear(Protocol):
@@ -47,6 +47,12 @@ class RoundsWeight(Protocol):
     """How a scheme rounds a matrix [N, K] in blocks."""
 
     def __call__(self, weight: Weight, *, is_head: bool, block_size: int) -> Rounding: ...
+
+
+class Keeps(Protocol):
+    """The codes that a matrix [N, K], or matrices [E, N, K], keep of their source; None if they are to be rounded."""
+
+    def __call__(self, weight: Weight) -> PackedMatrix | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +98,14 @@ class Scheme:
     """None leaves convolutions as they are."""
     storage: np.dtype[np.generic] | None = None
     """The type that weights have in the file, if it is not the one that is computed with."""
-    keeps: tuple[int, ...] = ()
-    """Bits of the weights that are written with the codes of a source that is quantized already."""
+    keeps: Keeps | None = None
+    """Which codes of a source that is quantized already are written as they are; None: none."""
     rounding: RoundsWeight | None = None
     """None for a scheme without blocks."""
+    lookup_bits: int | None = None
+    """Of a number of the token embedding, where that stays floating beside the head; None: it is rounded like that."""
+    choices: tuple[Rounding, ...] = ()
+    """What a matrix may become with a budget of bits; none: what mixed_precision.py has."""
     vary: Callable[[WeightOptions], Scheme] | None = None
     """The same scheme with other options; None if it has none."""
     calibrate: Calibrate | None = None

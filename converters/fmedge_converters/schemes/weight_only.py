@@ -9,8 +9,10 @@ GatherBlockQuantized).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -20,14 +22,22 @@ from fmedge_converters.graph import MICROSOFT, DecoderGraph, replace
 from fmedge_converters.passes.linear import Linear
 from fmedge_converters.passes.lookup import Lookup
 from fmedge_converters.rounding import RoundedBlocks, Rounding, joined, round_blocks
-from fmedge_converters.scales import add_scales, scale_dtype, torch_scale_dtype
+from fmedge_converters.scales import add_scales, scale_dtype
 from fmedge_converters.schemes.kept_codes import kept_embedding_rows, spell_kept_linear
 from fmedge_converters.schemes.matmul_nbits import Blocks, insert_matmul_nbits
 from fmedge_converters.schemes.scheme import Scheme, SpellMixture
-from fmedge_converters.weight import Array, Read, Weight, reshaped
+from fmedge_converters.weight import Array, PackedMatrix, Read, Weight, reshaped
 
 BLOCK_SIZE = 128
 """The default, by measurement: docs/quantization.md."""
+
+
+TORCH_TYPES = {
+    np.dtype(np.float16): torch.float16,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(ml_dtypes.bfloat16): torch.bfloat16,
+}
+"""Of scales."""
 
 
 class QuantizedMatrix:
@@ -37,9 +47,9 @@ class QuantizedMatrix:
     twice when all codes are read before them.
     """
 
-    def __init__(self, weight: Weight, rounding: Rounding) -> None:
+    def __init__(self, weight: Weight, rounding: Rounding, scales: np.dtype[np.generic] | None = None) -> None:
         self._weight = weight
-        self._scale_dtype = scale_dtype(weight.dtype)
+        self._scale_dtype = scale_dtype(weight.dtype) if scales is None else scales
         self._rounding = rounding
         self._scales_kept: dict[tuple[int, int], Array] = {}
         self._zeros_kept: dict[tuple[int, int], Array] = {}
@@ -81,7 +91,7 @@ class QuantizedMatrix:
         """Rows [n, K], or matrices [n, N, K], of which each may have its own importance."""
         importance = self._weight.importance
         size = rows.shape[-1]
-        dtype = torch_scale_dtype(self._weight.dtype)
+        dtype = TORCH_TYPES[self._scale_dtype]
         if importance is None or importance.shape[-1] != size:
             return round_blocks(torch.from_numpy(rows.reshape(-1, size)), self._rounding, None, dtype)
         if importance.ndim == 1:
@@ -206,6 +216,10 @@ def _embedding_rows(graph: DecoderGraph, embedding: Lookup, weight: Weight, roun
     return rows
 
 
+def _kept(bits: tuple[int, ...], weight: Weight) -> PackedMatrix | None:
+    return weight.packed if weight.packed is not None and weight.packed.bits in bits else None
+
+
 def weight_only(
     name: str,
     summary: str,
@@ -229,7 +243,7 @@ def weight_only(
         shared.embedding,
         block_size=block_size,
         mixture=mixture,
-        keeps=keeps,
+        keeps=functools.partial(_kept, keeps),
         rounding=shared.rounding,
         calibrate=weigh_errors,
     )
