@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from fmedge_runtimes.bundle import (
     open_image_bundle,
     write_manifest,
 )
+from fmedge_runtimes.engine_limits import stages_of
 from fmedge_runtimes.errors import ExportError, SourceError
 
 from fmedge_converters.controlnet_source import check_controlnets, is_controlnet, with_controlnets
@@ -45,13 +46,14 @@ from fmedge_converters.parts.autoencoders import scale_factor
 from fmedge_converters.parts.part import Asked, Call
 from fmedge_converters.pipeline_files import check_part_files, write_instruction, write_part_files
 from fmedge_converters.pipeline_source import PartSource, PipelineSource, empty_part, loaded_part, open_pipeline
-from fmedge_converters.profiles import part_profiles
+from fmedge_converters.profiles import PartSizes, Reach, part_profiles
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme, WeightOptions
 from fmedge_converters.targets import AUTO, Target, find_image_schemes, find_target, with_options
 
 Progress = Callable[[str, int, int], None]
-NO_ENGINES = "their inputs have no optimization profiles yet; use --target cuda"
+FOLLOWED: Mapping[str, str] = MappingProxyType({"unet": "unet_2", "unet_2": "unet_3", "decoder": "super_res_first"})
+"""Stages of cascades that make images of a size of their own, and the stage that shows each was followed."""
 FORMS = ".forms"
 """Where the forms of parts are built, inside the bundle's folder until it is whole."""
 
@@ -68,10 +70,7 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     _check_options(options)
     for scheme in schemes:
         check_block_size(scheme, options)
-    _check_engines(target, options)
     source, file = _source(options)
-    if target.engines and any(map(is_controlnet, source.parts)):
-        raise ExportError(f"{options.source} has ControlNets, which are not exported for {target.name}: {NO_ENGINES}.")
     modules = {part.name: empty_part(part) for part in source.parts if part.is_module}
     check_controlnets(source, modules)
     calls = {part.name: _calls(part, modules[part.name], source) for part in source.parts if part.is_module}
@@ -123,18 +122,6 @@ def _source(options: ExportOptions) -> tuple[PipelineSource, Path | None]:
     for part in source.parts:
         check_part_files(part)
     return source, file
-
-
-def _check_engines(target: Target, options: ExportOptions) -> None:
-    """Refuse what has not been built as an engine, before anything is read."""
-    asked = (
-        ("--controlnet", bool(options.controlnets)),
-        ("--ip-adapter", options.ip_adapter is not None),
-        ("--keep-adapter", options.keep_adapter),
-    )
-    for name, given in asked:
-        if given and target.engines:
-            raise ExportError(f"{name} is not for --target {target.name}: {NO_ENGINES}.")
 
 
 def _check_options(options: ExportOptions) -> None:
@@ -299,7 +286,13 @@ def _manifest(
         evidence.append(speed_evidence(choices))
     taken = {choice.chosen.scheme for choice in choices if choice.measured} or {schemes[0].name}
     block_size = (options.block_size or schemes[0].block_size) or None
-    profiles_of = functools.partial(_profiles, image=facts, modules=modules) if target.engines else lambda _: ()
+    stages = stages_of({graph.name: [item.name for item in graph.call.inputs] for graph in _graphs(choices)})
+    reach = Reach()
+    profiles = {
+        graph.name: _profiles(choice.part, graph, facts, modules, stages, reach) if target.engines else ()
+        for choice in choices
+        for graph in choice.chosen.graphs
+    }
     return ImageManifest(
         format=FORMAT,
         kind="image",
@@ -314,7 +307,7 @@ def _manifest(
         device=device_name(options.target),
         precision=taken.pop() if len(taken) == 1 else AUTO,
         block_size=block_size,
-        graphs={graph.name: _graph_facts(graph, profiles_of(graph)) for graph in _graphs(choices)},
+        graphs={graph.name: _graph_facts(graph, profiles[graph.name]) for graph in _graphs(choices)},
         image=facts,
         evidence=tuple(evidence),
         golden=(),
@@ -363,13 +356,25 @@ def _modules(source: PipelineSource, adapters: tuple[Adapter, ...], options: Exp
     return {part.name: _module(part, adapters, options) for part in source.parts if part.is_module}
 
 
-def _profiles(graph: BuiltGraph, image: ImageFacts, modules: Mapping[str, Any]) -> tuple[ProfileFacts, ...]:
+def _profiles(
+    part: str, graph: BuiltGraph, image: ImageFacts, modules: Mapping[str, Any], stages: int, reach: Reach
+) -> tuple[ProfileFacts, ...]:
     """The sizes that an engine of a graph is built for."""
-    encoders = {name: module for name, module in modules.items() if _autoencodes(module)}
-    factor = next((scale_factor(module) for module in encoders.values()), 1)
-    # What encodes an image takes pixels, everything else latents.
-    takes_pixels = graph.name.removesuffix("_encoder") in encoders
-    return part_profiles(graph.call, image, 1 if takes_pixels else factor)
+    encoders = [module for module in modules.values() if _autoencodes(module)]
+    factor = next(map(scale_factor, encoders), 1)
+    inputs = {item.name for item in graph.call.inputs}
+    if inputs in ({"controlnet_cond"}, {"sample"}):  # what encodes an image takes pixels, others latents
+        factor = 1
+    elif part in FOLLOWED and FOLLOWED[part] in modules:
+        factor = image.height // int(modules[part].config.sample_size)
+    tile = max((_side(module) for module in encoders), default=0)
+    return part_profiles(graph.call, PartSizes(image, factor, tile, stages, reach))
+
+
+def _side(module: Any) -> int:  # noqa: ANN401 - any autoencoder
+    """Pixels along a side of what an autoencoder was trained on, which is that of its tiles."""
+    side = getattr(module.config, "sample_size", None) or 0
+    return int(max(side) if isinstance(side, list | tuple) else side)
 
 
 def _autoencodes(module: Any) -> bool:  # noqa: ANN401 - any module

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from fmedge_runtimes.bundle import ImageBundle
 from fmedge_runtimes.control_images import asked_controls, controls_of, one_or_each
 from fmedge_runtimes.diffusion import MOST_PIXELS, Diffusion
+from fmedge_runtimes.engine_limits import EngineLimits
 from fmedge_runtimes.errors import FmedgeError, GenerationCancelledError, RequestError
 from fmedge_runtimes.generated_image import ControlSettings, GeneratedImage, ImageStats, ImageUpdate, Settings
 from fmedge_runtimes.image_plan import plan_image
@@ -58,11 +59,23 @@ class ImageModel:
     """A pipeline of a bundle; `load_image` makes it. May be called from several threads."""
 
     def __init__(
-        self, bundle: ImageBundle, parts: Parts, *, max_batch: int | None = None, memory: int | None = None
+        self,
+        bundle: ImageBundle,
+        parts: Parts,
+        *,
+        max_batch: int | None = None,
+        memory: int | None = None,
+        limits: EngineLimits | None = None,
     ) -> None:
-        """Reads configs and tokenizers. Raises BundleError, and RequestError for options that cannot be."""
+        """Reads configs and tokenizers. Raises BundleError, and RequestError for options that cannot be.
+
+        `limits` are those of the parts, if they are engines.
+        """
         if max_batch is not None and max_batch < 1:
             raise RequestError(f"max_batch is {max_batch}; it must be at least 1.")
+        if max_batch is not None and limits is not None:
+            limits.check_batch(max_batch)
+        self._limits = limits
         self.bundle = bundle
         self._max_batch, self._memory = max_batch, memory
         self._parts = parts
@@ -166,7 +179,12 @@ class ImageModel:
         strength = options.strength if options.strength is not None else STRENGTH if mask is None else STRENGTH_MASKED
         strength = strength if image is not None and "strength" in self.pipeline.takes else 1.0
         guidance = float(facts.guidance if options.guidance is None else options.guidance)
+        if self._limits is not None:
+            self._limits.check_size(height, width)
         max_batch, split = self._batch(height, width, guided=guidance > 1)
+        if self._limits is not None:
+            most = self._limits.most_images(guidance)
+            max_batch, split = min(max_batch, max(most, 1)), split or most == 0
         return Order(
             jobs=tuple(self._jobs(prompts, options)),
             options=options,

@@ -11,6 +11,7 @@ from fmedge_runtimes.bundle import Bundle, TextManifest, open_bundle, open_image
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.device import parse_device
 from fmedge_runtimes.engine import DEFAULTS, EngineOptions
+from fmedge_runtimes.engine_limits import read_limits
 from fmedge_runtimes.errors import DeviceMemoryError, RequestError
 from fmedge_runtimes.foreign import find_foreign, open_foreign
 from fmedge_runtimes.image import ImageModel
@@ -219,8 +220,10 @@ def load_image(
     def open_part(name: str) -> Session:
         return open_session(bundle.file(bundle.manifest.graphs[name].file), device, threads)
 
-    parts = Parts(bundle.folder, frozenset(bundle.manifest.graphs), open_part, memory_mode)
-    model = ImageModel(bundle, parts, max_batch=max_batch, memory=memory)
+    limits = read_limits(bundle, parse_device(device).kind)
+    axes = {} if limits is None else limits.axes
+    parts = Parts(bundle.folder, frozenset(bundle.manifest.graphs), open_part, memory_mode, axes)
+    model = ImageModel(bundle, parts, max_batch=max_batch, memory=memory, limits=limits)
     parts.load()
     return model
 
