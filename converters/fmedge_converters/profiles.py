@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from fmedge_runtimes.bundle import ImageFacts, ProfileFacts
 from fmedge_runtimes.decoder import PREFILL_CHUNK
 from fmedge_runtimes.engine_limits import RESIDUALS, Range, is_autoencoder, is_denoiser, rows_of_image
-from fmedge_runtimes.pipelines.autoencoder import TOGETHER
+from fmedge_runtimes.pipelines.autoencoder import TILED_FROM, TOGETHER
 
 if TYPE_CHECKING:
     from fmedge_converters.parts.part import Call
@@ -55,8 +56,8 @@ def decoder_profiles(rows: int, context: int) -> tuple[ProfileFacts, ...]:
 
 
 def part_profiles(call: Call, sizes: PartSizes) -> tuple[ProfileFacts, ...]:
-    """Half to double the usual size of an image, or what a device has room for. An autoencoder is shown less than the
-    usual size at the edge of tiles, and more is made in tiles."""
+    """Half to double the usual size of an image, or what a device has room for. An autoencoder is shown less at the
+    edge of tiles, and no more than what is made without tiles."""
     inputs = [item.name for item in call.inputs]
     ranges = {"batch": _rows(inputs, sizes), "sequence": WORDS}
     ranges["steps"] = (1, 1, ranges["batch"][2])
@@ -65,7 +66,9 @@ def part_profiles(call: Call, sizes: PartSizes) -> tuple[ProfileFacts, ...]:
     for axis, pixels in (("height", image.height), ("width", image.width)):
         usual = max(1, pixels // sizes.factor)
         least, most = max(1, usual // reach.smaller), usual * reach.larger
-        ranges[axis] = (1, usual, max(usual, sizes.tile // sizes.factor)) if tiled else (least, usual, most)
+        if tiled:
+            least, most = 1, max(usual, sizes.tile // sizes.factor, min(most, math.isqrt(TILED_FROM) // sizes.factor))
+        ranges[axis] = least, usual, most
     height, width = ranges["height"], ranges["width"]
     # Transformers that get their patches in a row: two latents along each side make one.
     ranges["image_sequence"] = tuple(max(1, height[kind] * width[kind] // 4) for kind in range(3))  # type: ignore[assignment]  # three numbers
@@ -82,7 +85,8 @@ def _rows(inputs: Sequence[str], sizes: PartSizes) -> Range:
         rows = rows_of_image(inputs, sizes.image, sizes.stages)
         return (1, rows, rows * sizes.reach.images)
     if "latent_sample" in inputs:
-        return (1, 1, decoded_together(sizes.reach.images, sizes.image.height * sizes.image.width))
+        pixels = sizes.image.height * sizes.image.width * sizes.reach.larger**2
+        return (1, 1, decoded_together(sizes.reach.images, min(pixels, TILED_FROM)))
     return (1, 1, 1)
 
 

@@ -113,19 +113,24 @@ class EngineLimits:
             if "batch" in axes and is_denoiser(item.name for item in graphs[name].inputs)
         }
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raise RequestError for an image that a denoiser was not built for."""
-        image = self.bundle.manifest.image
-        for name, facts in self._denoisers.items():
-            for axis, (least, _, most) in self.axes[name].items():
-                if axis not in GROWTH or axis not in facts.profiles[0].axes:
-                    continue
-                count = grown(axis, facts.profiles[0].axes[axis][1], image, (width, height))
+    def check_size(self, height: int, width: int, tiling: bool | None) -> None:
+        """Raise RequestError for an image that a denoiser was not built for, or a decoder without tiles."""
+        image, graphs = self.bundle.manifest.image, self.bundle.manifest.graphs
+        for name, axes in self.axes.items():
+            inputs = [item.name for item in graphs[name].inputs]
+            whole = is_autoencoder(inputs)
+            if not is_denoiser(inputs) and not (whole and tiling is False):
+                continue
+            usual = graphs[name].profiles[0].axes
+            for axis in sorted(GROWTH.keys() & axes.keys() & usual.keys()):
+                (least, _, most), count = axes[axis], grown(axis, usual[axis][1], image, (width, height))
                 if not least <= count <= most:
+                    sizes = dict.fromkeys(((image.width, image.height), (width, height)))
+                    options = " ".join(f"--size {each[0]}x{each[1]}" for each in sizes)
+                    tiles = " without tiles (Diffusion.tiling)" if whole else ""
                     raise RequestError(
-                        f"{width}x{height}: {name} would have {count} places along its {axis}, and its engine was "
-                        f"built for {least} to {most}; build it for this size: {self.rebuild} --size "
-                        f"{image.width}x{image.height} --size {width}x{height}"
+                        f"{width}x{height} is {count} places along the {axis} of {name}, whose engine was built for "
+                        f"{least} to {most}{tiles}; build it for more: {self.rebuild} {options}"
                     )
 
     def check_batch(self, batch: int) -> None:

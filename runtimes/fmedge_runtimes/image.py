@@ -180,7 +180,7 @@ class ImageModel:
         strength = strength if image is not None and "strength" in self.pipeline.takes else 1.0
         guidance = float(facts.guidance if options.guidance is None else options.guidance)
         if self._limits is not None:
-            self._limits.check_size(height, width)
+            self._limits.check_size(height, width, options.tiling)
         max_batch, split = self._batch(height, width, guided=guidance > 1)
         if self._limits is not None:
             most = self._limits.most_images(guidance)
