@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from fmedge_runtimes.bundle import (
     open_image_bundle,
     write_manifest,
 )
-from fmedge_runtimes.engine_limits import stages_of
 from fmedge_runtimes.errors import ExportError, SourceError
 
 from fmedge_converters.controlnet_source import check_controlnets, is_controlnet, with_controlnets
@@ -34,6 +32,7 @@ from fmedge_converters.hub import fetch
 from fmedge_converters.image_adapter import ImageAdapter
 from fmedge_converters.image_evidence import Pictured, compare_images
 from fmedge_converters.image_facts import image_facts
+from fmedge_converters.image_profiles import PipelineParts
 from fmedge_converters.ip_adapter import IpAdapter
 from fmedge_converters.ip_adapter_source import with_image_encoder, write_processor
 from fmedge_converters.kept_adapter import KeptAdapter
@@ -42,18 +41,15 @@ from fmedge_converters.part_build import Adapter, BuiltGraph, PartOptions, build
 from fmedge_converters.part_evidence import compare, parts_evidence
 from fmedge_converters.part_forms import Choice, Form, choose, speed_evidence
 from fmedge_converters.parts import find_kind
-from fmedge_converters.parts.autoencoders import scale_factor
+from fmedge_converters.parts.autoencoders import autoencodes
 from fmedge_converters.parts.part import Asked, Call
 from fmedge_converters.pipeline_files import check_part_files, write_instruction, write_part_files
 from fmedge_converters.pipeline_source import PartSource, PipelineSource, empty_part, loaded_part, open_pipeline
-from fmedge_converters.profiles import PartSizes, Reach, part_profiles
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme, WeightOptions
 from fmedge_converters.targets import AUTO, Target, find_image_schemes, find_target, with_options
 
 Progress = Callable[[str, int, int], None]
-FOLLOWED: Mapping[str, str] = MappingProxyType({"unet": "unet_2", "unet_2": "unet_3", "decoder": "super_res_first"})
-"""Stages of cascades that make images of a size of their own, and the stage that shows each was followed."""
 FORMS = ".forms"
 """Where the forms of parts are built, inside the bundle's folder until it is whole."""
 
@@ -77,6 +73,9 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     parameters = sum(value.numel() for module in modules.values() for value in module.parameters())
     check_disk(options.output, parameters, sum(scheme.bits for scheme in schemes))
     adapters = _adapters(source, modules, file, options)
+    facts = image_facts(source, modules, options.adapter_scale if options.keep_adapter else None)
+    planned = PipelineParts(source, facts, target, modules, calls)
+    profiles = planned.profiles(planned.reach(options.target, schemes[0].bits, progress)) if target.engines else {}
     with written_aside(options.output) as folder:
         (folder / MODEL_INDEX).write_text(json.dumps(source.index, indent=2, sort_keys=True) + "\n", "utf-8")
         choices: list[Choice] = []
@@ -93,9 +92,8 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
             if isinstance(one, IpAdapter):
                 one.write_facts(folder)
                 write_processor(source, folder)
-        facts = image_facts(source, modules, options.adapter_scale if options.keep_adapter else None)
         while True:
-            manifest = _manifest(source, facts, target, schemes, choices, modules, options)
+            manifest = _manifest(source, facts, target, schemes, choices, profiles, options)
             pictures = _pictured(source, folder, manifest, choices, adapters, options, progress)
             if all(item.passed for item in pictures.evidence) or not _step_down(choices, folder, progress):
                 break
@@ -192,7 +190,7 @@ def _part_options(
     return PartOptions(
         target,
         dtype,
-        (floating,) if _autoencodes(module) else schemes,
+        (floating,) if autoencodes(module) else schemes,
         options.block_size,
         options.allow_pickle,
         adapters,
@@ -271,7 +269,7 @@ def _manifest(
     target: Target,
     schemes: tuple[Scheme, ...],
     choices: Sequence[Choice],
-    modules: Mapping[str, Any],
+    profiles: Mapping[str, tuple[ProfileFacts, ...]],
     options: ExportOptions,
 ) -> ImageManifest:
     """Without golden images, and without the files."""
@@ -286,13 +284,6 @@ def _manifest(
         evidence.append(speed_evidence(choices))
     taken = {choice.chosen.scheme for choice in choices if choice.measured} or {schemes[0].name}
     block_size = (options.block_size or schemes[0].block_size) or None
-    stages = stages_of({graph.name: [item.name for item in graph.call.inputs] for graph in _graphs(choices)})
-    reach = Reach()
-    profiles = {
-        graph.name: _profiles(choice.part, graph, facts, modules, stages, reach) if target.engines else ()
-        for choice in choices
-        for graph in choice.chosen.graphs
-    }
     return ImageManifest(
         format=FORMAT,
         kind="image",
@@ -307,7 +298,7 @@ def _manifest(
         device=device_name(options.target),
         precision=taken.pop() if len(taken) == 1 else AUTO,
         block_size=block_size,
-        graphs={graph.name: _graph_facts(graph, profiles[graph.name]) for graph in _graphs(choices)},
+        graphs={graph.name: _graph_facts(graph, profiles.get(graph.name, ())) for graph in _graphs(choices)},
         image=facts,
         evidence=tuple(evidence),
         golden=(),
@@ -354,31 +345,6 @@ def _module(part: PartSource, adapters: tuple[Adapter, ...], options: ExportOpti
 
 def _modules(source: PipelineSource, adapters: tuple[Adapter, ...], options: ExportOptions) -> dict[str, Any]:
     return {part.name: _module(part, adapters, options) for part in source.parts if part.is_module}
-
-
-def _profiles(
-    part: str, graph: BuiltGraph, image: ImageFacts, modules: Mapping[str, Any], stages: int, reach: Reach
-) -> tuple[ProfileFacts, ...]:
-    """The sizes that an engine of a graph is built for."""
-    encoders = [module for module in modules.values() if _autoencodes(module)]
-    factor = next(map(scale_factor, encoders), 1)
-    inputs = {item.name for item in graph.call.inputs}
-    if inputs in ({"controlnet_cond"}, {"sample"}):  # what encodes an image takes pixels, others latents
-        factor = 1
-    elif part in FOLLOWED and FOLLOWED[part] in modules:
-        factor = image.height // int(modules[part].config.sample_size)
-    tile = max((_side(module) for module in encoders), default=0)
-    return part_profiles(graph.call, PartSizes(image, factor, tile, stages, reach))
-
-
-def _side(module: Any) -> int:  # noqa: ANN401 - any autoencoder
-    """Pixels along a side of what an autoencoder was trained on, which is that of its tiles."""
-    side = getattr(module.config, "sample_size", None) or 0
-    return int(max(side) if isinstance(side, list | tuple) else side)
-
-
-def _autoencodes(module: Any) -> bool:  # noqa: ANN401 - any module
-    return hasattr(module, "encode") and hasattr(module, "decode")
 
 
 def _graph_facts(graph: BuiltGraph, profiles: tuple[ProfileFacts, ...]) -> GraphFacts:

@@ -31,6 +31,8 @@ class Reach:
     """The longest side, times the usual one."""
     smaller: int = 2
     """The usual side, times the shortest."""
+    tiles: int = 1
+    """Tiles along the side of an image of the usual size, in which it is decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,9 @@ def part_profiles(call: Call, sizes: PartSizes) -> tuple[ProfileFacts, ...]:
     for axis, pixels in (("height", image.height), ("width", image.width)):
         usual = max(1, pixels // sizes.factor)
         least, most = max(1, usual // reach.smaller), usual * reach.larger
-        if tiled:
+        if tiled and reach.tiles > 1:
+            least, usual, most = 1, max(1, usual // reach.tiles), max(1, usual // reach.tiles)
+        elif tiled:
             least, most = 1, max(usual, sizes.tile // sizes.factor, min(most, math.isqrt(TILED_FROM) // sizes.factor))
         ranges[axis] = least, usual, most
     height, width = ranges["height"], ranges["width"]

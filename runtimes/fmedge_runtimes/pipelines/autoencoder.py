@@ -218,10 +218,15 @@ def _varied(part: str, pixels: Pixels) -> Pixels:
 
 def _wants_tiles(shape: Sequence[int], tiling: bool | None, size: int, part: Part, unit: int) -> bool:
     """Whether an image [3, height, width] is made in tiles of that size: also if the part, whose input has one place
-    for `unit` pixels, takes nothing so large."""
+    for `unit` pixels, takes nothing so large. Raises RequestError if that is not wanted."""
     height, width = shape[1:]
     sides = (("height", height // unit), ("width", width // unit))
     larger = any(part.most(axis, side) < side for axis, side in sides)
+    if larger and tiling is False:
+        raise RequestError(
+            f"Diffusion.tiling is off, and the engine of {part.name} takes {width}x{height} in tiles only; leave "
+            "it out."
+        )
     wanted = larger or (height * width > TILED_FROM if tiling is None else tiling)
     return wanted and max(height, width) > size
 
