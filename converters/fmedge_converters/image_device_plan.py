@@ -49,8 +49,8 @@ class ImageDevicePlan:
 def plan_images(
     device: Device, size: tuple[int, int], parts_for: Callable[[Reach], Sequence[PartPlan]]
 ) -> ImageDevicePlan:
-    """The farthest reach that fits with all parts loaded, or with parts in turn, or else in tiles. `size` is the usual height and
-    width, `parts_for` plans the parts for a reach.
+    """The farthest reach that fits with all parts loaded, or with parts in turn, or else in tiles.
+    `size` is the usual height and width, `parts_for` plans the parts for a reach.
 
     Raises ExportError when not even one image of the usual size does, with the plan.
     """
