@@ -156,7 +156,7 @@ def engine_working(
         pixels = axes["height"][2] * axes["width"][2] * unit**2
         values = _decoded(config, pixels * rows, pixels, factor) / FLOAT
     else:
-        values = _working(config, name, *sides, factor, rows, rows, fused=target in FUSED) / FLOAT
+        values = _working(config, name, sides[0], sides[1], factor, rows, rows, fused=target in FUSED) / FLOAT
     return round(itemsize * values)
 
 
