@@ -19,8 +19,8 @@ from fmedge_converters.device_plan import LIBRARIES
 from fmedge_converters.profiles import Reach
 
 REACHES = (
-    *(Reach(), Reach(larger=1), Reach(2, larger=1), Reach(1, larger=1), Reach(1, larger=1, smaller=1)),
-    Reach(1, larger=1, smaller=1, tiles=2),
+    *(Reach(), Reach(larger=1), Reach(2, larger=1), Reach(1, larger=1)),
+    Reach(1, larger=1, tiles=2),
 )
 """From far to near: one image of the usual size, decoded in tiles, is the least."""
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 WORDS = (1, 77, 1024)
 """Tokens of an image's prompt."""
+GOLDEN_SIDE = 256
+"""Pixels along a side of golden images at most, where the pipeline makes other sizes than its own."""
 PROMPTS, PADDED = 8, 2
 """Prompts that are encoded together at most: in windows, and by encoders that read any length."""
 
@@ -29,8 +31,6 @@ class Reach:
     """Made together at most."""
     larger: int = 2
     """The longest side, times the usual one."""
-    smaller: int = 2
-    """The usual side, times the shortest."""
     tiles: int = 1
     """Tiles along the side of an image of the usual size, in which it is decoded."""
 
@@ -67,7 +67,8 @@ def part_profiles(call: Call, sizes: PartSizes) -> tuple[ProfileFacts, ...]:
     tiled = is_autoencoder(inputs)
     for axis, pixels in (("height", image.height), ("width", image.width)):
         usual = max(1, pixels // sizes.factor)
-        least, most = max(1, usual // reach.smaller), usual * reach.larger
+        # `fmedge verify` makes the golden image again, which is small.
+        least, most = max(1, min(usual // 2, GOLDEN_SIDE // sizes.factor)), usual * reach.larger
         if tiled and reach.tiles > 1:
             least, usual, most = 1, max(1, usual // reach.tiles), max(1, usual // reach.tiles)
         elif tiled:

@@ -83,7 +83,7 @@ class ImageModel:
         self._family = family
         self.pipeline = family.open(parts)
         facts = bundle.manifest.image
-        self._plan = functools.lru_cache(maxsize=64)(functools.partial(plan_image, bundle))
+        self._plan = functools.lru_cache(maxsize=64)(functools.partial(plan_image, bundle, engines=limits is not None))
         self._free: tuple[float, int | None] | None = None
         self._batch(facts.height, facts.width, guided=False)  # refuses a memory in which nothing fits
         self._read_scheduler = functools.cache(read_config)
@@ -263,8 +263,11 @@ class ImageModel:
         No more than usual where memory is plenty: results must not depend on what else runs on the machine, as long as
         they need not. Raises RequestError if an amount of memory was given in which not even one image fits.
         """
-        if self._max_batch is not None and self._memory is None:
-            return self._max_batch, False
+        small = min(max(USUAL_PIXELS // (height * width), USUAL_BATCH), MOST_USUAL)
+        wished = small if self._max_batch is None else self._max_batch
+        # Engines have their memory, however many rows of it are used.
+        if (self._max_batch is not None or self._limits is not None) and self._memory is None:
+            return wished, False
         mode, memory = self._parts.mode, self._memory
         one = self._plan(height=height, width=width, guided=False)
         if memory is None:
@@ -277,8 +280,6 @@ class ImageModel:
                 f"{width}x{height} takes about {one.total(mode) / 2**20:.0f} MiB, and memory allows "
                 f"{memory / 2**20:.0f} MiB; allow more, use the memory mode sequential, or make it smaller."
             )
-        small = min(max(USUAL_PIXELS // (height * width), USUAL_BATCH), MOST_USUAL)
-        wished = small if self._max_batch is None else self._max_batch
         for batch in range(wished, 0, -1):
             total = self._plan(height=height, width=width, batch=batch, guided=guided).total(mode)
             if memory is None or total <= memory:

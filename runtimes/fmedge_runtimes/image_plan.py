@@ -105,8 +105,10 @@ def plan_image(
     batch: int = 1,
     guided: bool | None = None,
     memory: int | None = None,
+    engines: bool | None = None,
 ) -> ImagePlan:
-    """Say what images take; None is what the bundle recommends. Raises RequestError for what cannot be, BundleError."""
+    """Say what images take; None is what the bundle recommends. `engines` says whether its engines run or its graphs;
+    None: what it was exported for. Raises RequestError for what cannot be, BundleError."""
     facts = bundle.manifest.image
     height, width = height or facts.height, width or facts.width
     guided = facts.guidance > 1 if guided is None else guided
@@ -123,10 +125,10 @@ def plan_image(
             facts.bytes for file, facts in bundle.manifest.files.items() if file.startswith(f"{name}/model.onnx")
         )
         config, profiles = Config(bundle.folder / name / "config.json"), bundle.manifest.graphs[name].profiles
-        engine = _engine(bundle, name)
+        engine = None if engines is False else _engine(bundle, name)
         if engine is not None:  # which knows what it takes
             parts.append(PartPlan(name, engine.bytes, engine.device_memory, name in nets, held=True))
-        elif profiles:
+        elif profiles and engines is not False:
             working = engine_working(config, name, profiles[0].axes, facts, factor, bundle.manifest.target)
             parts.append(PartPlan(name, weights, working, name in nets, held=True))
         else:

@@ -116,7 +116,8 @@ def _profiles(bundle: Bundle | ImageBundle, options: EngineBuildOptions) -> dict
         if served.rows is not None:
             raise RequestError(f"--rows is for bundles that write text; {bundle.folder} makes images: --batch.")
         stages = stages_of(inputs_of(graphs))
-        return {name: fit_part(graphs[name], bundle.manifest.image, served, stages) for name in names}
+        goldens = [(golden.width, golden.height) for golden in bundle.manifest.golden]
+        return {name: fit_part(graphs[name], bundle.manifest.image, served, stages, goldens) for name in names}
     if served.sizes or served.batch is not None:
         raise RequestError(f"--size and --batch are for bundles that make images; {bundle.folder} writes text.")
     # A layout's graph is for another runtime.

@@ -6,6 +6,7 @@ A decoder has `prefill` (one row, several tokens) and `decode` (several rows, a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fmedge_runtimes.bundle import GraphFacts, ImageFacts, ProfileFacts
@@ -70,15 +71,20 @@ def _decoder_profile(profile: ProfileFacts, served: Served) -> ProfileFacts:
     return profile.model_copy(update={"axes": axes})
 
 
-def fit_part(graph: GraphFacts, image: ImageFacts, served: Served, stages: int = 1) -> tuple[ProfileFacts, ...]:
-    """The profiles of a part of a pipeline with so many denoisers. Raises RequestError if the bundle has none, or a
-    size cannot be."""
+def fit_part(
+    graph: GraphFacts, image: ImageFacts, served: Served, stages: int = 1, goldens: Sequence[Size] = ()
+) -> tuple[ProfileFacts, ...]:
+    """The profiles of a part of a pipeline with so many denoisers, which is to make images of the sizes of its golden
+    ones, too. Raises RequestError if the bundle has no profiles, or a size cannot be."""
     _require(graph)
     inputs = [item.name for item in graph.inputs]
     made = []
     for profile in graph.profiles:
         fit = _tiles if is_autoencoder(inputs) else _grown
         axes = {axis: fit(axis, sizes, image, served.sizes) for axis, sizes in profile.axes.items()}
+        for axis in filter(grows, axes if served.sizes else ()):
+            least = min((grown(axis, profile.axes[axis][1], image, size) for size in goldens), default=axes[axis][0])
+            axes[axis] = (min(axes[axis][0], least), *axes[axis][1:])
         if (
             served.tokens is not None and axes.get("sequence", (0, 0, 0))[2] == WORDS[2]
         ):  # not what the part has places for
