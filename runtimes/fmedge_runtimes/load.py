@@ -19,6 +19,7 @@ from fmedge_runtimes.parts import MODES, MemoryMode, Parts
 from fmedge_runtimes.plan import plan, what_fits
 from fmedge_runtimes.prefill_graph import PrefillGraph, check_prefill_graph
 from fmedge_runtimes.session import Session
+from fmedge_runtimes.tensorrt_library import LIBRARIES
 from fmedge_runtimes.text import TextModel
 
 
@@ -217,10 +218,13 @@ def load_image(
     bundle = open_image_bundle(Path(path), checksums=checksums)
     device = device or bundle.manifest.target
 
-    def open_part(name: str) -> Session:
-        return open_session(bundle.file(bundle.manifest.graphs[name].file), device, threads)
+    kind = parse_device(device).kind
 
-    limits = read_limits(bundle, parse_device(device).kind)
+    def open_part(name: str) -> Session:
+        # Of a denoiser's engine all steps are alike; ONNX Runtime records steps of bound buffers only.
+        return open_session(bundle.file(bundle.manifest.graphs[name].file), device, threads, kind in LIBRARIES)
+
+    limits = read_limits(bundle, kind)
     axes = {} if limits is None else limits.axes
     parts = Parts(bundle.folder, frozenset(bundle.manifest.graphs), open_part, memory_mode, axes)
     model = ImageModel(bundle, parts, max_batch=max_batch, memory=memory, limits=limits)
