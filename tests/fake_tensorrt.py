@@ -369,6 +369,11 @@ class _Context:
         assert set(self.shapes) == set(self.engine.inputs), "an input has no shape"
         assert set(self.addresses) == set(self.engine.tensors), "a tensor has no address"
         assert self.memory >= WORKING * (self.profile + 1), "the context has too little memory"
+        sizes: dict[str, int] = {}
+        for name, value in self.engine.inputs.items():
+            for axis, size in zip(_sizes(value, None), self.shapes[name], strict=True):
+                if isinstance(axis, str):
+                    assert sizes.setdefault(axis, size) == size, f"{axis} of {name} is {size} and {sizes[axis]}"
         shapes = {name: self.shape_of(name) for name in self.engine.tensors}
         addresses, profile = dict(self.addresses), self.profile
         if cuda.capturing is not None:

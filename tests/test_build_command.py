@@ -172,7 +172,9 @@ def test_options_that_cannot_be_are_refused_before_anything_is_built(folder: Pat
             with pytest.raises(RequestError, match=words):
                 build(folder, **options)
         assert library.calls == []
-    for wrong in ({"rows": 0}, {"tokens": 8}, {"tokens": 9999}, {"batch": 0}):
+    with doubles(), pytest.raises(RequestError, match="pieces of 256 at most"):
+        build(folder, served=Served(tokens=9999))
+    for wrong in ({"rows": 0}, {"tokens": 8}, {"batch": 0}):
         with pytest.raises(RequestError):
             Served(**wrong)
     with pytest.raises(RequestError, match="goes from 0 to 5"):
@@ -203,19 +205,31 @@ def test_profiles_grow_with_what_is_to_be_served() -> None:
         "batch": (1, 2, 8),
         "height": (32, 64, 128),
         "width": (32, 64, 128),
-        "sequence": (1, 77, 512),
+        "sequence": (1, 77, 1024),
         "steps": (1, 1, 8),
+        "residuals": (1, 2, 8),
+        "height/4": (1, 16, 32),
     }
     unet = GraphFacts(file="unet", inputs=inputs, outputs=(), profiles=(ProfileFacts(name="default", axes=axes),))
     image = ImageFacts(pipeline="P", height=512, width=512, steps=4, guidance=7.5)
-    (made,) = fit_part(unet, image, Served(sizes=((512, 768), (1024, 512)), batch=3))
+    (made,) = fit_part(unet, image, Served(sizes=((512, 768), (1024, 512)), batch=3, tokens=231))
     assert made.axes == {
         "batch": (1, 6, 6),
         "height": (64, 96, 96),
         "width": (64, 64, 128),
-        "sequence": (1, 77, 512),
+        "sequence": (1, 77, 231),
         "steps": (1, 1, 6),
+        "residuals": (1, 6, 6),  # of ControlNets: one row, and one place, where none is at work
+        "height/4": (1, 24, 24),
     }
+    # A decoder gets as many images as it is given together, and tiles of those that are large.
+    latents = (TensorFacts(name="latent_sample", dtype="float16", shape=()),)
+    axes = {"batch": (1, 1, 1), "height": (1, 64, 128), "width": (1, 64, 128)}
+    decoder = GraphFacts(file="d", inputs=latents, outputs=(), profiles=(ProfileFacts(name="default", axes=axes),))
+    (small,) = fit_part(decoder, image, Served(sizes=((512, 512),), batch=8))
+    assert small.axes == {"batch": (1, 4, 4), "height": (1, 64, 64), "width": (1, 64, 64)}
+    (large,) = fit_part(decoder, image, Served(sizes=((512, 512), (2048, 1024))))
+    assert large.axes == {"batch": (1, 4, 4), "height": (1, 64, 128), "width": (1, 64, 128)}
     with pytest.raises(RequestError, match="510x512 cannot be made by this bundle: width goes in steps of 8 pixels"):
         fit_part(unet, image, Served(sizes=((510, 512),)))
 

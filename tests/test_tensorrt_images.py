@@ -16,7 +16,7 @@ from fmedge_converters.parts import find_kind
 from fmedge_converters.parts.part import Asked
 from fmedge_converters.pipeline_source import empty_part, loaded_part, open_pipeline
 from fmedge_converters.plain_operators import attention_node, attention_products
-from fmedge_converters.profiles import part_profiles
+from fmedge_converters.profiles import PartSizes, part_profiles
 from fmedge_converters.targets import TARGETS
 from fmedge_runtimes.manifest import ImageFacts
 from tiny_diffusers import save_pipeline
@@ -62,7 +62,7 @@ def test_parts_compute_what_their_modules_compute_and_build(tmp_path: Path):
         if target == "tensorrt-compat":
             assert not {"Attention", "Gelu"} & {node.op_type for node in nodes}
         if rtx.is_available():
-            built = rtx.build(graph.written.graph, part_profiles(graph.call, IMAGE, 2))
+            built = rtx.build(graph.written.graph, part_profiles(graph.call, PartSizes(IMAGE, 2)))
             assert built.problems == () and built.engine is not None
 
 

@@ -24,6 +24,7 @@ from fmedge_runtimes.manifest import write_manifest
 from fmedge_runtimes.plan import plan
 from fmedge_runtimes.sampling import Sampling
 from fmedge_runtimes.verify import verify
+from PIL import Image
 
 
 def test_levels_follow_what_was_built_and_run(tmp_path: Path) -> None:
@@ -96,23 +97,50 @@ def test_an_exported_decoder_generates_what_it_does_on_the_cpu(llama: Path, tmp_
 
 
 @pytest.mark.slow
-def test_an_exported_pipeline_makes_the_image_that_it_makes_on_the_cpu(tmp_path: Path) -> None:
+def test_an_exported_pipeline_makes_the_images_that_it_makes_on_the_cpu(tmp_path: Path) -> None:
+    """With a ControlNet, an IP-Adapter and a LoRA of any scale; TensorRT-RTX builds all of it."""
+    from fmedge_converters import rtx
     from fmedge_converters.export import export
     from fmedge_converters.export_options import ExportOptions
-    from tiny_diffusers import save_pipeline
+    from test_image_export import lora
+    from tiny_diffusers import save_controlnet, save_ip_adapter, save_pipeline
 
     source = save_pipeline("sd", tmp_path / "model")
-    made = export(ExportOptions(str(source), tmp_path / "bundle", target="tensorrt", verify="none"))
-    options = Diffusion(steps=4, seed=3)
+    asked = ExportOptions(
+        str(source),
+        tmp_path / "bundle",
+        target="tensorrt",
+        controlnets=(str(save_controlnet("sd", tmp_path / "net")),),
+        ip_adapter=str(save_ip_adapter("sd", tmp_path / "ip")),
+        adapter=str(lora(tmp_path / "lora", "diffusers")),
+        keep_adapter=True,
+    )
+    made = export(asked)
+    assert [item.passed for item in made.manifest.evidence] == [True, True]  # graphs, and diffusers' images
+    for facts in made.manifest.graphs.values() if rtx.is_available() else ():
+        built = rtx.build(made.file(facts.file), facts.profiles)
+        assert built.problems == () and built.engine is not None, facts.file
+    shown = Image.fromarray(np.indices((40, 24)).sum(0).astype(np.uint8)).convert("RGB")
+    every = [
+        Diffusion(steps=4, seed=3),
+        Diffusion(steps=2, seed=3, control=(shown,), control_start=0.5, adapter_scale=0.3),
+        Diffusion(steps=2, seed=3, control=(shown,), guess_mode=True, ip_adapter_image=shown, n=5),
+        Diffusion(steps=2, seed=3, image=shown, preview_every=1),
+    ]
     with load(made.folder, device="cpu") as model:
-        expected = np.asarray(model.generate("a red circle", options)[0].image)
+        expected = [[np.asarray(one.image) for one in model.generate("a red circle", each)] for each in every]
     cuda = FakeCuda()
     with doubles(cuda) as library:
         list(build_engines(made.folder, EngineBuildOptions()))
         with load(made.folder) as model:
-            for _ in range(2):
-                assert np.array_equal(np.asarray(model.generate("a red circle", options)[0].image), expected)
-        assert {"sample", "timestep", "encoder_hidden_states"} in [set(shapes) for _, shapes in library.executed]
+            for each, wanted in zip(every, expected, strict=True):
+                found = model.generate("a red circle", each)
+                assert all(
+                    np.array_equal(np.asarray(one.image), other) for one, other in zip(found, wanted, strict=True)
+                )
+        assert {"sample", "timestep", "encoder_hidden_states"} < set.union(
+            *(set(shapes) for _, shapes in library.executed)
+        )
         # The steps of the denoiser are alike, so they are captured.
-        assert cuda.launches >= 4
+        assert cuda.launches >= 2
     assert check(made.folder, CheckOptions("10.16", up_to="rules")).passed

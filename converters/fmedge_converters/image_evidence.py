@@ -32,6 +32,7 @@ from fmedge_converters.ip_adapter_source import PROCESSOR
 from fmedge_converters.pipeline_files import INSTRUCTION
 from fmedge_converters.pipeline_source import PipelineSource
 from fmedge_converters.pixel_pipeline import PixelDiffusionPipeline
+from fmedge_converters.profiles import GOLDEN_SIDE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,8 +41,6 @@ PROMPTS = ("a red circle", "a small blue square")
 SEEDS = (0, 1)
 STEPS = 4
 """At most; differences of graphs show in few, and grow in many."""
-SIDE = 256
-"""Pixels at most, where the pipeline makes other sizes than its own."""
 LARGEST_FAN = 2.0
 """Memory that a pipeline takes while it runs, as a multiple of its weights."""
 GOLDEN, CONTROL, REFERENCE = "golden/0.png", "golden/control_{}.png", "golden/ip_adapter_image.png"
@@ -154,7 +153,7 @@ def _drawn(number: int, height: int, width: int) -> Image:
 def shown_pictures(bundle: ImageBundle, controls: int) -> Shown:
     """A picture for each ControlNet, and one for the IP-Adapter if there is one."""
     facts = bundle.manifest.image
-    side = min(facts.height, SIDE), min(facts.width, SIDE)
+    side = min(facts.height, GOLDEN_SIDE), min(facts.width, GOLDEN_SIDE)
     pictures = tuple(_drawn(number, *side) for number in range(controls + 1))
     adapted = (bundle.folder / ENCODER / FACTS).is_file()
     return Shown(pictures[:controls], pictures[-1] if adapted else None)
@@ -166,7 +165,7 @@ def diffusion_options(
     """For each seed, at most so many steps of a small image."""
     sizes = model.pipeline.sizes
     height, width = (
-        side if sizes.fixed or side <= SIDE else max(SIDE // sizes.multiple, 1) * sizes.multiple
+        side if sizes.fixed or side <= GOLDEN_SIDE else max(GOLDEN_SIDE // sizes.multiple, 1) * sizes.multiple
         for side in (facts.height, facts.width)
     )
     steps = min(facts.steps, most_steps)

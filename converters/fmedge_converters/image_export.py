@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import tempfile
@@ -39,6 +38,7 @@ from fmedge_converters.image_calibration import (
 )
 from fmedge_converters.image_evidence import Pictured, compare_images
 from fmedge_converters.image_facts import image_facts
+from fmedge_converters.image_profiles import PipelineParts
 from fmedge_converters.ip_adapter import IpAdapter
 from fmedge_converters.ip_adapter_source import with_image_encoder, write_processor
 from fmedge_converters.kept_adapter import KeptAdapter
@@ -47,17 +47,15 @@ from fmedge_converters.part_build import Adapter, BuiltGraph, PartOptions, build
 from fmedge_converters.part_evidence import compare, parts_evidence
 from fmedge_converters.part_forms import Choice, Form, choose, speed_evidence
 from fmedge_converters.parts import find_kind
-from fmedge_converters.parts.autoencoders import scale_factor
+from fmedge_converters.parts.autoencoders import autoencodes
 from fmedge_converters.parts.part import Asked, Call
 from fmedge_converters.pipeline_files import check_part_files, write_instruction, write_part_files
 from fmedge_converters.pipeline_source import PartSource, PipelineSource, empty_part, loaded_part, open_pipeline
-from fmedge_converters.profiles import part_profiles
 from fmedge_converters.schemes.floating import FLOATING
 from fmedge_converters.schemes.scheme import Scheme, WeightOptions
 from fmedge_converters.targets import AUTO, Target, find_image_schemes, find_target, with_options
 
 Progress = Callable[[str, int, int], None]
-NO_ENGINES = "their inputs have no optimization profiles yet; use --target cuda"
 FORMS = ".forms"
 """Where the forms of parts are built, inside the bundle's folder until it is whole."""
 
@@ -74,10 +72,7 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     _check_options(options, schemes)
     for scheme in schemes:
         check_block_size(scheme, options)
-    _check_engines(target, options)
     source, file = _source(options)
-    if target.engines and any(map(is_controlnet, source.parts)):
-        raise ExportError(f"{options.source} has ControlNets, which are not exported for {target.name}: {NO_ENGINES}.")
     modules = {part.name: empty_part(part) for part in source.parts if part.is_module}
     check_controlnets(source, modules)
     calls = {part.name: _calls(part, modules[part.name], source) for part in source.parts if part.is_module}
@@ -85,9 +80,11 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
     check_disk(options.output, parameters, sum(scheme.bits for scheme in schemes))
     adapters = _adapters(source, modules, file, options)
     prompts = read_prompts(options.calibrate)
+    facts = image_facts(source, modules, options.adapter_scale if options.keep_adapter else None)
+    planned = PipelineParts(source, facts, target, modules, calls)
+    profiles = planned.profiles(planned.reach(options.target, schemes[0].bits, progress)) if target.engines else {}
     with written_aside(options.output) as folder:
         _write_files(source, adapters, folder)
-        facts = image_facts(source, modules, options.adapter_scale if options.keep_adapter else None)
         calibrated = None
         if any(scheme.needs_calibration for scheme in schemes):
             calibrated = calibrate_pipeline(source, facts, calls, adapters, folder, prompts, options, progress)
@@ -102,7 +99,7 @@ def export_pipeline(options: ExportOptions, progress: Progress = lambda *_: None
             choice.install(folder)
             choices.append(choice)
         while True:
-            manifest = _manifest(source, facts, target, schemes, choices, modules, options)
+            manifest = _manifest(source, facts, target, schemes, choices, profiles, options)
             pictures = _pictured(source, folder, manifest, choices, adapters, options, progress)
             if all(item.passed for item in pictures.evidence) or not _step_down(choices, folder, progress):
                 break
@@ -178,18 +175,6 @@ def calibrate_pipeline(
         )
 
 
-def _check_engines(target: Target, options: ExportOptions) -> None:
-    """Refuse what has not been built as an engine, before anything is read."""
-    asked = (
-        ("--controlnet", bool(options.controlnets)),
-        ("--ip-adapter", options.ip_adapter is not None),
-        ("--keep-adapter", options.keep_adapter),
-    )
-    for name, given in asked:
-        if given and target.engines:
-            raise ExportError(f"{name} is not for --target {target.name}: {NO_ENGINES}.")
-
-
 def _check_options(options: ExportOptions, schemes: Sequence[Scheme]) -> None:
     """Refuse what means something for text only."""
     meaningless = {
@@ -259,7 +244,7 @@ def _part_options(
     return PartOptions(
         target,
         dtype,
-        (floating,) if _autoencodes(module) else schemes,
+        (floating,) if autoencodes(module) else schemes,
         options.block_size,
         options.allow_pickle,
         adapters,
@@ -338,7 +323,7 @@ def _manifest(
     target: Target,
     schemes: tuple[Scheme, ...],
     choices: Sequence[Choice],
-    modules: Mapping[str, Any],
+    profiles: Mapping[str, tuple[ProfileFacts, ...]],
     options: ExportOptions,
 ) -> ImageManifest:
     """Without golden images, and without the files."""
@@ -353,7 +338,6 @@ def _manifest(
         evidence.append(speed_evidence(choices))
     taken = {choice.chosen.scheme for choice in choices if choice.measured} or {schemes[0].name}
     block_size = (options.block_size or schemes[0].block_size) or None
-    profiles_of = functools.partial(_profiles, image=facts, modules=modules) if target.engines else lambda _: ()
     return ImageManifest(
         format=FORMAT,
         kind="image",
@@ -368,7 +352,7 @@ def _manifest(
         device=device_name(options.target),
         precision=taken.pop() if len(taken) == 1 else AUTO,
         block_size=block_size,
-        graphs={graph.name: _graph_facts(graph, profiles_of(graph)) for graph in _graphs(choices)},
+        graphs={graph.name: _graph_facts(graph, profiles.get(graph.name, ())) for graph in _graphs(choices)},
         image=facts,
         evidence=tuple(evidence),
         golden=(),
@@ -415,19 +399,6 @@ def _module(part: PartSource, adapters: tuple[Adapter, ...], options: ExportOpti
 
 def _modules(source: PipelineSource, adapters: tuple[Adapter, ...], options: ExportOptions) -> dict[str, Any]:
     return {part.name: _module(part, adapters, options) for part in source.parts if part.is_module}
-
-
-def _profiles(graph: BuiltGraph, image: ImageFacts, modules: Mapping[str, Any]) -> tuple[ProfileFacts, ...]:
-    """The sizes that an engine of a graph is built for."""
-    encoders = {name: module for name, module in modules.items() if _autoencodes(module)}
-    factor = next((scale_factor(module) for module in encoders.values()), 1)
-    # What encodes an image takes pixels, everything else latents.
-    takes_pixels = graph.name.removesuffix("_encoder") in encoders
-    return part_profiles(graph.call, image, 1 if takes_pixels else factor)
-
-
-def _autoencodes(module: Any) -> bool:  # noqa: ANN401 - any module
-    return hasattr(module, "encode") and hasattr(module, "decode")
 
 
 def _graph_facts(graph: BuiltGraph, profiles: tuple[ProfileFacts, ...]) -> GraphFacts:

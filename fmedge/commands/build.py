@@ -33,7 +33,10 @@ def command(
         typer.Option(help="Whose engines; those of the bundle's target, if not given."),
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Of text: sequences that are decoded together.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Of text: tokens of a prompt that go through together.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Of text: tokens of a prompt that go through together; of images: the longest prompt."),
+    ] = None,
     size: Annotated[
         list[str] | None,
         typer.Option(metavar="WIDTHxHEIGHT", help="Of images; several give a range, and the first is the fastest."),

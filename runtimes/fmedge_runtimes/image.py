@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from fmedge_runtimes.bundle import ImageBundle
 from fmedge_runtimes.control_images import asked_controls, controls_of, one_or_each
 from fmedge_runtimes.diffusion import MOST_PIXELS, Diffusion
+from fmedge_runtimes.engine_limits import EngineLimits
 from fmedge_runtimes.errors import FmedgeError, GenerationCancelledError, RequestError
 from fmedge_runtimes.generated_image import ControlSettings, GeneratedImage, ImageStats, ImageUpdate, Settings
 from fmedge_runtimes.image_plan import plan_image
@@ -58,11 +59,23 @@ class ImageModel:
     """A pipeline of a bundle; `load_image` makes it. May be called from several threads."""
 
     def __init__(
-        self, bundle: ImageBundle, parts: Parts, *, max_batch: int | None = None, memory: int | None = None
+        self,
+        bundle: ImageBundle,
+        parts: Parts,
+        *,
+        max_batch: int | None = None,
+        memory: int | None = None,
+        limits: EngineLimits | None = None,
     ) -> None:
-        """Reads configs and tokenizers. Raises BundleError, and RequestError for options that cannot be."""
+        """Reads configs and tokenizers. Raises BundleError, and RequestError for options that cannot be.
+
+        `limits` are those of the parts, if they are engines.
+        """
         if max_batch is not None and max_batch < 1:
             raise RequestError(f"max_batch is {max_batch}; it must be at least 1.")
+        if max_batch is not None and limits is not None:
+            limits.check_batch(max_batch)
+        self._limits = limits
         self.bundle = bundle
         self._max_batch, self._memory = max_batch, memory
         self._parts = parts
@@ -70,7 +83,7 @@ class ImageModel:
         self._family = family
         self.pipeline = family.open(parts)
         facts = bundle.manifest.image
-        self._plan = functools.lru_cache(maxsize=64)(functools.partial(plan_image, bundle))
+        self._plan = functools.lru_cache(maxsize=64)(functools.partial(plan_image, bundle, engines=limits is not None))
         self._free: tuple[float, int | None] | None = None
         self._batch(facts.height, facts.width, guided=False)  # refuses a memory in which nothing fits
         self._read_scheduler = functools.cache(read_config)
@@ -166,7 +179,12 @@ class ImageModel:
         strength = options.strength if options.strength is not None else STRENGTH if mask is None else STRENGTH_MASKED
         strength = strength if image is not None and "strength" in self.pipeline.takes else 1.0
         guidance = float(facts.guidance if options.guidance is None else options.guidance)
+        if self._limits is not None:
+            self._limits.check_size(height, width, options.tiling)
         max_batch, split = self._batch(height, width, guided=guidance > 1)
+        if self._limits is not None:
+            most = self._limits.most_images(guidance)
+            max_batch, split = min(max_batch, max(most, 1)), split or most == 0
         return Order(
             jobs=tuple(self._jobs(prompts, options)),
             options=options,
@@ -245,8 +263,11 @@ class ImageModel:
         No more than usual where memory is plenty: results must not depend on what else runs on the machine, as long as
         they need not. Raises RequestError if an amount of memory was given in which not even one image fits.
         """
-        if self._max_batch is not None and self._memory is None:
-            return self._max_batch, False
+        small = min(max(USUAL_PIXELS // (height * width), USUAL_BATCH), MOST_USUAL)
+        wished = small if self._max_batch is None else self._max_batch
+        # Engines have their memory, however many rows of it are used.
+        if (self._max_batch is not None or self._limits is not None) and self._memory is None:
+            return wished, False
         mode, memory = self._parts.mode, self._memory
         one = self._plan(height=height, width=width, guided=False)
         if memory is None:
@@ -259,8 +280,6 @@ class ImageModel:
                 f"{width}x{height} takes about {one.total(mode) / 2**20:.0f} MiB, and memory allows "
                 f"{memory / 2**20:.0f} MiB; allow more, use the memory mode sequential, or make it smaller."
             )
-        small = min(max(USUAL_PIXELS // (height * width), USUAL_BATCH), MOST_USUAL)
-        wished = small if self._max_batch is None else self._max_batch
         for batch in range(wished, 0, -1):
             total = self._plan(height=height, width=width, batch=batch, guided=guided).total(mode)
             if memory is None or total <= memory:

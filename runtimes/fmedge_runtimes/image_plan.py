@@ -11,20 +11,23 @@ fused kernels hold. Python and ONNX Runtime themselves take about 60 MiB beside 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fmedge_runtimes.bundle import ImageBundle
 from fmedge_runtimes.engine_file import EngineFacts, read_engine
 from fmedge_runtimes.errors import BackendError, RequestError
+from fmedge_runtimes.manifest import ImageFacts
 from fmedge_runtimes.parts import Config, MemoryMode
 from fmedge_runtimes.pipelines.autoencoder import TILED_FROM, TOGETHER
 from fmedge_runtimes.pipelines.clip_text import ROWS
 from fmedge_runtimes.pipelines.control import EMBEDDING, control_nets
 from fmedge_runtimes.tensorrt_library import LIBRARIES
 
-FLOAT = 4
+FLOAT, HALF = 4, 2
 """Bytes; graphs of narrower types need less."""
+FUSED = frozenset({"tensorrt", "rtx"})
+"""Targets in whose graphs attention is one operator."""
 REARRANGED = 1.2
 """Bytes in memory of a byte of weights: measured with ONNX Runtime 1.32 on the CPU, weights as external data."""
 SCORES = 2
@@ -53,6 +56,8 @@ class PartPlan:
     """While it runs: an estimate."""
     beside: bool = False
     """Whether it runs beside the denoiser, in every step: a ControlNet."""
+    held: bool = False
+    """Whether it has that memory as long as it is loaded: an engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,9 @@ class ImagePlan:
     def total(self, mode: MemoryMode) -> int:
         """Bytes at the moment that takes most: all weights are there, or those of one part at a time."""
         if mode == "keep":
-            return sum(part.weights for part in self.parts) + self.working
+            held = sum(part.working for part in self.parts if part.held)
+            others = (part.working + self._beside(part)[1] for part in self.parts if not part.held)
+            return sum(part.weights for part in self.parts) + held + max(others, default=0)
         return max(part.weights + part.working + sum(self._beside(part)) for part in self.parts)
 
     def _beside(self, part: PartPlan) -> tuple[int, int]:
@@ -99,8 +106,10 @@ def plan_image(
     batch: int = 1,
     guided: bool | None = None,
     memory: int | None = None,
+    engines: bool | None = None,
 ) -> ImagePlan:
-    """Say what images take; None is what the bundle recommends. Raises RequestError for what cannot be, BundleError."""
+    """Say what images take; None is what the bundle recommends. `engines` says whether its engines run or its graphs;
+    None: what it was exported for. Raises RequestError for what cannot be, BundleError."""
     facts = bundle.manifest.image
     height, width = height or facts.height, width or facts.width
     guided = facts.guidance > 1 if guided is None else guided
@@ -116,13 +125,42 @@ def plan_image(
         weights = sum(
             facts.bytes for file, facts in bundle.manifest.files.items() if file.startswith(f"{name}/model.onnx")
         )
-        working = _working(Config(bundle.folder / name / "config.json"), name, height, width, factor, rows, batch)
-        engine = _engine(bundle, name)
+        config, profiles = Config(bundle.folder / name / "config.json"), bundle.manifest.graphs[name].profiles
+        engine = None if engines is False else _engine(bundle, name)
         if engine is not None:  # which knows what it takes
-            parts.append(PartPlan(name, engine.bytes, engine.device_memory, name in nets))
+            parts.append(PartPlan(name, engine.bytes, engine.device_memory, name in nets, held=True))
+        elif profiles and engines is not False:
+            working = engine_working(config, name, profiles[0].axes, facts, factor, bundle.manifest.target)
+            parts.append(PartPlan(name, weights, working, name in nets, held=True))
         else:
-            parts.append(PartPlan(name, round(weights * REARRANGED), round(working), name in nets))
+            working = round(_working(config, name, height, width, factor, rows, batch))
+            parts.append(PartPlan(name, round(weights * REARRANGED), working, name in nets))
     return ImagePlan(height, width, batch, guided, tuple(parts), memory)
+
+
+def engine_working(
+    config: Config, name: str, axes: Mapping[str, tuple[int, int, int]], image: ImageFacts, factor: int, target: str
+) -> int:
+    """Bytes that the engine of a part takes, for the largest sizes of its profile: an estimate.
+
+    `factor` is pixels of a latent's side. 16-bit numbers, and no scores where attention is one operator.
+    """
+    rows = axes.get("batch", (1, 1, 1))[2]
+    sides = [image.height, image.width]
+    for number, axis in enumerate(("height", "width")):
+        if axis in axes:
+            sides[number] = sides[number] * axes[axis][2] // axes[axis][1]
+    if "image_sequence" in axes:
+        _, usual, most = axes["image_sequence"]
+        sides[0] = sides[0] * most // usual
+    itemsize = FLOAT if config.flag("force_upcast") else HALF
+    if "latent_channels" in config.values:
+        unit = 1 if name.endswith("_encoder") else factor  # pixels of a place of its input
+        pixels = axes["height"][2] * axes["width"][2] * unit**2
+        values = _decoded(config, pixels * rows, pixels, factor) / FLOAT
+    else:
+        values = _working(config, name, sides[0], sides[1], factor, rows, rows, fused=target in FUSED) / FLOAT
+    return round(itemsize * values)
 
 
 def _engine(bundle: ImageBundle, name: str) -> EngineFacts | None:
@@ -150,8 +188,10 @@ def _channels(config: Config) -> Sequence[float]:
     return (1.0,) if found is None else config.numbers(found)
 
 
-def _working(config: Config, name: str, height: int, width: int, factor: int, rows: int, batch: int) -> float:
-    """Bytes that a part takes while it runs, told by what kind of config it has."""
+def _working(
+    config: Config, name: str, height: int, width: int, factor: int, rows: int, batch: int, *, fused: bool = False
+) -> float:
+    """Bytes that a part takes while it runs, told by what kind of config it has. `fused`: attention keeps no scores."""
     values = config.values
     area = height * width / factor**2
     if "conditioning_embedding_out_channels" in values and name.endswith(EMBEDDING):
@@ -160,15 +200,15 @@ def _working(config: Config, name: str, height: int, width: int, factor: int, ro
     if "latent_channels" in values:
         return _autoencoder(config, height, width, factor, batch)
     if "down_block_types" in values and "block_out_channels" in values:
-        return rows * _unet(config, area)
+        return rows * _unet(config, area, fused=fused)
     if "num_attention_heads" in values and "attention_head_dim" in values:
-        return rows * _transformer(config, area)
+        return rows * _transformer(config, area, fused=fused)
     if "hidden_size" in values or "d_model" in values:
         return _text(config)
     return 0.0
 
 
-def _unet(config: Config, area: float) -> float:
+def _unet(config: Config, area: float, *, fused: bool) -> float:
     channels = config.numbers("block_out_channels")
     kinds = config.values["down_block_types"]
     heads = config.numbers("num_attention_heads", config.numbers("attention_head_dim", (8,)))
@@ -184,28 +224,34 @@ def _unet(config: Config, area: float) -> float:
             # diffusers calls the number of heads attention_head_dim, but for these blocks, where it is what it says.
             number = width / number if kind.startswith("Simple") else number
             scores = max(scores, SCORES * number * tokens**2)
-    return FLOAT * (skips + UNET_ACTIVATIONS * widest + scores)
+    return FLOAT * (skips + UNET_ACTIVATIONS * widest + (0 if fused else scores))
 
 
-def _transformer(config: Config, area: float) -> float:
+def _transformer(config: Config, area: float, *, fused: bool) -> float:
     patch = config.number("patch_size", 1)
     heads = config.number("num_attention_heads")
     # Flux packs 2 x 2 latents into a token before the transformer.
     tokens = area / max(patch, 2 if "guidance_embeds" in config.values else 1) ** 2 + TEXT_TOKENS
     width = heads * config.number("attention_head_dim")
-    return FLOAT * (SCORES * heads * tokens**2 + TOKEN_ACTIVATIONS * width * tokens)
+    scores = 0 if fused else SCORES * heads * tokens**2
+    return FLOAT * (scores + TOKEN_ACTIVATIONS * width * tokens)
 
 
 def _autoencoder(config: Config, height: int, width: int, factor: int, batch: int) -> float:
-    channels = _channels(config)
     side = max(config.numbers("sample_size", (512,)))
     pixels = float(height * width)
     if pixels > TILED_FROM:
         pixels = side**2
     else:
         pixels *= max(1, min(batch, TOGETHER // (height * width)))
+    return _decoded(config, pixels, min(height * width, pixels), factor)
+
+
+def _decoded(config: Config, pixels: float, one: float, factor: int) -> float:
+    """Bytes for so many pixels at once, and so many of one image."""
+    channels = _channels(config)
     widest = channels[min(1, len(channels) - 1)]
-    tokens = min(height * width, pixels) / factor**2
+    tokens = one / factor**2
     scores = SCORES * tokens**2 if config.flag("mid_block_add_attention", True) else 0.0
     return FLOAT * (DECODER_ACTIVATIONS * widest * pixels + scores)
 

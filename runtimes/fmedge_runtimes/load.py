@@ -11,6 +11,7 @@ from fmedge_runtimes.bundle import Bundle, open_bundle, open_image_bundle
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.device import parse_device
 from fmedge_runtimes.engine import DEFAULTS, EngineOptions
+from fmedge_runtimes.engine_limits import read_limits
 from fmedge_runtimes.errors import DeviceMemoryError, RequestError
 from fmedge_runtimes.foreign import find_foreign, open_foreign
 from fmedge_runtimes.image import ImageModel
@@ -19,6 +20,7 @@ from fmedge_runtimes.parts import MODES, MemoryMode, Parts
 from fmedge_runtimes.plan import plan, what_fits
 from fmedge_runtimes.prefill_graph import PrefillGraph, check_prefill_graph
 from fmedge_runtimes.session import Session
+from fmedge_runtimes.tensorrt_library import LIBRARIES
 from fmedge_runtimes.text import TextModel
 
 
@@ -217,11 +219,16 @@ def load_image(
     bundle = open_image_bundle(Path(path), checksums=checksums)
     device = device or bundle.manifest.target
 
-    def open_part(name: str) -> Session:
-        return open_session(bundle.file(bundle.manifest.graphs[name].file), device, threads)
+    kind = parse_device(device).kind
 
-    parts = Parts(bundle.folder, frozenset(bundle.manifest.graphs), open_part, memory_mode)
-    model = ImageModel(bundle, parts, max_batch=max_batch, memory=memory)
+    def open_part(name: str) -> Session:
+        # Of a denoiser's engine all steps are alike; ONNX Runtime records steps of bound buffers only.
+        return open_session(bundle.file(bundle.manifest.graphs[name].file), device, threads, kind in LIBRARIES)
+
+    limits = read_limits(bundle, kind)
+    axes = {} if limits is None else limits.axes
+    parts = Parts(bundle.folder, frozenset(bundle.manifest.graphs), open_part, memory_mode, axes)
+    model = ImageModel(bundle, parts, max_batch=max_batch, memory=memory, limits=limits)
     parts.load()
     return model
 

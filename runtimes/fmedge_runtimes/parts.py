@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from fmedge_runtimes.engine_limits import Axes
 from fmedge_runtimes.errors import BackendError, BundleDamagedError, BundleError, RequestError
 from fmedge_runtimes.manifest import MODEL_INDEX
 from fmedge_runtimes.session import Array, Buffer, Session, TensorSpec
@@ -90,9 +91,17 @@ class Config:
 class Part:
     """An opened graph that knows its name, so that what goes wrong in it is said of it."""
 
-    def __init__(self, name: str, session: Session, standing: Mapping[str, Array] | None = None) -> None:
-        """`standing` are inputs that every run is given, if the graph takes them."""
+    def __init__(
+        self,
+        name: str,
+        session: Session,
+        standing: Mapping[str, Array] | None = None,
+        limits: Axes = MappingProxyType({}),
+    ) -> None:
+        """`standing` are inputs that every run is given, if the graph takes them; `limits` are the sizes of axes that
+        its engine was built for."""
         self.name = name
+        self._limits = limits
         self._standing: Mapping[str, Array] = {} if standing is None else standing
         self._session = session
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in session.inputs}
@@ -118,6 +127,14 @@ class Part:
             return self._session.run(given, results or {})
         except BackendError as error:
             raise BackendError(f"{self.name}: {error}") from error
+
+    def most(self, axis: str, wished: int) -> int:
+        """As many along an axis as are wished, or as the part takes in one run."""
+        return min(wished, self._limits[axis][2]) if axis in self._limits else wished
+
+    def least(self, axis: str, wished: int) -> int:
+        """As few along an axis as are wished, or as the part takes."""
+        return max(wished, self._limits[axis][0]) if axis in self._limits else wished
 
     def _typed(self, name: str, value: Array | Buffer) -> Array | Buffer:
         """A host array in the element type that the graph wants, as fp16 graphs of GPUs do."""
@@ -154,8 +171,17 @@ def check_finite(part: str, values: Array) -> Array:
 class Parts:
     """The parts of one bundle."""
 
-    def __init__(self, folder: Path, names: frozenset[str], open_part: OpenPart, mode: MemoryMode) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        names: frozenset[str],
+        open_part: OpenPart,
+        mode: MemoryMode,
+        limits: Mapping[str, Axes] = MappingProxyType({}),
+    ) -> None:
+        """`limits` are the sizes that the engines of parts were built for, by part and axis."""
         self.folder = folder
+        self._limits = limits
         self.names = names
         if mode not in MODES:
             raise RequestError(f"there is no memory mode {mode}; choose one of {', '.join(MODES)}.")
@@ -206,7 +232,8 @@ class Parts:
             raise BackendError(f"the model of {self.folder} is closed; load it again.")
         if name not in self._kept:
             session = self._open(name)
-            self._kept[name] = Part(name, session, MappingProxyType(self.standing)), session
+            part = Part(name, session, MappingProxyType(self.standing), self._limits.get(name, {}))
+            self._kept[name] = part, session
         try:
             yield self._kept[name][0]
         finally:

@@ -71,8 +71,21 @@ def find_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape], rebui
     ]
     raise BackendError(
         f"{name} is {list(shapes[name])} in this step, and the engine was built for "
-        f"{' or '.join(f'[{sizes}]' for sizes in ranges)}; build it for more: {rebuild} with --rows or --size."
+        f"{' or '.join(f'[{sizes}]' for sizes in ranges)}; build it for more: {rebuild} with "
+        f"{_option(profiles, name, shapes[name])}."
     )
+
+
+def _option(profiles: Sequence[Profile], name: str, shape: Shape) -> str:
+    """What `fmedge build` is told to serve a shape: of rows, of places of an image, or else of a text."""
+    outside = [
+        axis
+        for axis, size in enumerate(shape)
+        if not any(each.least[name][axis] <= size <= each.most[name][axis] for each in profiles)
+    ]
+    if not outside or outside[0] == 0:
+        return "--rows (text) or --batch (images)"
+    return "--size" if len(shape) == 4 else "--tokens"
 
 
 @dataclass(slots=True, eq=False)

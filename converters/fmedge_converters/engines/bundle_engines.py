@@ -13,6 +13,7 @@ from fmedge_runtimes.bundle import Bundle, ImageBundle, open_any_bundle
 from fmedge_runtimes.cuda import open_cuda
 from fmedge_runtimes.device import Device
 from fmedge_runtimes.engine_file import BuilderFacts, EngineFacts, Hardware, differences, engine_path, read_engine
+from fmedge_runtimes.engine_limits import inputs_of, stages_of
 from fmedge_runtimes.errors import BackendError, RequestError
 from fmedge_runtimes.manifest import ProfileFacts
 from fmedge_runtimes.tensorrt_library import LIBRARIES, import_bindings
@@ -115,9 +116,11 @@ def _profiles(bundle: Bundle | ImageBundle, options: EngineBuildOptions) -> dict
         raise RequestError(f"{bundle.folder} has no graph {unknown[0]}; it has {', '.join(graphs)}.")
     names = options.parts or tuple(graphs)
     if isinstance(bundle, ImageBundle):
-        if served.rows is not None or served.tokens is not None:
-            raise RequestError(f"--rows and --tokens are for bundles that write text; {bundle.folder} makes images.")
-        return {name: fit_part(graphs[name], bundle.manifest.image, served) for name in names}
+        if served.rows is not None:
+            raise RequestError(f"--rows is for bundles that write text; {bundle.folder} makes images: --batch.")
+        stages = stages_of(inputs_of(graphs))
+        goldens = [(golden.width, golden.height) for golden in bundle.manifest.golden]
+        return {name: fit_part(graphs[name], bundle.manifest.image, served, stages, goldens) for name in names}
     if served.sizes or served.batch is not None:
         raise RequestError(f"--size and --batch are for bundles that make images; {bundle.folder} writes text.")
     # A layout's graph is for another runtime.

@@ -42,3 +42,8 @@ def scale_factor(module: Any) -> int:  # noqa: ANN401 - any autoencoder of diffu
     config = module.config
     blocks = getattr(config, "block_out_channels", None) or config.encoder_block_out_channels
     return int(2 ** (len(blocks) - 1))
+
+
+def autoencodes(module: Any) -> bool:  # noqa: ANN401 - any module
+    """Whether a module is an autoencoder."""
+    return hasattr(module, "encode") and hasattr(module, "decode")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from fmedge_runtimes.engine_limits import RESIDUALS, halved
 
 from fmedge_converters.parts.denoisers import arguments_of, denoiser
 from fmedge_converters.parts.part import Asked, Call, Input, Tensors
@@ -22,9 +23,9 @@ def unet(module: Any, asked: Asked) -> dict[str, Call]:  # noqa: ANN401 - any UN
     inputs = once_for_all(call.inputs)
     spread: dict[str, tuple[int | str, ...]] = {"timestep": (STEPS,)}
     residuals = residuals_of(skip_channels(module), mid_channels(module)) if asked.residuals else {}
-    for number, (name, channels) in enumerate(residuals.items()):
+    for (name, channels), level in zip(residuals.items(), _levels(module), strict=bool(residuals)):
         inputs.append(Input(name, (1, channels, 1, 1)))
-        spread[name] = ("residuals", channels, f"height_{number}", f"width_{number}")
+        spread[name] = (RESIDUALS, channels, *(halved(axis, level) for axis in ("height", "width")))
     arguments = arguments_of(module, asked)
 
     def run(model: Any, given: Tensors) -> dict[str, torch.Tensor]:  # noqa: ANN401 - any UNet of diffusers
@@ -50,6 +51,17 @@ def once_for_all(inputs: tuple[Input, ...]) -> list[Input]:
 def residuals_of(skips: list[int], mid: int) -> dict[str, int]:
     """Channels of each residual by name, from those of the skip connections and of the middle."""
     return {f"{DOWN}.{number}": channels for number, channels in enumerate(skips)} | {MID: mid}
+
+
+def _levels(module: Any) -> list[int]:  # noqa: ANN401 - any UNet of diffusers
+    """How often the latents' sides were halved at each skip connection, and in the middle."""
+    found, level = [0], 0
+    for block in module.down_blocks:
+        found += [level] * len(block.resnets)
+        if block.downsamplers:
+            level += 1
+            found.append(level)
+    return [*found, level]
 
 
 def skip_channels(module: Any) -> list[int]:  # noqa: ANN401 - any UNet of diffusers

@@ -74,13 +74,16 @@ class Autoencoder:
 
     def encode(self, part: Part, image: Array, tiling: bool | None) -> Posterior:
         """The latents of an image [3, H, W] in -1 to 1. Raises BackendError."""
-        size = self._tile * self.factor
+        tile = self._tile_of(part, self.factor)
+        size = tile * self.factor
 
         def run(pixels: Array) -> Array:
             return part.output("latent_parameters", part.run({"sample": pixels}))
 
         found = (
-            _tiled(run, image[None], size, self._tile) if _wants_tiles(image.shape, tiling, size) else run(image[None])
+            _tiled(run, image[None], size, tile)
+            if _wants_tiles(image.shape, tiling, size, part, 1)
+            else run(image[None])
         )[0].astype(np.float32, copy=False)
         if len(found) == self.channels:
             return Posterior(self._norm.latents(found), None)
@@ -95,7 +98,7 @@ class Autoencoder:
         pixels: list[Pixels] = []
         with self._parts.use(name) as part:
             height, width = (side * self.factor for side in latents[0].shape[1:])
-            most = max(1, min(order.max_batch, TOGETHER // (height * width)))
+            most = part.most("batch", max(1, min(order.max_batch, TOGETHER // (height * width))))
             for start in range(0, len(latents), most):
                 some = np.stack(latents[start : start + most])
                 pixels += [_varied(name, image) for image in self._pixels(part, some, order.options.tiling)]
@@ -106,17 +109,22 @@ class Autoencoder:
         tiny = part.name == TINY
         norm = _Norm.of(self._parts, TINY) if tiny else self._norm
         values = norm.values(latents)
-        size = self._tile * self.factor
+        tile = self._tile_of(part, 1)
+        size = tile * self.factor
 
         def run(some: Array) -> Array:
             outputs = part.run({"latent_sample": some})
             return part.output("sample", outputs)
 
-        shape = tuple(side * self.factor for side in latents.shape[2:])
+        shape = (3, *(side * self.factor for side in latents.shape[2:]))
         found = (
-            _tiled(run, values, self._tile, size) if _wants_tiles((3, *shape), tiling, size) else run(values)
+            _tiled(run, values, tile, size) if _wants_tiles(shape, tiling, size, part, self.factor) else run(values)
         )  # [B, 3, H, W]
         return list(to_pixels(found))
+
+    def _tile_of(self, part: Part, unit: int) -> int:
+        """Latents of the side of a tile that a part takes, whose input has so many places for each."""
+        return min(part.most(axis, self._tile * unit) // unit for axis in ("height", "width"))
 
     def preview(self, latents: Array) -> list[Pixels]:
         """Small images [h * k, w * k, 3] of latents [B, C, h, w]: by the tiny decoder, else a pixel of each latent.
@@ -136,13 +144,18 @@ class Autoencoder:
     def _fitted(self, part: Part) -> Array:
         """The linear map [C + 1, 3] from latents to colours."""
         draw = np.random.default_rng(0)
-        side = 8
+        side = max(part.least(axis, 8) for axis in ("height", "width"))
         # One hue for each patch, and a little grain: what decoders make colours of.
         shape = (32, self.channels, side, side)
         patches = draw.standard_normal(shape[:2])[..., None, None] + 0.3 * draw.standard_normal(shape)
         latents = patches.astype(np.float32)
-        outputs = part.run({"latent_sample": self._norm.values(latents)})
-        image = part.output("sample", outputs)  # [P, 3, H, W]
+        values, most = self._norm.values(latents), part.most("batch", len(latents))
+        image = np.concatenate(
+            [
+                part.output("sample", part.run({"latent_sample": values[start : start + most]}))
+                for start in range(0, len(values), most)
+            ]
+        )  # [P, 3, H, W]
         small = image.reshape(len(image), 3, side, self.factor, side, self.factor).mean(axis=(3, 5))  # [P, 3, h, w]
         known = np.moveaxis(latents, 1, -1).reshape(-1, self.channels)
         known = np.concatenate([known, np.ones((len(known), 1), np.float32)], axis=1)  # [N, C + 1]
@@ -203,9 +216,18 @@ def _varied(part: str, pixels: Pixels) -> Pixels:
     return pixels
 
 
-def _wants_tiles(shape: Sequence[int], tiling: bool | None, size: int) -> bool:
+def _wants_tiles(shape: Sequence[int], tiling: bool | None, size: int, part: Part, unit: int) -> bool:
+    """Whether an image [3, height, width] is made in tiles of that size: also if the part, whose input has one place
+    for `unit` pixels, takes nothing so large. Raises RequestError if that is not wanted."""
     height, width = shape[1:]
-    wanted = height * width > TILED_FROM if tiling is None else tiling
+    sides = (("height", height // unit), ("width", width // unit))
+    larger = any(part.most(axis, side) < side for axis, side in sides)
+    if larger and tiling is False:
+        raise RequestError(
+            f"Diffusion.tiling is off, and the engine of {part.name} takes {width}x{height} in tiles only; leave "
+            "it out."
+        )
+    wanted = larger or (height * width > TILED_FROM if tiling is None else tiling)
     return wanted and max(height, width) > size
 
 

@@ -124,8 +124,9 @@ class ClipText:
 
     def _run(self, part: Part, ids: Ids, states: str, pooled: str | None) -> tuple[Array, Array | None]:
         found, pools = [], []
-        for start in range(0, len(ids), ROWS):
-            some = ids[start : start + ROWS]
+        most = part.most("batch", ROWS)
+        for start in range(0, len(ids), most):
+            some = ids[start : start + most]
             outputs = part.run(self._feeds(part, some))
             found.append(part.output(states, outputs).astype(np.float32, copy=False))
             if pooled is not None:

@@ -81,7 +81,7 @@ class PaddedText:
         _, first, place = np.unique(
             np.concatenate([every, masks], axis=1), axis=0, return_index=True, return_inverse=True
         )
-        most = max(TOGETHER // every.shape[1], 1)
+        most = part.most("batch", max(TOGETHER // every.shape[1], 1))
         found: list[Array] = []
         for start in range(0, len(first), most):
             rows = first[start : start + most]
