@@ -131,7 +131,7 @@ def test_text_that_is_not_there(tokenizer: Tokenizer, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"quantize": "none", "calibrate": ("a.txt",)}, "--calibrate means nothing to --quantize none"),
-        ({"quantize": "int8", "statistics": Path("a.safetensors")}, "--statistics means nothing to --quantize int8"),
+        ({"quantize": "bf16", "statistics": Path("a.safetensors")}, "--statistics means nothing to --quantize bf16"),
         ({"quantize": "int4", "calibrate_tokens": 100}, "only if --calibrate or --statistics is given"),
         ({"quantize": "int4-gptq", "statistics": Path("a.safetensors")}, "int4-gptq needs products of all pairs"),
     ],

@@ -45,17 +45,17 @@ def _one_trace(traces: dict[Any, Any]) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """int4, with prompts in int8, fully verified. Layers are large beside the vocabulary, as in real models."""
+    """int4, with prompts in W8A8, fully verified. Layers are large beside the vocabulary, as in real models."""
     folder = tmp_path_factory.mktemp("prefill")
     source = add_tokenizer(make_model(folder / "model", hidden_size=128, intermediate_size=256))
-    return export(ExportOptions(str(source), folder / "bundle", quantize="int4", prefill="int8"))
+    return export(ExportOptions(str(source), folder / "bundle", quantize="int4", prefill="w8a8"))
 
 
 @pytest.fixture(scope="module")
 def alone(both: Bundle) -> dict[str, Bundle]:
-    """The same model with one graph, in int4 and in int8."""
+    """The same model with one graph, in int4 and in W8A8."""
     made = {}
-    for scheme in ("int4", "int8"):
+    for scheme in ("int4", "w8a8"):
         options = ExportOptions(str(both.folder.parent / "model"), both.folder.parent / scheme, quantize=scheme)
         made[scheme] = export(replace(options, verify="none"))
     return made
@@ -98,7 +98,7 @@ def test_both_graphs_have_one_contract_and_share_bytes(both: Bundle, alone: dict
     assert any("embed" in name for name in shared)
     model = onnx.load(both.file("prefill.onnx"), load_external_data=False)
     assert any(node.op_type == "DynamicQuantizeMatMul" for node in model.graph.node)
-    assert both.nbytes < alone["int4"].nbytes + alone["int8"].nbytes - 320 * 128
+    assert both.nbytes < alone["int4"].nbytes + alone["w8a8"].nbytes - 320 * 128
     assert both.prefill_nbytes == both.nbytes - alone["int4"].nbytes
 
 
@@ -112,8 +112,8 @@ def test_prompts_go_through_one_graph_and_what_follows_through_the_other(
     logits = pair.prefill(cache, 0, PROMPT)
     np.testing.assert_array_equal(logits, eight.prefill(others, 0, PROMPT))
     coarse = four.prefill(four.new_cache(), 0, PROMPT)
-    # What the int8 bundle has, but for its head and embedding, which have a scale for each row there.
-    whole = open_decoder(alone["int8"].folder, threads=1)[1]
+    # What the W8A8 bundle has, but for its head and embedding, which have a scale for each row there.
+    whole = open_decoder(alone["w8a8"].folder, threads=1)[1]
     expected = whole.prefill(whole.new_cache(), 0, PROMPT)
     assert np.corrcoef(logits, expected)[0, 1] > 0.98 > np.corrcoef(coarse, expected)[0, 1]
     # The decode step on this cache, by the pair and by the graph of the int4 bundle.
@@ -189,10 +189,10 @@ def test_uses_that_cannot_be_are_refused(both: Bundle, alone: dict[str, Bundle])
 @pytest.mark.parametrize(
     ("target", "quantize", "prefill", "words"),
     [
-        ("cuda", "int4", "int8", "target cuda takes no --prefill"),
-        ("cpu", "int4", "bf16", "--prefill is bf16; target cpu has int8"),
-        ("cpu", "int8", "int8", "is for --quantize int4"),
-        ("cpu", "none", "int8", "is for --quantize int4"),
+        ("cuda", "int4", "w8a8", "target cuda takes no --prefill"),
+        ("cpu", "int4", "bf16", "--prefill is bf16; target cpu has w8a8"),
+        ("cpu", "w8a8", "w8a8", "is for --quantize int8, int4"),
+        ("cpu", "none", "w8a8", "is for --quantize int8, int4"),
     ],
 )
 def test_what_does_not_go_together_is_refused(target: str, quantize: str, prefill: str, words: str) -> None:
@@ -204,7 +204,7 @@ def test_what_does_not_go_together_is_refused(target: str, quantize: str, prefil
 
 def test_the_command_line(both: Bundle, tmp_path: Path) -> None:
     source = str(both.folder.parent / "model")
-    refused = CliRunner().invoke(app, ["export", source, str(tmp_path / "b"), "--prefill", "int8"])
+    refused = CliRunner().invoke(app, ["export", source, str(tmp_path / "b"), "--prefill", "w8a8"])
     assert refused.exit_code == 1
     assert not (tmp_path / "b").exists()
     shown = CliRunner().invoke(app, ["inspect", str(both.folder)]).output
@@ -264,7 +264,7 @@ def test_bundles_without_one_say_nothing_of_it(alone: dict[str, Bundle], tmp_pat
 @pytest.mark.medium
 def test_an_int8_cache_has_the_same_scales_in_both(both: Bundle, tmp_path: Path) -> None:
     source = str(both.folder.parent / "model")
-    made = export(ExportOptions(source, tmp_path / "b", quantize="int4", prefill="int8", cache="int8"))
+    made = export(ExportOptions(source, tmp_path / "b", quantize="int4", prefill="w8a8", cache="int8"))
     scales = [
         {item.name: item.raw_data for item in onnx.load(made.file(name), load_external_data=False).graph.initializer}
         for name in ("decoder.onnx", "prefill.onnx")
@@ -280,8 +280,8 @@ def test_an_int8_cache_has_the_same_scales_in_both(both: Bundle, tmp_path: Path)
 def test_states_and_experts_are_shared(model: str, tmp_path: Path) -> None:
     changes = tiny_config(model).to_dict()
     del changes["model_type"]
-    source = make_model(tmp_path / "model", model, **changes)
-    made = export(ExportOptions(str(source), tmp_path / "b", quantize="int4", prefill="int8", verify="none"))
+    source = add_tokenizer(make_model(tmp_path / "model", model, **changes))
+    made = export(ExportOptions(str(source), tmp_path / "b", quantize="int4", prefill="w8a8", verify="none"))
     pair, four = (open_decoder(made.folder, threads=1, prefill_graph=use)[1] for use in ("prompts", "off"))
     cache, other = pair.new_cache(), four.new_cache()
     first, expected = pair.prefill(cache, 0, PROMPT), four.prefill(other, 0, PROMPT)

@@ -49,6 +49,14 @@ def as_they_are(weights: dict[str, Weight]) -> dict[str, Weight]:
 
 
 @dataclass(frozen=True, slots=True)
+class Second:
+    """What decides a second graph with the same inputs and outputs."""
+
+    scheme: Scheme
+    calibration: Calibration | None
+
+
+@dataclass(frozen=True, slots=True)
 class BuildOptions:
     """What decides the graph of a given model."""
 
@@ -64,8 +72,8 @@ class BuildOptions:
     """A budget of bits per weight, for roundings whose costs `prepare` gives; None: as the scheme has it."""
     calibration: Calibration | None = None
     """What the scheme fits its weights to, if it does."""
-    prefill: Scheme | None = None
-    """Of a second graph with the same inputs and outputs; None: there is none."""
+    prefill: Second | None = None
+    """The graph for prompts; None: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +134,7 @@ def build_decoder(
         second = None if options.prefill is None else replace(traced, model=traced.model.clone())
         graph = _rewritten(traced, prepared, options, progress)
         allocation = None if options.bits is None else spend_bits(graph, options.scheme, options.bits)
-        calibration = _calibrate(graph, traced, options, progress)
+        calibration = _calibrate(graph, traced, options.scheme, options.calibration, options.block_size, progress)
         quantization = quantize(graph, options.scheme, options.block_size)
         if options.scheme.storage is not None:
             store_weights(graph, options.scheme.storage)
@@ -139,7 +147,9 @@ def build_decoder(
         prefill = None
         if second is not None and options.prefill is not None:
             other = _rewritten(second, prepared, options, progress)
-            quantize(other, options.prefill, options.block_size)
+            scheme = options.prefill.scheme
+            _calibrate(other, traced, scheme, options.prefill.calibration, options.block_size, progress)
+            quantize(other, scheme, options.block_size)
             stage = "weights of the graph for prompts"
             prefill = BuiltGraph(
                 write_graph(other, output, PREFILL_STEM, functools.partial(progress, stage), written), other.model
@@ -187,19 +197,23 @@ def _updates_in_place(graph: ir.Graph, state: LayerState, target: Target) -> boo
 
 
 def _calibrate(
-    graph: DecoderGraph, traced: TracedDecoder, options: BuildOptions, progress: Progress
+    graph: DecoderGraph,
+    traced: TracedDecoder,
+    scheme: Scheme,
+    calibration: Calibration | None,
+    block_size: int | None,
+    progress: Progress,
 ) -> Evidence | None:
     """Let the scheme fit its weights."""
-    scheme, calibration = options.scheme, options.calibration
     if calibration is None or scheme.calibrate is None:
         return None
     rounding = None
     if scheme.rounding is not None:
-        rounding = functools.partial(scheme.rounding, is_head=False, block_size=options.block_size or scheme.block_size)
+        rounding = functools.partial(scheme.rounding, is_head=False, block_size=block_size or scheme.block_size)
     if scheme.rounding is not None and calibration.lookups is not None:
         for head in placed_heads(graph):
             weight = graph.weights[head.name]
-            usual = scheme.rounding(weight, is_head=True, block_size=options.block_size or scheme.block_size)
+            usual = scheme.rounding(weight, is_head=True, block_size=block_size or scheme.block_size)
             graph.weights[head.name] = replace(weight, rounding=usual)
     calibration.parameters = traced.parameters
     return scheme.calibrate(graph, calibration, rounding, progress)

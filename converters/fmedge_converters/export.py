@@ -24,7 +24,7 @@ from fmedge_runtimes.manifest import (
     write_manifest,
 )
 
-from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, as_they_are, build_decoder
+from fmedge_converters.build import BuildOptions, BuiltDecoder, Progress, Second, as_they_are, build_decoder
 from fmedge_converters.candidates_graph import write_candidates
 from fmedge_converters.compared_tokens import compared_text, compared_tokens
 from fmedge_converters.decoder_facts import decoder_facts, write_generation_config
@@ -42,7 +42,7 @@ from fmedge_converters.export_checks import (
     made_by,
 )
 from fmedge_converters.export_options import ExportOptions
-from fmedge_converters.fitted_weights import find_sensitivities, opened_calibration
+from fmedge_converters.fitted_weights import find_sensitivities, looks_at_text, opened_calibration
 from fmedge_converters.int8_cache import quantize_cache
 from fmedge_converters.layouts import find_layout
 from fmedge_converters.layouts.layout import Finished
@@ -112,10 +112,13 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
             layout.check_tokenizer(folder / tokenizer.tokenizer)
         generation = write_generation_config(source, folder)
         found = find_sensitivities(source, scheme, folder, tokenizer, text, context, options, progress)
+        schemes = (scheme,) if prefill is None else (scheme, prefill)
         prepare = as_they_are if options.bits is None or found is None else found.attach
-        with opened_calibration(options, source, scheme, folder, tokenizer, context, text, found) as calibration:
+        with opened_calibration(options, source, schemes, folder, tokenizer, context, text, found) as calibration:
+            fits = calibration if looks_at_text(scheme, options) else None
+            second = None if prefill is None else Second(prefill, calibration)
             build = BuildOptions(
-                target, scheme, options.block_size, context, layout, prepare, options.bits, calibration, prefill
+                target, scheme, options.block_size, context, layout, prepare, options.bits, fits, second
             )
             built = build_decoder(source.config, source.files, folder, build, progress)
         if built.prefill is not None:

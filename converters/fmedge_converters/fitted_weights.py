@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,20 +29,25 @@ from fmedge_converters.source import Source
 from fmedge_converters.tokenizer_files import TokenizerFacts
 
 
+def looks_at_text(scheme: Scheme, options: ExportOptions) -> bool:
+    """Whether a scheme needs calibration text, or makes something of it, and it was given."""
+    asked = bool(options.calibrate) or options.statistics is not None
+    return scheme.calibrate is not None and (asked or scheme.needs_calibration)
+
+
 @contextmanager
 def opened_calibration(
     options: ExportOptions,
     source: Source,
-    scheme: Scheme,
+    schemes: Sequence[Scheme],
     folder: Path,
     tokenizer: TokenizerFacts | None,
     context: int,
     evaluation_text: str,
     found: Sensitivities | None,
 ) -> Iterator[Calibration | None]:
-    """The calibration that a scheme needs, or that was asked for, while its codes are needed. Raises ExportError."""
-    asked = bool(options.calibrate) or options.statistics is not None
-    if scheme.calibrate is None or not (asked or scheme.needs_calibration):
+    """The calibration that a scheme looks at, while its codes are needed. Raises ExportError."""
+    if not any(looks_at_text(scheme, options) for scheme in schemes):
         yield None
         return
     if tokenizer is None:
@@ -56,7 +61,7 @@ def opened_calibration(
     model = CalibrationModel(source.config, source.files, context, text.rows)
     # Inside the folder that disappears if the export does.
     with tempfile.TemporaryDirectory(prefix="calibration-", dir=folder) as scratch:
-        lookups = None if found is None or scheme.lookup_bits is not None else found.lookups
+        lookups = None if found is None or schemes[0].lookup_bits is not None else found.lookups
         yield Calibration(model, text, options.statistics, Path(scratch), lookups=lookups)
 
 

@@ -235,7 +235,7 @@ def _spell(graph: ir.Graph, layer: _Layer, keys: Magnitudes, values: Magnitudes)
         for part in PAST:
             for cached in (node.inputs[PAST[part]], node.outputs[PRESENT[part]]):
                 assert cached is not None
-                cached.dtype = ir.DataType.INT8
+                cached.type = ir.TensorType(ir.DataType.INT8)  # its own: clones of a graph share theirs
 
 
 def _evidence(divergence: Divergence, facts: TextFacts, calibration: int) -> Evidence:

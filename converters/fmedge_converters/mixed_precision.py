@@ -22,7 +22,7 @@ UNITS = 1 << 16
 
 def candidates(*, symmetric: bool) -> tuple[Rounding, ...]:
     """What a matrix may become. 2 bits are not among them: what they save costs more than it would elsewhere."""
-    four = [Rounding(4, block, symmetric) for block in (256, 128, 64, 32, 16)]
+    four = [Rounding(4, block, symmetric) for block in (256, 128, 64, 32)]
     return (*four, Rounding(8, 128, symmetric))
 
 

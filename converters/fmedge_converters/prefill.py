@@ -40,8 +40,8 @@ def find_prefill(target: Target, scheme: Scheme, name: str | None) -> Scheme | N
         )
     if name not in target.prefill:
         raise ExportError(f"--prefill is {name}; target {target.name} has {' and '.join(target.prefill)}.")
-    if not scheme.block_size:
-        names = " or ".join(one.name for one in target.schemes.values() if one.block_size)
+    if not scheme.block_size or scheme.name in target.prefill:
+        names = ", ".join(n for n, one in target.schemes.items() if one.block_size and n not in target.prefill)
         raise ExportError(
             f"--prefill {name} is for --quantize {names}, whose prompts it makes faster; with --quantize {scheme.name} "
             "one graph serves prompts as fast; leave it out."

@@ -19,7 +19,7 @@ from fmedge_converters.fused_operators import ORT_OPERATORS, PartOperators
 from fmedge_converters.passes import ORT_PASSES, PART_PASSES, TENSORRT_PART_PASSES, TENSORRT_PASSES, Pass
 from fmedge_converters.passes.gelu import decompose_gelu
 from fmedge_converters.plain_operators import TENSORRT_COMPAT_OPERATORS, TENSORRT_OPERATORS
-from fmedge_converters.schemes.calibrated import calibrated_int4, smoothed_int8
+from fmedge_converters.schemes.calibrated import calibrated_int4, for_prompts, smoothed_int8
 from fmedge_converters.schemes.dequantize_linear import dequantize_linear
 from fmedge_converters.schemes.dynamic_int8 import DYNAMIC_INT8
 from fmedge_converters.schemes.floating import FLOATING
@@ -86,9 +86,8 @@ def _int4(
 
 CPU_INT4 = _int4(4, lambda symmetric: qmoe(4, 4, zero_points=True, symmetric=symmetric), (2, 4, 8))
 CPU_INT4_CALIBRATED = calibrated_int4(CPU_INT4)
-CPU_INT8 = weight_only(
-    "int8", "8-bit weights", 8, head_bits=8, accuracy_level=4, mixture=qmoe(8), keeps=(8,), block_size=32
-)
+CPU_INT8 = weight_only("int8", "8-bit weights", 8, head_bits=8, accuracy_level=4, mixture=qmoe(8), keeps=(8,))
+CPU_W8A8 = smoothed_int8(CPU_INT8)
 CPU_INT8_IMAGES = replace(DYNAMIC_INT8, convolution=spell_convolution)
 CUDA_INT4 = _int4(0, lambda _: qmoe(4), (4, 8))
 CUDA_INT4_CALIBRATED = calibrated_int4(CUDA_INT4)
@@ -154,14 +153,14 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             dialect=ORT,
             passes=ORT_PASSES,
             dtype=torch.float32,
-            schemes=_by_name(FLOATING, FP16, BF16, CPU_INT8, CPU_INT4, *CPU_INT4_CALIBRATED, smoothed_int8(CPU_INT8)),
+            schemes=_by_name(FLOATING, FP16, BF16, CPU_INT8, CPU_INT4, *CPU_INT4_CALIBRATED, CPU_W8A8),
             image_schemes=_by_name(FLOATING, FP16, BF16, CPU_INT8_IMAGES, CPU_INT4),
             part_operators=ORT_OPERATORS,
             part_passes=PART_PASSES,
             automatic=(FLOATING.name, BF16.name, CPU_INT8_IMAGES.name),
             read_first=frozenset(("LinearAttention", "CausalConvWithState")),
             refused=NO_FP8_HERE,
-            prefill=_by_name(DYNAMIC_INT8),
+            prefill=_by_name(for_prompts(CPU_W8A8)),
         ),
         "cuda": Target(
             name="cuda",

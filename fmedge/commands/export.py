@@ -21,7 +21,7 @@ EPILOG = """
 
   fmedge export out/model out/bundle --quantize int4 --cache int8
 
-  fmedge export out/model out/bundle --quantize int4 --prefill int8
+  fmedge export out/model out/bundle --quantize int4 --prefill w8a8
 
   fmedge export out/model out/bundle --adapter ./lora
 
@@ -108,7 +108,7 @@ def command(
     prefill: Annotated[
         str | None,
         typer.Option(
-            help="Beside int4 on the CPU: a second graph, for prompts, that reads them faster (int8).",
+            help="Beside int4 or int8 on the CPU: a second graph, for prompts, that reads them faster (w8a8).",
             rich_help_panel=WEIGHTS,
         ),
     ] = ExportOptions.prefill,

@@ -168,7 +168,7 @@ def open_prefill(bundle: Bundle, device: str | None, threads: int | None, use: P
     if use == "batches":
         raise RequestError(
             f"prefill_graph is 'batches', and {bundle.folder} has no second graph for {device}: export with --target "
-            "cpu --quantize int4 --prefill int8, or leave it out."
+            "cpu --quantize int4 --prefill w8a8, or leave it out."
         )
     return None
 

@@ -39,6 +39,8 @@ class ScaleSite:
     """Divides the input's features by factors [K]; the consumers' weights are the caller's business."""
     groups: Array | None = None
     """int64 [K]: features of the same number must have the same factor; None: each has its own."""
+    cached: bool = False
+    """Whether what is divided goes into the cache, which other graphs may have, too."""
 
 
 def scale_sites(graph: DecoderGraph) -> list[ScaleSite]:
@@ -296,7 +298,7 @@ def _of_values(graph: DecoderGraph, consumers: list[Linear], rows: _Rows, sizes:
         own[groups] = factors
         _divide_rows(graph, rows, own)
 
-    return ScaleSite(tuple(consumers), divide, np.ascontiguousarray(groups))
+    return ScaleSite(tuple(consumers), divide, np.ascontiguousarray(groups), cached=True)
 
 
 def _scalable(graph: DecoderGraph, rows: _Rows) -> bool:

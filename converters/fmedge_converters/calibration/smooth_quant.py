@@ -30,12 +30,18 @@ MOST_NOISE = 0.003
 
 
 def smooth(
-    graph: DecoderGraph, calibration: Calibration, rounding: Callable[[Weight], Rounding] | None, report: Report
+    graph: DecoderGraph,
+    calibration: Calibration,
+    rounding: Callable[[Weight], Rounding] | None,
+    report: Report,
+    *,
+    cached: bool = True,
 ) -> Evidence:
     """Smooth every input that the graph can divide, and note the range of those that one scale can carry then.
 
     Some inputs are beyond it: a feature of a few tokens, thousands of times as large as the others (Sun et al.,
     "Massive Activations in Large Language Models", 2024, https://arxiv.org/abs/2402.17762), leaves them a step or two.
+    `cached` False leaves what goes into the cache as it is.
     """
     del rounding
     statistics = calibration.statistics(report)
@@ -51,7 +57,9 @@ def smooth(
     for site in scale_sites(graph):
         names = [linear.name for linear in site.consumers]
         own = all(len(list(linear.weight.uses())) == 1 for linear in site.consumers)
-        if not own or any(linear.node not in placed or linear.name not in largest for linear in site.consumers):
+        if not own or (site.cached and not cached):
+            continue
+        if any(linear.node not in placed or linear.name not in largest for linear in site.consumers):
             continue
         weights = np.max([_columns(graph.weights[name]) for name in names], axis=0)  # [K]
         factors = smoothing_factors(largest[names[0]], weights, site.groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 from fmedge_converters.calibration.fit_codes import fit_awq, fit_gptq
@@ -30,6 +31,11 @@ def smoothed_int8(blocks: Scheme) -> Scheme:
         calibrate=smooth,
         needs_calibration=True,
     )
+
+
+def for_prompts(scheme: Scheme) -> Scheme:
+    """Smoothed W8A8 of a graph that shares its cache with another one."""
+    return replace(scheme, calibrate=functools.partial(smooth, cached=False))
 
 
 def calibrated_int4(scheme: Scheme) -> tuple[Scheme, ...]:

@@ -28,7 +28,7 @@ from fmedge_converters.schemes.matmul_nbits import Blocks, insert_matmul_nbits
 from fmedge_converters.schemes.scheme import Scheme, SpellMixture
 from fmedge_converters.weight import Array, PackedMatrix, Read, Weight, reshaped
 
-BLOCK_SIZE = 128
+BLOCK_SIZE = 32
 """The default, by measurement: docs/quantization.md."""
 
 
@@ -231,7 +231,6 @@ def weight_only(
     keeps: tuple[int, ...] = (),
     symmetric: bool = True,
     search: bool = True,
-    block_size: int = BLOCK_SIZE,
 ) -> Scheme:
     """A weight-only scheme. `accuracy_level` 4 lets the CPU multiply in int8; 0 keeps the activations' type."""
     shared = _WeightOnly(bits, head_bits, symmetric, search, accuracy_level)
@@ -241,7 +240,7 @@ def weight_only(
         bits,
         shared.linear,
         shared.embedding,
-        block_size=block_size,
+        block_size=BLOCK_SIZE,
         mixture=mixture,
         keeps=functools.partial(_kept, keeps),
         rounding=shared.rounding,
