@@ -141,7 +141,7 @@ def matched_forms(options: Options, rows: Sequence[Row]) -> Iterator[Form]:
 
 
 def _with_bits(bits: str) -> Form:
-    return _own(f"int4-bits-{bits}", export_fmedge(["--quantize", "int4", "--bits", bits]))
+    return _own(f"int4-gptq-bits-{bits}", export_fmedge(["--quantize", "int4-gptq", "--bits", bits]))
 
 
 def _own(name: str, build: Build) -> Form:

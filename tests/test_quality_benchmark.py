@@ -246,4 +246,4 @@ def test_a_budget_is_measured_for_each_peer_of_note() -> None:
     options = SimpleNamespace(match=("genai/int4", "llamacpp/Q4_0", "llamacpp/Q4_K_M"), bits=(5.0,))
     rows = [row("genai/int4", 5.0, 1), row("llamacpp/Q4_0", 5.329, 1), row("llamacpp/Q4_K_M", 3.9, 1)]
     (form,) = quality.matched_forms(options, [*rows, row("llamacpp/Q8_0", 8.5, 1)])
-    assert form.name == "fmedge/int4-bits-5.32"
+    assert form.name == "fmedge/int4-gptq-bits-5.32"
