@@ -6,7 +6,7 @@ given the same tokens, by how much it would rather have written something else, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,14 @@ class Degeneration:
     def passed(self) -> bool:
         """Whether all of it is the source's own."""
         return not self.loops_alone and not self.constant
+
+    def reasons(self) -> Iterator[str]:
+        """Why it did not pass, in words."""
+        if self.loops_alone:
+            count = "continuation ends" if self.loops_alone == 1 else "continuations end"
+            yield f"{self.loops_alone} {count} in a loop that the source would not have begun"
+        if self.constant:
+            yield "all prompts have one continuation, which the source would not have written"
 
 
 def degeneration(continuations: Sequence[Sequence[int]], leads: Sequence[npt.NDArray[np.floating]]) -> Degeneration:

@@ -100,7 +100,7 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     source = open_source(options.source, options.revision, adapter=options.adapter, allow_pickle=options.allow_pickle)
     size = require_weights(source)
     context, rows = room(source, size, target, scheme, options, progress)
-    _check(scheme, source, size, options)
+    _check(scheme, prefill, source, size, options)
     text = compared_text(options.text)
     evidence: list[Evidence] = []
     if options.verify != "none":
@@ -172,11 +172,11 @@ def export_decoder(options: ExportOptions, progress: Progress = lambda *_: None)
     return open_bundle(options.output, checksums=False)
 
 
-def _check(scheme: Scheme, source: Source, size: ModelSize, options: ExportOptions) -> None:
+def _check(scheme: Scheme, prefill: Scheme | None, source: Source, size: ModelSize, options: ExportOptions) -> None:
     """What can be refused before anything is traced."""
     check_block_size(scheme, options)
     check_bits(scheme, options)
-    check_calibration(scheme, options)
+    check_calibration(scheme, prefill, options)
     check_disk(options.output, size.parameters, scheme.bits if options.bits is None else math.ceil(options.bits))
     if options.verify == "full" or options.bits is not None:
         require_memory(source, size.parameters, scheme.bits)

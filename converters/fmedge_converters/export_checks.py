@@ -16,6 +16,19 @@ from fmedge_runtimes.version import __version__
 
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.schemes.scheme import Scheme
+from fmedge_converters.schemes.weight_only import BLOCK_SIZE
+
+KEEPS_MORE = {
+    "int4": ("int4-gptq", "int8"),
+    "int4-awq": ("int4-gptq", "int8"),
+    "int4-gptq": ("int8",),
+    "fp8": ("int8",),
+    "w8a8": ("int8",),
+    "int8": ("none",),
+    "bf16": ("none",),
+    "fp16": ("none",),
+}
+"""By quantization: those to try when it takes too much from a model, the smaller first."""
 
 
 def check_output(options: ExportOptions) -> None:
@@ -65,8 +78,10 @@ def check_bits(scheme: Scheme, options: ExportOptions) -> None:
         )
 
 
-def check_calibration(scheme: Scheme, options: ExportOptions) -> None:
-    """Raise ExportError for calibration options that would be ignored."""
+def check_calibration(scheme: Scheme, prefill: Scheme | None, options: ExportOptions) -> None:
+    """Raise ExportError for calibration options that neither a scheme nor that of a graph for prompts looks at."""
+    if prefill is not None and prefill.calibrate is not None:
+        return
     given = [
         name
         for name, value in (
@@ -109,6 +124,12 @@ def judge(evidence: Evidence, options: ExportOptions) -> None:
     """Raise ParityError when a comparison failed, unless --force is given."""
     if evidence.passed or options.force:
         return
+    failure = evidence.figures.get("failure")
+    if failure is not None:
+        raise ParityError(
+            f"the export is too far from its source, so nothing was written ({evidence.name}: {evidence.what}): "
+            f"{failure}. {_instead(evidence, options)}--force writes it all the same and records that in the manifest."
+        )
     figures = ", ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in evidence.figures.items()
@@ -117,6 +138,24 @@ def judge(evidence: Evidence, options: ExportOptions) -> None:
         f"the export does not compute what its source computes, so nothing was written ({evidence.name}: "
         f"{evidence.what}: {figures}); --force writes it all the same and records that in the manifest."
     )
+
+
+def _instead(evidence: Evidence, options: ExportOptions) -> str:
+    """What keeps more of a model than what was asked for; nothing where weights and cache are floats."""
+    instead = []
+    if evidence.name == "cache" or (options.quantize == "none" and options.cache != "float"):
+        instead = ["--cache float"]
+    elif evidence.name == "prefill":
+        instead = ["no --prefill"]
+    else:
+        if options.block_size is not None and options.block_size > BLOCK_SIZE:
+            instead.append(f"--block-size {BLOCK_SIZE}")
+        if options.head_bits == 4:
+            instead.append("--head-bits 8")
+        if options.bits is not None:
+            instead.append("more --bits")
+        instead += (f"--quantize {name}" for name in KEEPS_MORE.get(options.quantize, ()))
+    return f"What keeps more of the model: {', '.join(instead)}. " if instead else ""
 
 
 def graph_facts(model: ir.Model, path: Path, profiles: tuple[ProfileFacts, ...] = ()) -> GraphFacts:

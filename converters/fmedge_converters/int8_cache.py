@@ -241,11 +241,11 @@ def _spell(graph: ir.Graph, layer: _Layer, keys: Magnitudes, values: Magnitudes)
 def _evidence(divergence: Divergence, facts: TextFacts, calibration: int) -> Evidence:
     tolerance = TOLERANCES[facts.cache_dtype, "int8"]
     layers, of = sum(cache.quantization is not None for cache in facts.caches), len(facts.caches)
-    within = divergence.perplexity <= divergence.source_perplexity * tolerance.perplexity_ratio
+    failures = [*tolerance.excesses(divergence.mean_kl, divergence.perplexity, divergence.source_perplexity)]
     return Evidence(
         name="cache",
         what=f"the cache in int8, in {layers} of {of} layers with attention, against the same weights with floats",
-        passed=divergence.mean_kl <= tolerance.mean_kl and within,
+        passed=not failures,
         figures={
             "calibration_tokens": calibration,
             "text_tokens": divergence.tokens,
@@ -253,5 +253,6 @@ def _evidence(divergence: Divergence, facts: TextFacts, calibration: int) -> Evi
             "top1_agreement": divergence.top1_agreement,
             "perplexity": divergence.perplexity,
             "float_perplexity": divergence.source_perplexity,
+            **({"failure": "; ".join(failures)} if failures else {}),
         },
     )

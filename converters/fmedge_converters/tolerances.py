@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fmedge_runtimes.manifest import TextFacts
@@ -17,6 +18,13 @@ class Tolerance:
     """Mean KL divergence to PyTorch's distribution, in nats per token."""
     perplexity_ratio: float
     """Perplexity of the bundle over perplexity of the source."""
+
+    def excesses(self, mean_kl: float, perplexity: float, of_source: float) -> Iterator[str]:
+        """What a divergence and a perplexity have beyond it, in words; nothing if they are within."""
+        if not mean_kl <= self.mean_kl:
+            yield f"the KL divergence is {mean_kl:.3g} nats per token, where {self.mean_kl:g} is the most"
+        if not perplexity <= of_source * self.perplexity_ratio:
+            yield f"the perplexity is {perplexity:.4g}, where {of_source * self.perplexity_ratio:.4g} is the most"
 
 
 TOLERANCES = {
