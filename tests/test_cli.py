@@ -7,13 +7,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import jsonschema
 import pytest
+from fmedge_runtimes.bundle import open_bundle
+from fmedge_runtimes.manifest import MatrixFacts
 
 from fmedge import cli
+from fmedge.commands.inspect import show
 
 
 class Called(NamedTuple):
@@ -226,6 +230,24 @@ def test_inspect_and_verify(bundle: Path) -> None:
     assert "every checksum is right" in done.stdout
     assert "64 golden tokens reproduced on cpu" in done.stdout
     assert json.loads(fmedge("verify", bundle, "--json").stdout)["golden_tokens"] == 64
+
+
+def test_inspect_groups_matrices_and_warns_of_a_source_that_is_worse_than_guessing(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = open_bundle(bundle, checksums=False)
+    manifest = opened.manifest
+    (full,) = (item for item in manifest.evidence if item.name == "full")
+    worse = full.model_copy(update={"figures": {**full.figures, "source_perplexity": manifest.text.vocabulary + 1.0}})
+    better = full.model_copy(update={"figures": {**full.figures, "source_perplexity": manifest.text.vocabulary - 1.0}})
+    names = [*(f"layers.{layer}.up.weight" for layer in (10, 0, 2, 1)), "layers.4.q.weight+layers.4.k.weight", "head"]
+    matrices = {name: MatrixFacts(bits=4, block_size=32, symmetric=True) for name in names}
+    for evidence, warns in ((worse, True), (better, False)):
+        update = {"evidence": (evidence,), "matrices": matrices}
+        show(replace(opened, manifest=manifest.model_copy(update=update)), as_json=False)
+        shown = capsys.readouterr().out
+        assert "4 bits, blocks of 32: head, layers.0-2,10.up, layers.4.q+layers.4.k\n" in shown
+        assert ("predicts the text worse than guessing" in shown) == warns
 
 
 def test_an_adapter_that_is_not_there_is_one_line(llama: Path, tmp_path: Path) -> None:

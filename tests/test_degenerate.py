@@ -13,8 +13,10 @@ from fmedge_converters import decoder_proof
 from fmedge_converters import export as export_module
 from fmedge_converters.degenerate import CYCLES, LARGEST_LEAD, SHORTEST, Loop, degeneration, find_loop
 from fmedge_converters.export import export
+from fmedge_converters.export_checks import judge
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.schemes import weight_only
+from fmedge_converters.tolerances import TOLERANCES
 from fmedge_runtimes.decoder import Decoder
 from fmedge_runtimes.errors import ParityError
 from fmedge_runtimes.manifest import Evidence
@@ -57,6 +59,30 @@ def test_what_the_source_would_have_written_is_its_own() -> None:
     assert degeneration([plain, plain], [willing, willing]).passed
     same = degeneration([plain, plain], [willing + LARGEST_LEAD + 1] * 2)
     assert (same.constant, same.passed) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "instead"),
+    [
+        ({"quantize": "int4", "block_size": 128}, "--block-size 32, --quantize int4-gptq, --quantize int8"),
+        ({"quantize": "int4-gptq", "head_bits": 4}, "--head-bits 8, --quantize int8"),
+        ({"quantize": "int4-awq", "bits": 4.25}, "more --bits, --quantize int4-gptq, --quantize int8"),
+        ({"quantize": "w8a8"}, "--quantize int8"),
+        ({"cache": "int8"}, "--cache float"),
+    ],
+)
+def test_a_refusal_says_what_is_beyond_its_bound_and_what_keeps_more(options: dict[str, Any], instead: str) -> None:
+    failures = [*TOLERANCES["float32", "int4"].excesses(0.65, 20.86, 11.74)]
+    assert failures == [
+        "the KL divergence is 0.65 nats per token, where 0.35 is the most",
+        "the perplexity is 20.86, where 15.85 is the most",
+    ]
+    assert not [*TOLERANCES["float32", "int4"].excesses(0.35, 11.0, 11.74)]
+    failed = Evidence(name="full", what="a comparison", passed=False, figures={"failure": "; ".join(failures)})
+    with pytest.raises(ParityError) as refusal:
+        judge(failed, ExportOptions("model", Path("bundle"), **options))
+    assert "; ".join(failures) in str(refusal.value)
+    assert f"What keeps more of the model: {instead}. --force" in str(refusal.value)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import onnx
 import pytest
 from conftest import share_traces
 from fmedge_converters.export import export
+from fmedge_converters.export_checks import check_calibration
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.prefill import find_prefill
 from fmedge_converters.targets import find_scheme, find_target
@@ -294,3 +295,12 @@ def test_states_and_experts_are_shared(model: str, tmp_path: Path) -> None:
     codes = [name for name, file in places(made, "prefill.onnx").items() if "experts" in name and "codes" in name]
     assert bool(codes) == (model == "qwen3_moe")
     assert all(places(made, "prefill.onnx")[name] == "decoder.onnx.data" for name in codes)
+
+
+def test_text_may_be_measured_out_for_the_graph_for_prompts_alone(tmp_path: Path) -> None:
+    options = ExportOptions("model", tmp_path, quantize="int4", prefill="w8a8", calibrate_tokens=512)
+    target = find_target("cpu")
+    scheme = find_scheme(target, "int4")
+    check_calibration(scheme, find_prefill(target, scheme, "w8a8"), options)
+    with pytest.raises(ExportError, match="--calibrate-tokens says how much text is used"):
+        check_calibration(scheme, None, options)

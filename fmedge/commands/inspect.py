@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fmedge_runtimes.bundle import Bundle, ImageBundle
     from fmedge_runtimes.manifest import Evidence, MatrixFacts
 
@@ -121,7 +124,30 @@ def _roundings(matrices: dict[str, MatrixFacts]) -> list[tuple[str, str]]:
         zeros = "" if facts.symmetric else ", zero points"
         shared = "a scale for each output channel" if facts.block_size is None else f"blocks of {facts.block_size}"
         names.setdefault(f"{facts.bits} bits, {shared}{zeros}", []).append(name)
-    return [("matrices", f"{rounding}: {', '.join(having)}") for rounding, having in names.items()]
+    return [("matrices", f"{rounding}: {_together(having)}") for rounding, having in names.items()]
+
+
+def _together(names: list[str]) -> str:
+    """Names of matrices in a few words: those that differ in a layer's number are one, with all numbers of layers."""
+    layers: dict[str, list[int]] = {}
+    for name in (re.sub(r"\.weight\b", "", one) for one in names):
+        number = re.search(r"\.(\d+)\.", name)
+        if number is None:
+            layers[name] = []
+        else:
+            layers.setdefault(name.replace(number[0], ".#."), []).append(int(number[1]))
+    return ", ".join(name.replace(".#.", f".{_ranges(numbers)}.") for name, numbers in layers.items())
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Such as 0-2,5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _target_rows(bundle: Bundle | ImageBundle, block: str) -> list[tuple[str, str]]:
@@ -146,8 +172,25 @@ def _target_rows(bundle: Bundle | ImageBundle, block: str) -> list[tuple[str, st
     return rows
 
 
+def _of_source(evidence: Sequence[Evidence], vocabulary: int) -> list[tuple[str, str]]:
+    """A warning where the source finds the evidence's text less likely than any tokens: the evidence says only that a
+    bundle computes the same."""
+    perplexities = [item.figures.get("source_perplexity", 0) for item in evidence if item.name == "full"]
+    return [
+        (
+            "warning",
+            f"the source itself predicts the text worse than guessing among its {vocabulary} tokens does (perplexity "
+            f"{perplexity:.4g}): its weights are damaged or untrained, or it is not for such text (--text)",
+        )
+        for perplexity in perplexities
+        if float(perplexity) > vocabulary
+    ]
+
+
 def _framed(bundle: Bundle | ImageBundle, model: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """What is known of a model, between where it comes from and what was proven about it."""
+    from fmedge_runtimes.bundle import Bundle
+
     manifest = bundle.manifest
     source = manifest.source
     rows = [
@@ -159,6 +202,8 @@ def _framed(bundle: Bundle | ImageBundle, model: list[tuple[str, str]]) -> list[
     rows += [(f"evidence ({item.name})", _evidence(item)) for item in manifest.evidence]
     if not manifest.evidence:
         rows.append(("evidence", "none: exported with --verify none"))
+    if isinstance(bundle, Bundle):
+        rows += _of_source(manifest.evidence, bundle.manifest.text.vocabulary)
     if manifest.forced:
         rows.append(("warning", "written with --force although its evidence spoke against it"))
     rows.append(("made by", ", ".join(f"{name} {version}" for name, version in manifest.made_by.items())))
