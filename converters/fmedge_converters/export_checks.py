@@ -74,7 +74,8 @@ def check_bits(scheme: Scheme, options: ExportOptions) -> None:
     """Raise ExportError for a budget of bits where there are no blocks."""
     if options.bits is not None and scheme.vary is None:
         raise ExportError(
-            f"--bits means nothing to --quantize {scheme.name} for {options.target}; use --quantize int4 or int4-gptq."
+            f"--bits means nothing to --quantize {scheme.name} for {options.target}; use --quantize int4, int4-awq or "
+            "int4-gptq."
         )
 
 

@@ -158,11 +158,13 @@ def command(
 
 
 def _makes_images(source: Path) -> bool:
-    """Whether a folder is for the rules of pictures. Raises SourceError for a text model that is no bundle."""
+    """Whether a folder is for the rules of pictures. Raises SourceError for none, or a text model that is no bundle."""
     from fmedge_runtimes.errors import SourceError
     from fmedge_runtimes.foreign import find_foreign
     from fmedge_runtimes.load import kind_of
 
+    if not source.exists():
+        raise SourceError(f"there is no {source}; give the folder of a bundle.")
     if (source / "fmedge.json").is_file() or (source.is_dir() and find_foreign(source) is not None):
         return kind_of(source) == "image"
     if (source / "config.json").is_file() and not (source / "model_index.json").is_file():

@@ -215,4 +215,6 @@ def _evidence(evidence: Evidence) -> str:
         f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
         for name, value in evidence.figures.items()
     )
-    return f"{'passed' if evidence.passed else 'FAILED'}: {evidence.what}: {figures}"
+    # An evaluation has no bounds to pass.
+    verdict = "measured" if evidence.name == "eval" else "passed" if evidence.passed else "FAILED"
+    return f"{verdict}: {evidence.what}: {figures}"
