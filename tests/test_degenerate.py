@@ -67,6 +67,7 @@ def test_what_the_source_would_have_written_is_its_own() -> None:
         ({"quantize": "int4", "block_size": 128}, "--block-size 32, --quantize int4-gptq, --quantize int8"),
         ({"quantize": "int4-gptq", "head_bits": 4}, "--head-bits 8, --quantize int8"),
         ({"quantize": "int4-awq", "bits": 4.25}, "more --bits, --quantize int4-gptq, --quantize int8"),
+        ({"quantize": "int4", "target": "rtx"}, "--block-size 32, --quantize int4-gptq, --quantize int8"),
         ({"quantize": "w8a8"}, "--quantize int8"),
         ({"cache": "int8"}, "--cache float"),
     ],

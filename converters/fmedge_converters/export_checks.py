@@ -17,6 +17,7 @@ from fmedge_runtimes.version import __version__
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.schemes.scheme import Scheme
 from fmedge_converters.schemes.weight_only import BLOCK_SIZE
+from fmedge_converters.targets import find_scheme, find_target
 
 KEEPS_MORE = {
     "int4": ("int4-gptq", "int8"),
@@ -149,7 +150,8 @@ def _instead(evidence: Evidence, options: ExportOptions) -> str:
     elif evidence.name == "prefill":
         instead = ["no --prefill"]
     else:
-        if options.block_size is not None and options.block_size > BLOCK_SIZE:
+        blocks = options.block_size or find_scheme(find_target(options.target), options.quantize).block_size
+        if options.bits is None and blocks > BLOCK_SIZE:
             instead.append(f"--block-size {BLOCK_SIZE}")
         if options.head_bits == 4:
             instead.append("--head-bits 8")

@@ -164,7 +164,7 @@ def _makes_images(source: Path) -> bool:
     from fmedge_runtimes.load import kind_of
 
     if not source.exists():
-        raise SourceError(f"there is no {source}; give the folder of a bundle.")
+        raise SourceError(f"{source}: there is no such folder; give that of a bundle.")
     if (source / "fmedge.json").is_file() or (source.is_dir() and find_foreign(source) is not None):
         return kind_of(source) == "image"
     if (source / "config.json").is_file() and not (source / "model_index.json").is_file():

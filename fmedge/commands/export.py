@@ -79,8 +79,8 @@ def command(
     block_size: Annotated[
         int | None,
         typer.Option(
-            help="Weights that share a scale (16 to 256; 32 unless given), for int4, int4-awq, int4-gptq, and for int8 "
-            "on the CPU and CUDA.",
+            help="Weights that share a scale (16 to 256; 32 unless given, for TensorRT 128), for int4, int4-awq, "
+            "int4-gptq, and for int8 on the CPU and CUDA.",
             rich_help_panel=WEIGHTS,
         ),
     ] = ExportOptions.block_size,
