@@ -246,7 +246,7 @@ def test_inspect_groups_matrices_and_warns_of_a_source_that_is_worse_than_guessi
         update = {"evidence": (evidence,), "matrices": matrices}
         show(replace(opened, manifest=manifest.model_copy(update=update)), as_json=False)
         shown = capsys.readouterr().out
-        assert "4 bits, blocks of 32: head, layers.0-2,10.up, layers.4.q+layers.4.k\n" in shown
+        assert "4 bits, blocks of 32: layers.0-2,10.up, layers.4.q+layers.4.k, head\n" in shown
         assert ("predicts the text worse than guessing" in shown) == warns
 
 
