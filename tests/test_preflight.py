@@ -48,9 +48,13 @@ def test_a_rule_finds_what_it_is_about_and_nothing_else(case: Case, tmp_path: Pa
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_tensorrt_rtx_does_what_the_rules_say(case: Case, tmp_path: Path) -> None:
     graph = case.save(tmp_path)
-    problems = rtx.parse(graph)
-    if not problems and case.name != "unnamed_axis":
-        problems = rtx.build(graph, [ProfileFacts(name="default", axes={})]).problems
+    profiles = [ProfileFacts(name="default", axes={"tokens": (1, 4, 8)})]
+    if case.rule == "attention-before-scan":  # of which the library dies
+        problems = ask_rtx(graph, profiles, rtx.CAPABILITY).problems
+    else:
+        problems = rtx.parse(graph)
+        if not problems and case.name != "unnamed_axis":
+            problems = rtx.build(graph, profiles).problems
     expected = case.rule is None if case.rtx_takes is None else case.rtx_takes
     assert (not problems) == expected, [str(problem) for problem in problems]
 
