@@ -117,8 +117,10 @@ def brief(message: str, folder: Path) -> str:
     return message.replace(f"{folder}/model", "the checkpoint").replace("|", "/").replace("\n", " ")
 
 
-def run_all(model_types: list[str], jobs: int, evaluate: Callable[[str, Path], Outcome] = evaluate) -> list[Outcome]:
-    """Evaluate each type in a process of its own, forked once everything is imported."""
+def run_all(
+    model_types: list[str], jobs: int, evaluate: Callable[[str, Path], Outcome] = evaluate, seconds: int = SECONDS
+) -> list[Outcome]:
+    """Evaluate each type in a process of its own, forked once everything is imported; one that takes longer ends."""
     import fmedge_converters.export  # noqa: F401 - imported once, for all children
     import fmedge_runtimes.text  # noqa: F401 - as above
     import tiny  # noqa: F401 - as above
@@ -136,7 +138,7 @@ def run_all(model_types: list[str], jobs: int, evaluate: Callable[[str, Path], O
         outcomes[model_type] = (
             Outcome(**json.loads(text))
             if text and status == 0
-            else Outcome(model_type, "refused", f"the process ended with status {status}, or took {SECONDS} s")
+            else Outcome(model_type, "refused", f"the process ended with status {status}, or took {seconds} s")
         )
         found = outcomes[model_type]
         print(f"{len(outcomes)}/{len(model_types)} {model_type}: {found.kind} ({found.detail})", flush=True)
@@ -148,7 +150,7 @@ def run_all(model_types: list[str], jobs: int, evaluate: Callable[[str, Path], O
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            _child(evaluate, model_type, writer)
+            _child(evaluate, model_type, writer, seconds)
         os.close(writer)
         live[pid] = model_type, reader
     while live:
@@ -156,8 +158,8 @@ def run_all(model_types: list[str], jobs: int, evaluate: Callable[[str, Path], O
     return [outcomes[model_type] for model_type in model_types]
 
 
-def _child(evaluate: Callable[[str, Path], Outcome], model_type: str, pipe: int) -> None:
-    signal.alarm(SECONDS)
+def _child(evaluate: Callable[[str, Path], Outcome], model_type: str, pipe: int, seconds: int) -> None:
+    signal.alarm(seconds)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
         with tempfile.TemporaryDirectory(prefix="fmedge-") as folder:

@@ -102,6 +102,23 @@ def attention(
     return make
 
 
+def scan_beside_attention(tokens: int | str = "tokens") -> Any:
+    """Sums over tokens, in a loop, and attention that does not ask for them."""
+    state, token = tensor("state", F32, 8), tensor("token", F32, 8)
+    body = helper.make_graph(
+        [helper.make_node("Add", ["state", "token"], ["sum"]), helper.make_node("Identity", ["sum"], ["left"])],
+        "turn",
+        [state, token],
+        [tensor("sum", F32, 8), tensor("left", F32, 8)],
+    )
+    made = attention()()
+    scan = helper.make_node("Scan", ["first", "tokens"], ["last", "sums"], body=body, num_scan_inputs=1)
+    made.graph.node.append(scan)
+    made.graph.input.extend([tensor("first", F32, 8), tensor("tokens", F32, tokens, 8)])
+    made.graph.output.extend([tensor("last", F32, 8), tensor("sums", F32, tokens, 8)])
+    return made
+
+
 def scatter(kind: int = F16, capacity: Any = 32, axis: int = 2, mode: str = "linear") -> Callable[[], Any]:
     def make() -> Any:
         inputs = [tensor("c", kind, 1, 2, capacity, 64), tensor("u", kind, 1, 2, 4, 64), tensor("i", I64, 1)]
@@ -285,6 +302,8 @@ CASES = (
     Case("rms_norm", None, norm(operator="RMSNormalization")),
     Case("attention", None, attention(scale=0.1)),
     Case("attention_float_mask", None, attention(mask=F16)),
+    Case("attention_before_scan", "attention-before-scan", scan_beside_attention),
+    Case("attention_beside_static_scan", None, lambda: scan_beside_attention(4)),
     Case("attention_fp32", "attention-kernel", attention(F32)),
     Case("attention_fp32_decomposed", None, attention(F32, TRT_decomposable=1)),
     Case("attention_512", "attention-kernel", attention(head=512)),

@@ -4,8 +4,9 @@ Each model type that docs/architectures.md calls exact gets its tiny random mode
 and a ragged batch, must choose PyTorch's tokens but for near ties (where it does not, one in fp32 is asked), the rules
 of `fmedge check` must pass, and TensorRT-RTX must parse it and build an engine with both profiles, without a GPU.
 
-Options: model types (all unless given), --target, --jobs N, --records FILE (one JSON line for each type is appended,
-with what failed), --page (write docs/tensorrt-architectures.md from the records, the latest of each type).
+Options: model types and shapes (all unless given), --target, --jobs N, --seconds N for each, --records FILE (one JSON
+line for each type is appended, with what failed), --page (write docs/tensorrt-architectures.md from the records, the
+latest of each type).
 """
 
 from __future__ import annotations
@@ -20,14 +21,23 @@ import traceback
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from architectures import NEAR_TIE, Outcome, brief, differing, documented, run_all
+from architectures import NEAR_TIE, SECONDS, Outcome, brief, differing, documented, run_all
 
 PAGE = Path(__file__).parent.parent / "docs" / "tensorrt-architectures.md"
 LENGTHS = (1, 40, 7)
 STEPS = (16, 8, 12)
 CONTEXT = 100
+SHAPES = (
+    "llama:hidden_size=560,num_attention_heads=7,head_dim=80,num_key_value_heads=1,vocab_size=151",
+    "qwen2:hidden_size=448,num_attention_heads=7,num_key_value_heads=1,vocab_size=32003",
+    "qwen3:head_dim=128,num_attention_heads=14,num_key_value_heads=2,vocab_size=151",
+    "llama:head_dim=96,vocab_size=32003",
+    "llama:head_dim=112,vocab_size=151",
+    "gemma3_text:head_dim=256,vocab_size=32003",
+    "phi:hidden_size=320,num_key_value_heads=4,vocab_size=151",
+)
+"""Heads, groups and vocabularies of models in use that no tiny model has: type:key=number,key=number."""
 
 
 @dataclass
@@ -64,12 +74,12 @@ class Record:
         return Outcome(self.model_type, kind, detail)
 
 
-def evaluate(target_name: str, records: Path | None, model_type: str, folder: Path, **changes: Any) -> Outcome:
+def evaluate(target_name: str, records: Path | None, model_type: str, folder: Path) -> Outcome:
     """Export, compare, check, parse and build a tiny model of a type; a process that dies leaves its stage behind."""
     record = Record(model_type, target_name)
     started = time.perf_counter()
     try:
-        _try(record, folder, **changes)
+        _try(record, folder)
     except Exception as error:
         record.problems.append(brief(f"{type(error).__name__}: {error}", folder))
         if os.environ.get("TRACEBACK"):
@@ -81,7 +91,7 @@ def evaluate(target_name: str, records: Path | None, model_type: str, folder: Pa
     return record.outcome
 
 
-def _try(record: Record, folder: Path, **changes: Any) -> None:
+def _try(record: Record, folder: Path) -> None:
     import numpy as np
     import torch
     from fmedge_converters import rtx
@@ -89,6 +99,7 @@ def _try(record: Record, folder: Path, **changes: Any) -> None:
     from fmedge_converters.checkpoint import Files
     from fmedge_converters.evidence import text_facts
     from fmedge_converters.preflight.graph import read_graph
+    from fmedge_converters.preflight.rtx_child import ask_rtx
     from fmedge_converters.preflight.rules import apply_rules
     from fmedge_converters.preflight.versions import find_version
     from fmedge_converters.profiles import decoder_profiles
@@ -99,7 +110,8 @@ def _try(record: Record, folder: Path, **changes: Any) -> None:
     from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession
     from tiny import tiny_config
 
-    config = tiny_config(record.model_type, **changes)
+    model_type, changes = changes_of(record.model_type)
+    config = tiny_config(model_type, **changes)
     reference = write_random_model(config, folder / "model", seed=0)
     random = np.random.default_rng(0)
     for dtype, near_tie in ((torch.float16, 5e-2), (torch.float32, NEAR_TIE)):
@@ -111,7 +123,7 @@ def _try(record: Record, folder: Path, **changes: Any) -> None:
         built = build_decoder(config, Files(folder / "model"), output, options, lambda *_: None)
         record.stage = "tokens"
         prompts = [random.integers(3, built.vocabulary, length).tolist() for length in LENGTHS]
-        session = OnnxRuntimeSession(built.written.graph, "cpu", None)
+        session = OnnxRuntimeSession(built.written.graph, "cpu", 1)
         rows = continue_greedily(Decoder(session, text_facts(built, CONTEXT)), prompts, STEPS)
         session.close()
         found = [[step.token for step in row] for row in rows]
@@ -125,41 +137,47 @@ def _try(record: Record, folder: Path, **changes: Any) -> None:
     findings = apply_rules(read_graph(graph), find_version(record.target))
     record.rules = [str(item) for item in findings if item.effect != "note"]
     record.stage = "parse"
-    record.problems = [str(problem) for problem in rtx.parse(graph)]
-    if not record.problems:
-        record.stage = "build"
-        made = rtx.build(graph, decoder_profiles(4, CONTEXT))
-        record.problems = [str(problem) for problem in made.problems]
-    if not record.problems:
-        record.stage = "done"
+    verdict = ask_rtx(graph, decoder_profiles(4, CONTEXT), rtx.CAPABILITY)
+    record.problems = [str(problem) for problem in verdict.problems]
+    if verdict.parsed:
+        record.stage = "done" if verdict.built else "build"
 
 
 def page(records: Path) -> str:
     """docs/tensorrt-architectures.md."""
-    latest: dict[str, Record] = {}
+    latest: dict[tuple[str, str], Record] = {}
     for line in records.read_text("utf-8").splitlines():
         fields = json.loads(line)
         del fields["kind"]
-        latest[fields["model_type"]] = Record(**fields)
-    outcomes = [record.outcome for _, record in sorted(latest.items())]
-    built = [outcome.model_type for outcome in outcomes if outcome.kind == "built"]
+        latest[fields["target"], fields["model_type"]] = Record(**fields)
     lines = [
         "# Architectures for TensorRT",
         "",
         "Written by `python tests/tensorrt_architectures.py` from what ran; do not edit. Each model type got a tiny",
-        f"random model, exported in fp16 for `{next(iter(latest.values())).target}`. *Built*: in ONNX Runtime on the",
-        "CPU, in a ragged batch, every greedy token is PyTorch's or a near tie; the rules of `fmedge check` find",
-        "nothing; and TensorRT-RTX 1.7.1 parses the graph and builds an engine with both profiles, without a GPU. No",
-        "engine ran. Types of [architectures.md](architectures.md) that are not here were not tried, or ended the",
-        "process that tried them.",
-        "",
-        f"{len(built)} built, of {len(outcomes)}: {', '.join(built)}.",
+        "random model, exported in fp16. *Built*: in ONNX Runtime on the CPU, in a ragged batch, every greedy token is",
+        "PyTorch's or a near tie; the rules of `fmedge check` find nothing; and TensorRT-RTX 1.7.1 parses the graph",
+        "and builds an engine with both profiles, without a GPU. No engine ran. Types of",
+        "[architectures.md](architectures.md) that are not here were not tried.",
     ]
-    others = [outcome for outcome in outcomes if outcome.kind != "built"]
-    if others:
-        lines += ["", "| model type | what happened | why |", "|---|---|---|"]
-        lines += [f"| {outcome.model_type} | {outcome.kind} | {outcome.detail} |" for outcome in others]
+    for target in dict.fromkeys(target for target, _ in latest):
+        outcomes = [record.outcome for (other, _), record in sorted(latest.items()) if other == target]
+        lines += ["", f"## {target}"]
+        for wanted, kind in ((False, "model types"), (True, "shapes")):
+            tried = [outcome for outcome in outcomes if (":" in outcome.model_type) == wanted]
+            built = [outcome.model_type for outcome in tried if outcome.kind == "built"]
+            if tried:
+                lines += ["", f"{len(built)} of {len(tried)} {kind} built: {', '.join(built)}."]
+        if others := [outcome for outcome in outcomes if outcome.kind != "built"]:
+            lines += ["", "| model type | what happened | why |", "|---|---|---|"]
+            lines += [f"| {outcome.model_type} | {outcome.kind} | {outcome.detail} |" for outcome in others]
     return "\n".join(lines) + "\n"
+
+
+def changes_of(name: str) -> tuple[str, dict[str, int]]:
+    """A model type, and what its tiny configuration gets in place of its own sizes: type:key=number,key=number."""
+    model_type, _, changes = name.partition(":")
+    pairs = (item.split("=") for item in changes.split(",") if item)
+    return model_type, {key: int(number) for key, number in pairs}
 
 
 def main() -> None:
@@ -168,13 +186,14 @@ def main() -> None:
     parser.add_argument("model_types", nargs="*")
     parser.add_argument("--target", default="rtx")
     parser.add_argument("--records", type=Path)
+    parser.add_argument("--seconds", type=int, default=SECONDS)
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     exact = [model_type for model_type, kind in documented().items() if kind == "exact"]
     run = functools.partial(evaluate, options.target, options.records)
-    outcomes = run_all(options.model_types or exact, options.jobs, run)
+    outcomes = run_all(options.model_types or [*exact, *SHAPES], options.jobs, run, options.seconds)
     if options.page and options.records:
         PAGE.write_text(page(options.records), "utf-8")
     failed = [outcome.model_type for outcome in outcomes if outcome.kind != "built"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,28 @@ def arithmetic(tmp_path: Path) -> Path:
     operators = {"sum": "Add", "product": "Mul", "difference": "Sub"}
     nodes = [helper.make_node(operator, ["a", "b"], [name]) for name, operator in operators.items()]
     graph = helper.make_graph(nodes, "arithmetic", vectors("a b"), vectors(" ".join(operators)))
+    opsets = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "graph.onnx")
+    return tmp_path / "graph.onnx"
+
+
+@pytest.fixture
+def divided(tmp_path: Path) -> Path:
+    """A product of a slice with a weight in fp16, as heads have it, in whose layout ONNX Runtime 1.32 dies."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    def tensors(**shapes: list[int | str]) -> list[onnx.ValueInfoProto]:
+        return [helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape) for name, shape in shapes.items()]
+
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["turned"], perm=[1, 0, 2]),
+        helper.make_node("Split", ["turned"], ["first", "second"], axis=0, num_outputs=2),
+        helper.make_node("MatMul", ["second", "weight"], ["y"]),
+    ]
+    weight = onnx.numpy_helper.from_array(2 * np.eye(8, dtype=np.float16), "weight")
+    outputs = tensors(first=[1, "n", 8], y=[1, "n", 8])
+    graph = helper.make_graph(nodes, "divided", tensors(x=["n", 2, 8]), outputs, [weight])
     opsets = [helper.make_opsetid("", 20)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "graph.onnx")
     return tmp_path / "graph.onnx"
@@ -95,3 +119,44 @@ def test_exact_int8_sums_are_asked_for_where_they_would_saturate(
 def test_a_number_of_threads_that_cannot_be_is_refused(arithmetic: Path, threads: int) -> None:
     with pytest.raises(RequestError, match=f"threads is {threads}; it must be at least 1"):
         open_session(arithmetic, "cpu", threads)
+
+
+def test_divided_heads_in_fp16_open(divided: Path) -> None:
+    """In a process of its own: where it fails, ONNX Runtime ends it."""
+    code = (
+        "import sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from fmedge_runtimes.onnxruntime_session import OnnxRuntimeSession\n"
+        "x = np.arange(48, dtype=np.float16).reshape(3, 2, 8)\n"
+        "y = OnnxRuntimeSession(Path(sys.argv[1]), 'cpu', 1).run({'x': x}, {})['y']\n"
+        "assert (y[0] == 2 * x[:, 1]).all()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(divided)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_convolutions_keep_their_layout(arithmetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    image = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 8, 4, 4]) for name in ("x", "y")]
+    kernel = onnx.numpy_helper.from_array(np.ones((8, 8, 1, 1), np.float32), "kernel")
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "kernel"], ["y"])], "conv", image[:1], image[1:], [kernel]
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "conv.onnx"
+    )
+    opened = []
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda *args, disabled_optimizers, **more: (
+            opened.append(disabled_optimizers) or real(*args, disabled_optimizers=disabled_optimizers, **more)
+        ),
+    )
+    for file in (tmp_path / "conv.onnx", arithmetic):
+        OnnxRuntimeSession(file, "cpu", 1)
+    assert opened == [[], ["NchwcTransformer"]]

@@ -251,7 +251,7 @@ def test_windows_and_softcaps_in_a_ragged_batch_give_the_tokens_of_pytorch(targe
     assert all(cache.in_place == (target == "tensorrt") for cache in caches)
 
 
-ARCHITECTURES = ("qwen3", "gemma3_text", "phi", "gpt2", "mixtral", "gpt_oss", "bloom", "deepseek_v3")
+ARCHITECTURES = ("qwen3", "gemma3_text", "phi", "gpt2", "mixtral", "gpt_oss", "bloom", "deepseek_v3", "ctrl")
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ from fmedge_converters.dialects.dialect import Dialect
 from fmedge_converters.example_step import SIZES, example_step
 from fmedge_converters.experts import IMPLEMENTATION as EXPERTS
 from fmedge_converters.exported_program import Names, to_onnx
-from fmedge_converters.fakes import fake_parameters, is_fake, name_axes, reason
+from fmedge_converters.fakes import fake_parameters, is_fake, name_axes, reason, unchanged_buffers
 from fmedge_converters.first_line import first_line
 from fmedge_converters.kernels import recurrent_kernels
 from fmedge_converters.large_tensors import LargeOnMeta
@@ -179,6 +179,7 @@ def _run(
             if own is not None:
                 arguments |= stack.enter_context(own.given(current.past_states, cache))
             for context in (
+                unchanged_buffers(model),
                 recording(current),
                 replaced_attention(),
                 recurrent_kernels(model, cache),

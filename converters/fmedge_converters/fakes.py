@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import onnx_ir as ir
 import torch
@@ -23,6 +24,18 @@ def fake_parameters(module: torch.nn.Module, dtype_of: Callable[[str, torch.nn.P
                 kind = dtype_of(f"{prefix}.{name}" if prefix else name, parameter)
                 fakes[id(parameter)] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=kind), requires_grad=False)
             owner.register_parameter(name, fakes[id(parameter)])
+
+
+@contextlib.contextmanager
+def unchanged_buffers(module: torch.nn.Module) -> Iterator[None]:
+    """Put the buffers back that the module's code replaces: what it computes of them under FakeTensorMode has no
+    values, and the next run would read it."""
+    before = [(owner, dict(owner.named_buffers(recurse=False, remove_duplicate=False))) for owner in module.modules()]
+    try:
+        yield
+    finally:
+        for owner, buffers in before:
+            owner._buffers.update(buffers)
 
 
 def is_fake(model: ir.Model, name: str) -> bool:

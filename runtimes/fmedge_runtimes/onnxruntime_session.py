@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import mmap
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ from fmedge_runtimes.session import Array, Buffer, TensorSpec
 LOG = logging.getLogger("fmedge")
 PROVIDERS = MappingProxyType({"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"})
 """By kind of device."""
+CONVOLUTION = b'"\x04Conv'
+"""`op_type: "Conv"` of a NodeProto, as protobuf writes it: field 4, of 4 bytes."""
 CPUINFO = Path("/proc/cpuinfo")
 DTYPES = {
     "tensor(float)": "float32",
@@ -120,8 +123,9 @@ class OnnxRuntimeSession:
             # The arena holds weights and the working memory of steps; growing by powers of two it would hold more.
             settings = {"device_id": str(self.device.index), "arena_extend_strategy": "kSameAsRequested", **more}
             provider = (provider, settings)
+        disabled = [] if _has_convolutions(graph) else ["NchwcTransformer"]
         with self.turn():
-            return self._ort.InferenceSession(str(graph), options, providers=[provider])
+            return self._ort.InferenceSession(str(graph), options, providers=[provider], disabled_optimizers=disabled)
 
     def turn(self) -> AbstractContextManager[object]:
         """What to hold while the graph runs."""
@@ -256,6 +260,16 @@ def _buffers(named: Mapping[str, Array | Buffer]) -> dict[str, Buffer]:
 
 def _arrays(named: Mapping[str, Array | Buffer]) -> dict[str, Array]:
     return {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
+
+
+def _has_convolutions(graph: Path) -> bool:
+    """Whether a node of a graph is a convolution, or something in the file looks like one.
+
+    Only their channels does NchwcTransformer lay out anew, and ONNX Runtime 1.32 dies in it (SIGSEGV) on a product of
+    fp16 with a weight behind Transpose and Split.
+    """
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(CONVOLUTION) >= 0
 
 
 def _int8_saturates() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import onnx_ir as ir
 
@@ -120,12 +120,38 @@ def _apart(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
         yield "a cache is written where it lies, so it must be an input of the graph and go straight to an output"
 
 
+def _before_scan(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
+    del asked
+    scans = {item for item in graph.nodes() if item.op_type == "Scan" and not item.domain and _is_dynamic(item)}
+    if scans and not _comes_after(node, scans):
+        yield "the builder dies where no Scan over a dynamic axis comes before it, and one beside or behind it"
+
+
+def _is_dynamic(scan: ir.Node) -> bool:
+    shape = shape_of(input_of(scan, len(scan.inputs) - 1))
+    return bool(shape) and shape[0] is None
+
+
+def _comes_after(node: ir.Node, others: Set[ir.Node]) -> bool:
+    """Whether a node depends on one of the others."""
+    waiting, seen = [node], {node}
+    while waiting:
+        for before in waiting.pop().predecessors():
+            if before in others:
+                return True
+            if before not in seen:
+                seen.add(before)
+                waiting.append(before)
+    return False
+
+
 ATTENTION_RULES = (
     Rule("attention-past", ("Attention",), _past, "Write the cache with TensorScatter before it", RAN),
     Rule("attention-lengths", ("Attention",), _lengths, "Give a mask", RAN, "wrong"),
     Rule("attention-extras", ("Attention",), _extras, "Write it in matrix products", RAN),
     Rule("attention-causal", ("Attention",), _causal, "Give a mask made of positions", RAN, "wrong"),
     Rule("attention-kernel", ("Attention",), _kernel, "Write it in matrix products, in fp16", RAN),
+    Rule("attention-before-scan", ("Attention",), _before_scan, "Write it in matrix products", RAN, rtx=True),
     Rule("attention-mask", ("Attention",), _mask, "Cast it", "documentation"),
     Rule("cache-update", ("TensorScatter",), _scatter, "Export for tensorrt, or for tensorrt-compat", RAN),
     Rule("cache-in-place", ("TensorScatter",), _apart, "Export for tensorrt", "documentation", "note"),

@@ -17,6 +17,9 @@ from fmedge_runtimes.manifest import ProfileFacts
 
 from fmedge_converters import rtx
 
+PARSED = "parsed"
+"""A line on the way, for when the builder dies."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -38,8 +41,10 @@ def ask_rtx(graph: Path, profiles: Sequence[ProfileFacts] | None, capability: st
     command = [sys.executable, "-m", __name__]
     done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
     if done.returncode < 0:
-        words = f"TensorRT-RTX died of signal {-done.returncode} while it read the graph"
-        return Verdict(False, None, (rtx.Problem(words),))
+        parsed = PARSED in done.stdout.splitlines()
+        did = "built an engine" if parsed else "read the graph"
+        words = f"TensorRT-RTX died of signal {-done.returncode} while it {did}"
+        return Verdict(parsed, False if parsed else None, (rtx.Problem(words),))
     if done.returncode:
         raise BackendError(
             done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "TensorRT-RTX gave no answer."
@@ -53,6 +58,8 @@ def _answer(graph: Path, profiles: Sequence[ProfileFacts] | None, capability: st
     problems = rtx.parse(graph)
     if problems or profiles is None:
         return Verdict(not problems, None, problems)
+    sys.stdout.write(f"\n{PARSED}\n")
+    sys.stdout.flush()
     built = rtx.build(graph, profiles, capability)
     return Verdict(True, built.engine is not None, built.problems)
 
