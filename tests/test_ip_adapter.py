@@ -245,6 +245,9 @@ def test_a_pickle_is_read_where_that_is_allowed(tmp_path: Path) -> None:
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name].array(), second[name].array()) for name in first)
     assert (one.tokens, one.width) == (4, 32)
+    (tmp_path / "bundle").mkdir()
+    one.write_facts(tmp_path / "bundle")  # before any part has a folder
+    assert json.loads((tmp_path / "bundle" / "image_encoder" / "ip_adapter.json").read_text())["tokens"] == 4
 
 
 def test_where_it_lies(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from fmedge_converters import image_evidence, part_build, part_forms
@@ -13,9 +14,11 @@ from fmedge_converters.export import export
 from fmedge_converters.export_options import ExportOptions
 from fmedge_converters.fused_operators import PartOperators
 from fmedge_converters.module_trace import TracedModule, trace_module
+from fmedge_converters.part_build import BuiltGraph
 from fmedge_converters.part_evidence import DIFFERENCES, Compared
-from fmedge_converters.part_forms import Form, choose, ranked
+from fmedge_converters.part_forms import Choice, Form, choose, ranked
 from fmedge_converters.parts.part import Call
+from fmedge_converters.writer import WrittenGraph
 from fmedge_runtimes.bundle import ImageBundle
 from fmedge_runtimes.errors import ExportError, ParityError
 from fmedge_runtimes.manifest import ImageManifest
@@ -140,6 +143,36 @@ def test_a_form_beyond_its_tolerance_is_not_measured(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(part_forms, "measure", lambda *_: pytest.fail("one form is not measured"))
     alone = choose("unet", forms[:1], None, None)
     assert (alone.chosen.scheme, alone.measured) == ("none", ())
+
+
+def test_a_form_takes_another_s_place_and_leaves_what_is_of_none(tmp_path: Path) -> None:
+    """An IP-Adapter writes its facts into the folder of a part before the part is built."""
+    output, config = tmp_path / "out", tmp_path / "config.json"
+    config.write_text("{}")
+    (output / "unet").mkdir(parents=True)
+    (output / "unet" / "facts.json").write_text("facts")
+    forms = []
+    for scheme in ("int8", "none"):
+        place = tmp_path / scheme / "unet"
+        place.mkdir(parents=True)
+        written = WrittenGraph(place / "model.onnx", place / "model.onnx.data", 0, "", {})
+        for file in (written.graph, written.data):
+            file.write_text(scheme)
+        model = ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)
+        graph = BuiltGraph("unet", Call((), lambda *_: {}), model, written, 1)
+        forms.append(Form(scheme, tmp_path / scheme, (graph,), {}, "float32"))
+    choice = Choice("unet", forms, tuple(reversed(forms)), config)
+    choice.install(output)
+    for scheme in ("int8", "none"):
+        assert choice.chosen.scheme == scheme
+        assert {file.name: file.read_text() for file in (output / "unet").iterdir()} == {
+            "model.onnx": scheme,
+            "model.onnx.data": scheme,
+            "config.json": "{}",
+            "facts.json": "facts",
+        }
+        assert choice.chosen.graphs[0].written.graph == output / "unet" / "model.onnx"
+        assert choice.step_down(output) == (scheme == "int8")
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ class IpAdapter:
     def write_facts(self, output: Path) -> None:
         """Write what a runtime must know beside the graphs."""
         facts = {"tokens": self.tokens, "width": self.width}
+        (output / ENCODER).mkdir(exist_ok=True)
         (output / ENCODER / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
 
     def applied(self, part: str, weights: Mapping[str, Weight]) -> dict[str, Weight]:

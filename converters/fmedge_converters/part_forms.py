@@ -97,7 +97,10 @@ class Choice:
         moved = []
         for graph in self.chosen.graphs:
             folder = output / graph.name
-            (self.chosen.folder / graph.name).rename(folder)
+            # It may have facts of the part already, which are of no form.
+            folder.mkdir(exist_ok=True)
+            for file in (self.chosen.folder / graph.name).iterdir():
+                file.rename(folder / file.name)
             if self.config is not None:
                 shutil.copyfile(self.config, folder / self.config.name)
             written = graph.written
@@ -113,7 +116,8 @@ class Choice:
         if not others:
             return False
         for graph in self.chosen.graphs:
-            shutil.rmtree(output / graph.name)
+            graph.written.graph.unlink()
+            graph.written.data.unlink(missing_ok=True)
         self.chosen = others[0]
         self.install(output)
         return True
