@@ -17,6 +17,7 @@ from fmedge_converters.dialects.tensorrt import TENSORRT
 from fmedge_converters.dialects.tensorrt_compat import TENSORRT_COMPAT
 from fmedge_converters.fused_operators import ORT_OPERATORS, PartOperators
 from fmedge_converters.passes import ORT_PASSES, PART_PASSES, TENSORRT_PART_PASSES, TENSORRT_PASSES, Pass
+from fmedge_converters.passes.early_attention import decompose_early_attention
 from fmedge_converters.passes.gelu import decompose_gelu
 from fmedge_converters.plain_operators import TENSORRT_COMPAT_OPERATORS, TENSORRT_OPERATORS
 from fmedge_converters.schemes.calibrated import calibrated_int4, for_prompts, smoothed_int8
@@ -189,7 +190,12 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             part_operators=TENSORRT_COMPAT_OPERATORS,
             part_passes=(*TENSORRT_PART_PASSES, decompose_gelu),
         ),
-        "rtx": replace(TENSORRT_TARGET, name="rtx", summary="TensorRT-RTX, in fp16"),
+        "rtx": replace(
+            TENSORRT_TARGET,
+            name="rtx",
+            summary="TensorRT-RTX, in fp16",
+            passes=(*TENSORRT_PASSES, decompose_early_attention),
+        ),
     }
 )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
 from fmedge_converters.preflight.graph import Graph, dtype_of, input_of, shape_of, text, whole
 from fmedge_converters.preflight.rule import Evidence, Rule
 from fmedge_converters.preflight.versions import Asked
+from fmedge_converters.scan_order import comes_after, dynamic_scans
 
 LARGEST_HEAD = 256
 LEAST_HEAD = 16
@@ -122,27 +123,9 @@ def _apart(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
 
 def _before_scan(node: ir.Node, graph: Graph, asked: Asked) -> Iterator[str]:
     del asked
-    scans = {item for item in graph.nodes() if item.op_type == "Scan" and not item.domain and _is_dynamic(item)}
-    if scans and not _comes_after(node, scans):
-        yield "the builder dies where no Scan over a dynamic axis comes before it, and one beside or behind it"
-
-
-def _is_dynamic(scan: ir.Node) -> bool:
-    shape = shape_of(input_of(scan, len(scan.inputs) - 1))
-    return bool(shape) and shape[0] is None
-
-
-def _comes_after(node: ir.Node, others: Set[ir.Node]) -> bool:
-    """Whether a node depends on one of the others."""
-    waiting, seen = [node], {node}
-    while waiting:
-        for before in waiting.pop().predecessors():
-            if before in others:
-                return True
-            if before not in seen:
-                seen.add(before)
-                waiting.append(before)
-    return False
+    scans = dynamic_scans(graph.nodes())
+    if not comes_after(node, scans):
+        yield "the builder dies where a Scan over a dynamic axis is beside or behind it"
 
 
 ATTENTION_RULES = (
