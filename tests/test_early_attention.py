@@ -58,7 +58,7 @@ def test_attention_behind_every_scan_stays() -> None:
     another = second.graph.node.add()
     another.CopyFrom(scan)
     another.output[:] = ["last again", "sums again"]
-    graph = DecoderGraph(ir.serde.deserialize_model(second), {})
+    graph = DecoderGraph(ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(second)), {})
     assert decompose_early_attention(graph, 0) == 1
     for model in (behind, scan_beside_attention(4)):
         graph = DecoderGraph(ir.serde.deserialize_model(model), {})
