@@ -93,7 +93,7 @@ def compare_images(
     """
     ours = source.pipeline == PixelDiffusionPipeline.__name__
     kind = PixelDiffusionPipeline if ours else getattr(diffusers, source.pipeline, None)
-    why_not = _obstacle(kind, [part.name for part in source.parts])
+    why_not = _obstacle(kind, [part.name for part in source.parts if not is_controlnet(part)])
     if kind is None or why_not is not None:
         return Pictured(why_not=f"{source.pipeline} {why_not}")
     with ImageModel(bundle, _parts(bundle)) as model:
