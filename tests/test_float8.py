@@ -23,7 +23,7 @@ from fmedge_converters.parts.part import Asked
 from fmedge_converters.passes.linear import insert_linear, linears
 from fmedge_converters.pipeline_source import empty_part, loaded_part, open_pipeline
 from fmedge_converters.preflight.check import CheckOptions, check
-from fmedge_converters.profiles import part_profiles
+from fmedge_converters.profiles import PartSizes, part_profiles
 from fmedge_converters.schemes.float8 import E4M3, by_channel, by_tensor
 from fmedge_converters.schemes.plain_floating import PLAIN_FLOATING
 from fmedge_converters.schemes.static_codes import FLOAT8, FLOAT8_BY_TENSOR, Codes, static_float8
@@ -182,4 +182,4 @@ def test_parts_in_fp8_have_the_ranges_of_images(tmp_path: Path) -> None:
     difference, allowed = compare(module, graph.call, graph.written.graph), DIFFERENCES["float16", "fp8"]
     assert allowed.mean / 50 < difference.mean < allowed.mean and difference.largest < allowed.largest
     if rtx.is_available():
-        assert rtx.build(graph.written.graph, part_profiles(graph.call, facts, 2), "SM89").problems == ()
+        assert rtx.build(graph.written.graph, part_profiles(graph.call, PartSizes(facts, 2)), "SM89").problems == ()

@@ -23,7 +23,7 @@ from fmedge_converters.parts.part import Call, Input
 from fmedge_converters.passes.gelu import decompose_gelu
 from fmedge_converters.passes.linear import insert_linear, linears
 from fmedge_converters.plain_graph import require_plain
-from fmedge_converters.profiles import decoder_profiles, part_profiles
+from fmedge_converters.profiles import PartSizes, decoder_profiles, part_profiles
 from fmedge_converters.reduced import write_random_model
 from fmedge_converters.rounding import Rounding, round_blocks
 from fmedge_converters.schemes.dequantize_linear import dequantize_linear
@@ -198,14 +198,18 @@ def test_profiles_cover_every_dynamic_axis_within_what_a_part_takes():
     prefill, decode = decoder_profiles(4, 100)
     assert prefill.axes == {"batch": (1, 1, 1), "sequence": (1, 100, 100), "logits": (1, 1, 100)}
     assert decode.axes["batch"] == (1, 1, 4) and decode.axes["sequence"] == (1, 1, 1)
-    image = ImageFacts(pipeline="P", height=512, width=768, steps=1, guidance=1.0)
-    inputs = (Input("sample", ("batch", 4, "height", "width")), Input("text", ("batch", "sequence", 8)))
+    image = ImageFacts(pipeline="P", height=512, width=768, steps=1, guidance=7.5)
+    inputs = (
+        Input("sample", ("batch", 4, "height", "width")),
+        Input("timestep", ("batch",)),
+        Input("text", ("batch", "sequence", 8)),
+    )
     call = Call(inputs, lambda *_: {}, multiples={"height": 10}, limits={"sequence": 40})
-    (profile,) = part_profiles(call, image, 8)
+    (profile,) = part_profiles(call, PartSizes(image, factor=8))
     assert profile.axes == {
         "batch": (1, 2, 8),
         "height": (40, 70, 130),
-        "width": (48, 96, 192),
+        "width": (32, 96, 192),
         "sequence": (1, 40, 40),
     }
 
