@@ -60,7 +60,7 @@ class HostBinding:
 class HostSession:
     """An InferenceSession on the CPU that says it is on a GPU, and records steps."""
 
-    def __init__(self, gpu, path, options, providers):
+    def __init__(self, gpu, path, options, providers, disabled):
         ((name, settings),) = providers
         assert name == "CUDAExecutionProvider"
         for option, value in settings.items():
@@ -69,7 +69,9 @@ class HostSession:
         self.records = settings.get("enable_cuda_graph") == "1"
         if self.records and gpu.refuses_graphs:
             raise RuntimeError("This session cannot use the graph capture feature")
-        self.real = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.real = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
         self.recorded, self.eager, self.replays = {}, 0, 0
         gpu.sessions.append(self)
 
@@ -137,10 +139,12 @@ class HostGpu:
     def preload_dlls(self):
         assert hasattr(onnxruntime, "preload_dlls")
 
-    def InferenceSession(self, path, options, providers):
+    def InferenceSession(self, path, options, providers, disabled_optimizers=None):
         if providers == ["CPUExecutionProvider"]:
-            return onnxruntime.InferenceSession(path, options, providers=providers)
-        return HostSession(self, path, options, providers)
+            return onnxruntime.InferenceSession(
+                path, options, providers=providers, disabled_optimizers=disabled_optimizers
+            )
+        return HostSession(self, path, options, providers, disabled_optimizers)
 
 
 def install(monkeypatch, total=1 << 30) -> HostGpu:
