@@ -239,6 +239,6 @@ def test_routers_are_not_quantized_and_shared_experts_are(tmp_path: Path) -> Non
     shapes = {item.name: tuple(item.dims) for item in nodes.initializer}
     products = [shapes[node.input[1]] for node in nodes.node if node.op_type == "MatMul"]
     assert products == [(64, 6), (64, 6)]
-    counts = {name: sum(node.op_type == name for node in nodes.node) for name in ("QMoE", "DynamicQuantizeMatMul")}
+    counts = {name: sum(node.op_type == name for node in nodes.node) for name in ("QMoE", "MatMulNBits")}
     # Each layer: q, k and v, the output, gate and up of the shared expert with its own gate, down; and the head.
-    assert counts == {"QMoE": 2, "DynamicQuantizeMatMul": 9}
+    assert counts == {"QMoE": 2, "MatMulNBits": 9}
