@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 
@@ -30,7 +32,15 @@ def reproducible(budget: Budget) -> Iterator[None]:
 
 def processes() -> PartialState:
     """The processes of torchrun, joined; alone, one. accelerate must be told that they have no accelerator."""
-    return PartialState(cpu=torch.accelerator.current_accelerator(check_available=True) is None)
+    state = PartialState(cpu=torch.accelerator.current_accelerator(check_available=True) is None)
+    _leave_at_exit()
+    return state
+
+
+@functools.cache
+def _leave_at_exit() -> None:
+    """Leave the other processes in order: a thread of theirs that still runs when Python ends may abort the process."""
+    atexit.register(lambda: PartialState().destroy_process_group())
 
 
 def agreed(seconds: float, device: torch.device) -> float:
