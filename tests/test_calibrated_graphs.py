@@ -24,7 +24,7 @@ from calibrated_graphs import (
     plant_outliers,
     random_model,
 )
-from fmedge_converters.calibration import fit_codes
+from fmedge_converters.calibration import fit_codes, smooth_quant
 from fmedge_converters.calibration.calibration import Calibration, Report
 from fmedge_converters.calibration.fit_codes import fit_awq, fit_gptq
 from fmedge_converters.calibration.linear_inputs import Inputs, Place
@@ -43,6 +43,7 @@ from fmedge_runtimes.manifest import Evidence
 from models import make_model
 
 SCHEMES = TARGETS["cpu"].schemes
+ROUNDED = ("DynamicQuantizeMatMul", "MatMulNBits", "QuantizeLinear")
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,21 @@ def test_smoothed_activations_lose_less(model: Path, wanted: np.ndarray, tmp_pat
     zeros = {node.input[2] for node in products}
     values = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer if item.name in zeros}
     assert [value.item() for value in values.values()] == [0]
+
+
+def test_what_one_scale_cannot_carry_keeps_its_activations(
+    model: Path, tmp_path: Path, traced_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def products(name: str, scheme: Scheme) -> list[str]:
+        built = build(model, tmp_path / name, scheme)
+        graph = onnx.load(built.written.graph, load_external_data=False).graph
+        return [node.op_type for node in graph.node if node.op_type in ROUNDED]
+
+    usual = products("usual", SCHEMES["w8a8"])
+    assert (usual.count("DynamicQuantizeMatMul"), usual.count("MatMulNBits")) == (8, 1)  # the head
+    monkeypatch.setattr(smooth_quant, "MOST_NOISE", 0.0)
+    assert products("none", SCHEMES["w8a8"]) == ["MatMulNBits"] * 9
+    assert products("fixed", static_int8(FLOATING)) == []
 
 
 @pytest.mark.parametrize("codes", [FLOAT8, FLOAT8_BY_TENSOR], ids=["by channel", "by tensor"])

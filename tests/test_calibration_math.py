@@ -11,8 +11,9 @@ from fmedge_converters.calibration.awq import rounded_with, searched_scales
 from fmedge_converters.calibration.fitted import FittedMatrices
 from fmedge_converters.calibration.gptq import DAMPING, compensated_blocks, fitted_scales, output_error
 from fmedge_converters.calibration.linear_inputs import LinearInputs, Place
-from fmedge_converters.calibration.smooth_quant import smoothing_factors
+from fmedge_converters.calibration.smooth_quant import rounding_noise, smoothing_factors
 from fmedge_converters.rounding import RoundedBlocks, Rounding, round_blocks
+from fmedge_converters.weight import weight_from_array
 from fmedge_runtimes.errors import SourceError
 
 FLOAT = np.dtype(np.float32)
@@ -182,3 +183,24 @@ def test_products_are_seen_in_every_form() -> None:
     matrix.zero_()
     assert not turned.any()  # a view of the parameter
     assert inputs.taken() == []
+
+
+def test_the_noise_of_one_scale_is_what_rounding_adds() -> None:
+    random = np.random.default_rng(0)
+    matrix = random.standard_normal((48, 256)).astype(np.float32)
+    x = random.standard_normal((512, 256)).astype(np.float32)
+    x[3, 7] = 300.0
+    step = np.abs(x).max() / 127
+    product = x @ matrix.T
+    found = (np.round(x / step) * step) @ matrix.T
+    # Most numbers are less than a step here, where an error is no longer even within one: they are lost whole.
+    noise = np.square(found - product).sum() / np.square(product).sum()
+    told = rounding_noise(weight_from_array(matrix), float(np.abs(x).max()), np.square(x).mean(0))
+    assert noise / 3 < told < 3 * noise
+    x[3, 7] = 3.0
+    step = np.abs(x).max() / 127
+    noise = np.square((np.round(x / step) * step) @ matrix.T - x @ matrix.T).sum() / np.square(x @ matrix.T).sum()
+    even = rounding_noise(weight_from_array(matrix), float(np.abs(x).max()), np.square(x).mean(0))
+    assert even == pytest.approx(noise, rel=0.05)
+    assert even < 1e-3 < told
+    assert rounding_noise(weight_from_array(np.zeros_like(matrix)), 1.0, np.ones(256, np.float32)) == 0.0

@@ -112,7 +112,13 @@ def test_prompts_go_through_one_graph_and_what_follows_through_the_other(
     cache, others = pair.new_cache(), eight.new_cache()
     logits = pair.prefill(cache, 0, PROMPT)
     np.testing.assert_array_equal(logits, eight.prefill(others, 0, PROMPT))
-    coarse = four.prefill(four.new_cache(), 0, PROMPT)
+    plain = four.new_cache()
+    coarse = four.prefill(plain, 0, PROMPT)
+    # What goes into the cache is not smoothed: the other graph reads it.
+    mine, theirs = (
+        one.bound(0, 1) and decode.read(one.view(0, 1)[0]["past_key_values.0.value"]) for one in (cache, plain)
+    )
+    assert np.linalg.norm(mine - theirs) < 0.2 * np.linalg.norm(theirs)
     # What the W8A8 bundle has, but for its head and embedding, which have a scale for each row there.
     whole = open_decoder(alone["w8a8"].folder, threads=1)[1]
     expected = whole.prefill(whole.new_cache(), 0, PROMPT)
